@@ -1,0 +1,72 @@
+"""Every field of a run, with its default. Other configs change some of them."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the defaults; a data set must still be named."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # Of initialisation, record order, augmentation, k-means.
+  config.num_steps = 1000
+  config.batch_size = 64  # Of all devices together.
+
+  config.dataset = ml_collections.ConfigDict()
+  config.dataset.name = ''
+  config.dataset.data_dir = ''  # '' is TFDS's own: ~/tensorflow_datasets.
+  config.dataset.root = ''  # image_folder: the folder of pictures.
+  config.dataset.resize = 72  # image_folder: side of the stored squares.
+  config.dataset.fonts_dir = ''  # glyphs: your fonts; '' is matplotlib's.
+  config.dataset.min_styles = 8  # glyphs: fewest drawings of a class.
+  config.dataset.num_classes = 0  # Use only so many classes; 0 is all.
+  config.dataset.test_fraction = 0.5  # Of the classes.
+  config.dataset.split_seed = 0  # Not `seed`: seeds compare on one split.
+  config.dataset.num_workers = 0  # Reading processes; 0 is threads.
+
+  # Pictures are decoded, cropped and flipped as uint8, normalised on the device.
+  config.dataset.image_size = 32  # Side of the crop that the network sees.
+  config.dataset.padding = 0  # Black pixels on each side before the crop.
+  config.dataset.flip = True  # Mirror half of the training images.
+  config.dataset.mean = (127.5, 127.5, 127.5)  # Per channel, of 0..255.
+  config.dataset.std = (127.5, 127.5, 127.5)
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = 'small_cnn'
+  config.model.width = 64  # Channels of the first stage.
+  config.model.embedding_dim = 64  # The paper's.
+  config.model.normalize = True  # Embeddings of unit norm.
+  config.model.dtype = 'float32'  # Of the backbone: float32 or bfloat16.
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.name = 'proxy_nca'
+  config.loss.kwargs = ml_collections.ConfigDict()
+  config.loss.kwargs.temperature = 1 / 9  # ProxyNCA++'s.
+  config.loss.kwargs.positive_in_denominator = False  # The paper's form.
+  config.loss.kwargs.label_smoothing = 0.0
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = 'adam'  # adam, rmsprop or sgd.
+  config.optimizer.eps = 1e-8  # Of adam and rmsprop.
+  config.optimizer.momentum = 0.9  # Adam's b1, and sgd's.
+  config.optimizer.clip_norm = 0.0  # Largest norm of all gradients; 0: any.
+  for group in ('backbone', 'head', 'proxies'):
+    config.optimizer[group] = ml_collections.ConfigDict(
+      dict(
+        learning_rate=1e-3,
+        warmup_steps=0,  # Linear from 0.
+        schedule='constant',  # constant, cosine (to 0) or exponential.
+        decay_rate=0.94,  # Of `exponential`, the paper's ...
+        decay_every=1000,  # ... each so many steps.
+        weight_decay=0.0,  # Decoupled from the gradient.
+      )
+    )
+
+  config.evaluation = ml_collections.ConfigDict()
+  config.evaluation.batch_size = 256
+  config.evaluation.recall_at = (1, 2, 4, 8)
+  config.evaluation.kmeans_iterations = 20  # FAISS's, as the peers use it.
+
+  config.log_every = 50
+  config.eval_every = 0  # Besides at the end; 0 is never.
+  config.save_every = 500  # Besides at the end and when stopped.
+  config.keep_checkpoints = 2  # The newest; an older one mends a torn one.
+  return config

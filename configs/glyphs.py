@@ -1,0 +1,16 @@
+"""Glyphs: characters in the styles of matplotlib's fonts; no download.
+
+python main.py --config=configs/glyphs.py --workdir=/tmp/run
+"""
+
+import ml_collections
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = default.get_config()
+  config.dataset.name = 'glyphs'
+  config.dataset.image_size = 32
+  config.dataset.padding = 2
+  config.dataset.flip = False  # A mirrored character is another character.
+  return config

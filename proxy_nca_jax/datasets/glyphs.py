@@ -1,0 +1,266 @@
+"""Glyphs: each class is a character, its examples are styles of that character.
+
+Drawn from the text fonts that matplotlib ships, or from a folder of fonts, so
+that an embedding can be trained and measured with no download.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import unicodedata
+
+from fontTools import ttLib
+import matplotlib
+import numpy as np
+from PIL import Image, ImageFont, features
+import tensorflow_datasets as tfds
+
+from proxy_nca_jax.datasets import images
+
+# Text fonts of matplotlib; its others hold pieces of formulas.
+_TEXT_FONTS = ('DejaVuSans', 'DejaVuSerif', 'STIXGeneral')
+_SUFFIXES = ('.ttf', '.otf', '.ttc', '.otc')
+# At 24 pixels an em, 99% of all glyphs fit into 32 pixels; others are shrunk.
+_EM, _CANVAS = 24, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Face:
+  """One font style: a file and the index in it."""
+
+  path: str
+  index: int
+
+  @property
+  def name(self) -> str:
+    stem = os.path.basename(self.path)
+    return f'{stem}#{self.index}' if self.index else stem
+
+  @functools.cached_property
+  def characters(self) -> frozenset[int]:
+    with ttLib.TTFont(self.path, fontNumber=self.index, lazy=True) as font:
+      return frozenset(font.getBestCmap() or ())
+
+  @functools.cached_property
+  def font(self) -> ImageFont.FreeTypeFont:
+    # Basic layout: the result does not depend on an installed shaping engine.
+    return ImageFont.truetype(
+      self.path, _EM, self.index, layout_engine=ImageFont.Layout.BASIC
+    )
+
+  def draw(self, character: int) -> np.ndarray | None:
+    """Draws a character centred by its ink, uint8 [32, 32]; None if blank."""
+    mask, _ = self.font.getmask2(chr(character), mode='L')
+    width, height = mask.size
+    ink = np.array(mask, np.uint8).reshape(height, width)
+    rows, columns = np.nonzero(ink)
+    if not rows.size:
+      return None
+    ink = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    if max(ink.shape) > _CANVAS:
+      glyph = Image.fromarray(ink)
+      glyph.thumbnail((_CANVAS, _CANVAS))
+      ink = np.asarray(glyph)
+    canvas = np.zeros((_CANVAS, _CANVAS), np.uint8)
+    height, width = ink.shape
+    top, left = (_CANVAS - height) // 2, (_CANVAS - width) // 2
+    canvas[top : top + height, left : left + width] = ink
+    return canvas
+
+
+@dataclasses.dataclass(kw_only=True)
+class GlyphsConfig(tfds.core.BuilderConfig):
+  """The faces to draw and the fewest different styles of a class."""
+
+  faces: Sequence[Face] = ()
+  min_styles: int = 8
+
+
+class Glyphs(tfds.core.GeneratorBasedBuilder):
+  """Characters in every style of a set of fonts, 32 x 32 pixels.
+
+  Characters of which any two drawings are the same to the pixel are one class,
+  of which each drawing is kept once: no picture has two labels, and no query
+  finds itself again.
+  """
+
+  VERSION = tfds.core.Version('1.0.0')
+  BUILDER_CONFIGS = []
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(
+            shape=(_CANVAS, _CANVAS, 3), encoding_format='png'
+          ),
+          'label': np.int64,
+          'name': tfds.features.Text(),
+        }
+      ),
+      metadata=tfds.core.MetadataDict(),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {'images': self._generate_examples()}
+
+  def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+    faces = self.builder_config.faces
+    labels, class_names = [], []
+    for characters in alike_characters(faces):
+      drawings = {}
+      for face, character, drawing in _draw_all(faces, characters):
+        name = f'U+{character:04X} {face.name}'
+        drawings.setdefault(drawing.tobytes(), (name, drawing))
+      if len(drawings) < self.builder_config.min_styles:
+        continue
+      for name, drawing in drawings.values():
+        picture = Image.fromarray(drawing).convert('RGB')
+        yield len(labels), {
+          'image': images.encode_png(picture),
+          'label': len(class_names),
+          'name': name,
+        }
+        labels.append(len(class_names))
+      class_names.append(''.join(map(chr, characters)))
+    self.info.metadata.update(labels=labels, class_names=class_names)
+
+
+def alike_characters(faces: Sequence[Face]) -> list[list[int]]:
+  """Groups the characters that share a drawing, by union-find over hashes.
+
+  Only hashes are held, eight bytes a drawing, never the drawings. A chance
+  collision would merge two classes: at 10 million drawings about one in
+  400,000 sets of fonts sees one.
+  """
+  characters = sorted(frozenset().union(*(face.characters for face in faces)))
+  characters = [c for c in characters if _is_visible(c)]
+  parents = {character: character for character in characters}
+
+  def root(character):
+    while parents[character] != character:
+      parents[character] = parents[parents[character]]
+      character = parents[character]
+    return character
+
+  first_with = {}
+  for _, character, drawing in _draw_all(faces, characters):
+    digest = hashlib.blake2b(drawing.tobytes(), digest_size=8).digest()
+    other = first_with.setdefault(digest, character)
+    parents[root(character)] = root(other)
+  groups = collections.defaultdict(list)
+  for character in characters:
+    groups[root(character)].append(character)
+  return list(groups.values())
+
+
+def _is_visible(character: int) -> bool:
+  """Letters, numbers, punctuation, symbols; no marks, spaces, controls."""
+  return unicodedata.category(chr(character))[0] in 'LNPS'
+
+
+def _draw_all(faces, characters):
+  for character in characters:
+    for face in faces:
+      if character in face.characters:
+        drawing = face.draw(character)
+        if drawing is not None:
+          yield face, character, drawing
+
+
+def _text_fonts() -> list[str]:
+  folder = os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf')
+  return [
+    os.path.join(folder, name)
+    for name in sorted(os.listdir(folder))
+    if name.startswith(_TEXT_FONTS) and 'Display' not in name
+  ]
+
+
+def _fonts_in(fonts_dir: str) -> list[str]:
+  if not os.path.isdir(fonts_dir):
+    raise ValueError(
+      f'No folder {fonts_dir!r} (config.dataset.fonts_dir): name a folder of '
+      f'fonts ({", ".join(_SUFFIXES)}), or leave it empty for the fonts that '
+      'matplotlib ships.'
+    )
+  return [
+    os.path.join(folder, name)
+    for folder, _, names in sorted(os.walk(fonts_dir))
+    for name in sorted(names)
+    if name.lower().endswith(_SUFFIXES)
+  ]
+
+
+def _faces(path: str) -> list[Face]:
+  """Returns the styles in a font file.
+
+  Raises:
+    ValueError: if the file is no font that can be drawn.
+  """
+  try:
+    with open(path, 'rb') as file:
+      is_collection = file.read(4) == b'ttcf'
+    num_fonts = 1
+    if is_collection:
+      with ttLib.TTCollection(path, lazy=True) as collection:
+        num_fonts = len(collection.fonts)
+    faces = [Face(os.path.abspath(path), i) for i in range(num_fonts)]
+    for face in faces:
+      _ = face.characters, face.font
+    return faces
+  # fontTools raises many types for a broken table, AssertionError and
+  # struct.error among them.
+  except Exception as error:
+    raise ValueError(f'{path}: {error or type(error).__name__}') from error
+
+
+def make_builder(
+    *, data_dir: str, fonts_dir: str, min_styles: int
+) -> tuple[tfds.core.DatasetBuilder, list[list[str]]]:
+  """Returns the builder for a set of fonts, and the files that are no fonts.
+
+  Args:
+    data_dir: where prepared data sets lie.
+    fonts_dir: a folder of fonts, searched with its sub-folders; '' takes the
+      text fonts of matplotlib.
+    min_styles: the fewest different drawings of a class.
+
+  Returns:
+    (builder, skipped): skipped holds [file, reason] of unreadable fonts.
+
+  Raises:
+    ValueError: if the folder is missing or holds no font.
+  """
+  faces, skipped, contents = [], [], hashlib.sha256()
+  for path in _fonts_in(fonts_dir) if fonts_dir else _text_fonts():
+    try:
+      faces.extend(_faces(path))
+    except ValueError as error:
+      skipped.append([os.path.basename(path), str(error)])
+      continue
+    with open(path, 'rb') as file:
+      contents.update(hashlib.file_digest(file, 'sha256').digest())
+  if not faces:
+    raise ValueError(
+      f'No readable font in {fonts_dir!r} (config.dataset.fonts_dir): expected '
+      f'files ending in {", ".join(_SUFFIXES)}.'
+    )
+  # What the drawings depend on: the fonts, the rule and the rasteriser.
+  rule = [min_styles, features.version('freetype2'), unicodedata.unidata_version]
+  contents.update(json.dumps(rule).encode())
+  config = GlyphsConfig(
+    name=contents.hexdigest()[:16], faces=faces, min_styles=min_styles
+  )
+  builder = Glyphs(
+    data_dir=data_dir, config=config, file_format='array_record'
+  )
+  return builder, skipped

@@ -1,0 +1,214 @@
+"""A user's own pictures: sub-folders are classes."""
+
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+import dataclasses
+import hashlib
+import json
+import os
+
+import numpy as np
+from PIL import Image
+import tensorflow_datasets as tfds
+
+from proxy_nca_jax.datasets import images
+
+# Files that an operating system leaves in folders, besides hidden ones.
+_LITTER = ('thumbs.db', 'desktop.ini')
+
+
+@dataclasses.dataclass(kw_only=True)
+class ImageFolderConfig(tfds.core.BuilderConfig):
+  """The classes' files, and the side of the stored pictures in pixels."""
+
+  root: str = ''
+  classes: Sequence[tuple[str, Sequence[str]]] = ()
+  num_train_classes: int | None = None
+  resize: int = 0
+
+
+class ImageFolder(tfds.core.GeneratorBasedBuilder):
+  """Pictures in folders, upright RGB, resized to a square without cropping.
+
+  Resizing first and cropping later is the protocol of the papers. It bounds the
+  size of a record whatever the size of the picture.
+  """
+
+  VERSION = tfds.core.Version('1.0.0')
+  BUILDER_CONFIGS = []
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    side = self.builder_config.resize
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(
+            shape=(side, side, 3), encoding_format='png'
+          ),
+          'label': np.int64,
+          'name': tfds.features.Text(),
+        }
+      ),
+      metadata=tfds.core.MetadataDict(),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {'images': self._generate_examples()}
+
+  def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+    config = self.builder_config
+    labels, class_names, skipped = [], [], []
+    num_train_classes = config.num_train_classes
+    with futures.ThreadPoolExecutor() as pool:
+      for number, (class_name, files) in enumerate(config.classes):
+        num_before = len(labels)
+        for name, picture in _read_all(pool, config.root, files, config.resize):
+          if isinstance(picture, ValueError):
+            skipped.append([name, str(picture)])
+            continue
+          yield len(labels), {
+            'image': picture,
+            'label': len(class_names),
+            'name': name,
+          }
+          labels.append(len(class_names))
+        if len(labels) > num_before:
+          class_names.append(class_name)
+        else:
+          skipped.append([class_name + os.sep, 'no readable picture'])
+        if number + 1 == config.num_train_classes:
+          num_train_classes = len(class_names)
+    self.info.metadata.update(
+      labels=labels,
+      class_names=class_names,
+      num_train_classes=num_train_classes,
+      skipped=skipped,
+    )
+
+
+def _read_all(pool, root, files, resize):
+  """Yields (name, PNG bytes or ValueError), a bounded number read ahead."""
+
+  def read(name):
+    try:
+      with open(os.path.join(root, name), 'rb') as file:
+        picture = images.decode(file.read())
+    except ValueError as error:
+      return error
+    except OSError as error:
+      return ValueError(error.strerror)
+    picture = picture.resize((resize, resize), Image.Resampling.BILINEAR)
+    return images.encode_png(picture)
+
+  for start in range(0, len(files), 64):
+    names = files[start : start + 64]
+    yield from zip(names, pool.map(read, names))
+
+
+def make_builder(
+    *, data_dir: str, root: str, resize: int
+) -> tuple[tfds.core.DatasetBuilder, list[list[str]]]:
+  """Returns the builder for a folder, and the files that belong to no class.
+
+  A change of any file's name, size or time makes a new data set.
+
+  Args:
+    data_dir: where prepared data sets lie.
+    root: the folder; its sub-folders are the classes, or those of root/train
+      and root/test where both exist.
+    resize: side of the stored square pictures, in pixels.
+
+  Returns:
+    (builder, skipped): skipped holds [file, reason].
+
+  Raises:
+    ValueError: if the folder is missing or has no sub-folder with a file.
+  """
+  if not root:
+    raise ValueError(
+      'config.dataset.root is empty: name the folder of your pictures, whose '
+      'sub-folders are classes, with --config.dataset.root=DIR.'
+    )
+  if not os.path.isdir(root):
+    raise ValueError(
+      f'No folder {root!r} (config.dataset.root): name the folder of your '
+      'pictures, whose sub-folders are classes.'
+    )
+  if resize < 1:
+    raise ValueError(
+      f'config.dataset.resize ({resize}) must be at least 1 pixel.'
+    )
+  root = os.path.abspath(root)
+  parts = ['train', 'test']
+  if all(os.path.isdir(os.path.join(root, part)) for part in parts):
+    train, test = (_list_classes(root, part) for part in parts)
+    classes, num_train_classes = train + test, len(train)
+  else:
+    parts = ['']
+    classes, num_train_classes = _list_classes(root, ''), None
+  if not classes:
+    raise ValueError(
+      f'{root!r} (config.dataset.root) has no sub-folder with a file: expected '
+      'a folder for each class with its pictures in it.'
+    )
+  stray = [
+    [os.path.join(part, name), 'not in a class folder']
+    for part in parts
+    for name in _files(os.path.join(root, part))
+  ]
+  contents = hashlib.sha256(json.dumps([root, resize]).encode())
+  for class_name, names in classes:
+    contents.update(json.dumps(class_name).encode())
+    for name in names:
+      status = os.stat(os.path.join(root, name), follow_symlinks=True)
+      row = [name, status.st_size, status.st_mtime_ns]
+      contents.update(json.dumps(row).encode())
+  config = ImageFolderConfig(
+    name=contents.hexdigest()[:16],
+    root=root,
+    classes=classes,
+    num_train_classes=num_train_classes,
+    resize=resize,
+  )
+  builder = ImageFolder(
+    data_dir=data_dir, config=config, file_format='array_record'
+  )
+  return builder, stray
+
+
+def _list_classes(root: str, part: str) -> list[tuple[str, list[str]]]:
+  """Returns (class, files relative to root), both sorted by name."""
+  classes = []
+  with os.scandir(os.path.join(root, part)) as entries:
+    folders = sorted(
+      entry.name
+      for entry in entries
+      if entry.is_dir() and not entry.name.startswith('.')
+    )
+  for folder in folders:
+    top = os.path.join(root, part, folder)
+    files = sorted(
+      os.path.relpath(os.path.join(where, name), root)
+      for where, _, _ in os.walk(top, followlinks=False)
+      for name in _files(where)
+    )
+    if files:
+      classes.append((os.path.join(part, folder), files))
+  return classes
+
+
+def _files(folder: str) -> list[str]:
+  with os.scandir(folder) as entries:
+    return sorted(
+      entry.name
+      for entry in entries
+      if not entry.is_dir()
+      and not entry.name.startswith('.')
+      and entry.name.lower() not in _LITTER
+      # A dangling link has no content to name a version by.
+      and os.path.exists(entry.path)
+    )

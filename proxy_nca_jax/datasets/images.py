@@ -1,0 +1,71 @@
+"""From the bytes of any picture to upright 8-bit RGB."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def decode(encoded: bytes) -> Image.Image:
+  """Decodes a picture as a person would see it: upright, RGB, 8 bits.
+
+  EXIF rotation is applied, transparency is laid on white, 16-bit gray is
+  scaled to 8 bits, and of an animation the first frame is taken.
+
+  Args:
+    encoded: the bytes of a file, in any format that Pillow reads.
+
+  Returns:
+    A Pillow image of mode RGB.
+
+  Raises:
+    ValueError: if the bytes are no picture, or not a whole one.
+  """
+  if not encoded:
+    raise ValueError('the file is empty')
+  try:
+    with Image.open(io.BytesIO(encoded)) as image:
+      image.load()
+      image = ImageOps.exif_transpose(image)
+      return _to_rgb(image)
+  # Pillow's decoders raise these, and SyntaxError (PNG), for broken files.
+  except (
+    OSError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    Image.DecompressionBombError,
+  ) as error:
+    if isinstance(error, Image.UnidentifiedImageError):
+      raise ValueError('not a picture') from error
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise ValueError(reason) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  if image.mode.startswith('I') or image.mode == 'F':
+    return _deep_gray_to_rgb(image)
+  if 'A' in image.getbands() or 'transparency' in image.info:
+    image = image.convert('RGBA')
+    background = Image.new('RGBA', image.size, 'white')
+    return Image.alpha_composite(background, image).convert('RGB')
+  return image.convert('RGB')
+
+
+def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
+  """Scales 16-bit gray to 8; Pillow's own conversion clips at 255."""
+  pixels = np.asarray(image)
+  if image.mode == 'F' or pixels.min() < 0 or pixels.max() > 65535:
+    raise ValueError(f'pixels of mode {image.mode} have no known range')
+  return Image.fromarray((pixels // 257).astype(np.uint8)).convert('RGB')
+
+
+def encode_png(image: Image.Image) -> bytes:
+  """Encodes without loss; level 1 is quick, and records are small already."""
+  buffer = io.BytesIO()
+  image.save(buffer, 'PNG', compress_level=1)
+  return buffer.getvalue()

@@ -1,0 +1,36 @@
+"""The device mesh and the shardings over it: no other file names its axis."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+_AXIS = 'data'
+
+
+def make_mesh() -> jax.sharding.Mesh:
+  """Returns a 1-D mesh over all devices of all processes."""
+  return jax.make_mesh(
+    (jax.device_count(),), (_AXIS,), (jax.sharding.AxisType.Auto,)
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """A whole copy of the array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The leading dimension divided among the devices."""
+  return NamedSharding(mesh, PartitionSpec(_AXIS))
+
+
+def shard_batch(
+    batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
+) -> dict[str, jax.Array]:
+  """Places this process's rows of a global batch on its devices."""
+  return {
+    name: jax.make_array_from_process_local_data(by_row(mesh), rows)
+    for name, rows in batch.items()
+  }

@@ -1,0 +1,192 @@
+"""The state of training: created, saved, restored. All Orbax calls are here."""
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from orbax.checkpoint import v1 as ocp
+
+from proxy_nca_jax import proxies
+
+_logger = logging.getLogger(__name__)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What a training step reads and writes.
+
+  Attributes:
+    step: int32 [], steps done.
+    params: {'backbone', 'head', 'proxies'}: trees of arrays, the optimiser's
+      groups.
+    model_state: what the network carries beside them: batch statistics.
+    opt_state: of the optimiser.
+  """
+
+  step: jax.Array
+  params: dict[str, Any]
+  model_state: dict[str, Any]
+  opt_state: optax.OptState
+
+
+def create(
+    config: ml_collections.ConfigDict,
+    model,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_classes: int,
+    sharding: jax.sharding.Sharding,
+) -> TrainState:
+  """Initialises everything from `config.seed`, on the devices of `sharding`."""
+
+  def init():
+    model_key, proxy_key = jax.random.split(jax.random.key(config.seed))
+    size = config.dataset.image_size
+    images = jnp.zeros((1, size, size, 3))
+    variables = model.init(model_key, images, train=False)
+    params = variables.pop('params')
+    params['proxies'] = proxies.init_proxies(
+      proxy_key, num_classes, config.model.embedding_dim
+    )
+    return TrainState(
+      step=jnp.int32(0),
+      params=params,
+      model_state=variables,
+      opt_state=optimizer.init(params),
+    )
+
+  return jax.jit(init, out_shardings=sharding)()
+
+
+class Checkpoints:
+  """The saved states of a run, in its folder `checkpoints`.
+
+  A save happens in the background. It becomes visible by a rename when it is
+  whole, so that a killed process leaves the states before it. Each state
+  carries sums over its bytes: Orbax does not notice changed ones.
+  """
+
+  def __init__(self, workdir: str, *, keep: int):
+    self._directory = os.path.join(os.path.abspath(workdir), 'checkpoints')
+    self._keep = keep
+    self._checkpointer = None
+    self._open()
+
+  def _open(self):
+    if self._checkpointer is not None:
+      self._checkpointer.close()
+    self._checkpointer = ocp.training.Checkpointer(
+      self._directory,
+      preservation_policy=ocp.training.preservation_policies.LatestN(
+        self._keep
+      ),
+      cleanup_tmp_directories=True,
+    )
+    self._pending = None
+
+  @property
+  def steps(self) -> list[int]:
+    """The steps of the saved states, ascending."""
+    return sorted(entry.step for entry in self._checkpointer.checkpoints)
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Begins to save a state, unless that step is saved; waits for the last."""
+    self.wait()
+    if step not in self.steps:
+      self._pending = self._checkpointer.save_async(
+        step, {'state': _as_dict(state), 'sums': _sums(state)}
+      )
+
+  def wait(self) -> None:
+    """Waits for the save that is under way.
+
+    Raises:
+      OSError: if it failed, such as for a full disk.
+    """
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      pending.result()
+
+  def restore(self, like: TrainState) -> TrainState | None:
+    """Restores the newest whole state, placed as `like`; None if none is saved.
+
+    A state that cannot be read, or whose bytes have changed, is named, moved
+    aside to `checkpoints/STEP.broken`, and the one before it is taken.
+
+    Raises:
+      ValueError: if states are saved and none can be read.
+    """
+    steps = self.steps
+    for step in reversed(steps):
+      try:
+        return self._restore_step(step, like)
+      except Exception as error:  # Orbax lets the types of its readers through.
+        reason = (str(error).splitlines() or [''])[0][:200]
+        _logger.warning(
+          'The checkpoint of step %d cannot be used (%s: %s). It is moved to '
+          '%d.broken.', step, type(error).__name__, reason, step,
+        )
+        self._move_aside(step)
+    if steps:
+      raise ValueError(
+        f'None of the checkpoints of steps {steps} in {self._directory!r} can '
+        'be read. Use another workdir, or delete this one to start again.'
+      )
+    return None
+
+  def _restore_step(self, step, like):
+    like_saved = {'state': _as_dict(like), 'sums': _sums(like)}
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      like_saved,
+    )
+    saved = self._checkpointer.load(step, abstract)
+    state = TrainState(**saved['state'])
+    wrong = np.flatnonzero(np.asarray(_sums(state) != saved['sums']))
+    if wrong.size or int(state.step) != step:
+      raise ValueError(f'the bytes of {max(wrong.size, 1)} arrays have changed')
+    return state
+
+  def _move_aside(self, step):
+    path = os.path.join(self._directory, str(step))
+    target, number = f'{path}.broken', 1
+    while os.path.exists(target):
+      number += 1
+      target = f'{path}.broken{number}'
+    os.rename(path, target)
+    self._open()
+
+  def close(self) -> None:
+    self.wait()
+    self._checkpointer.close()
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+  return {
+    field.name: getattr(state, field.name)
+    for field in dataclasses.fields(state)
+  }
+
+
+@jax.jit
+def _sums(state: TrainState) -> jax.Array:
+  """Sums the words of each array, weighted by place, modulo 2^32.
+
+  Weights are odd, so that no change of one word is lost. Integer sums do not
+  depend on their order, nor on how an array is divided among devices.
+  """
+
+  def words_sum(array):
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(array, bits).reshape(-1)
+    weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    return jnp.sum(words.astype(jnp.uint32) * weights, dtype=jnp.uint32)
+
+  return jnp.stack([words_sum(array) for array in jax.tree.leaves(state)])
