@@ -69,4 +69,4 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval_every = 0  # Besides at the end; 0 is never.
   config.save_every = 500  # Besides at the end and when stopped.
   config.keep_checkpoints = 2  # The newest; an older one mends a torn one.
-  return config
+  return config.lock()

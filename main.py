@@ -1,0 +1,88 @@
+"""Trains and scores a run: main.py --config=configs/glyphs.py --workdir=DIR."""
+
+import errno
+import logging
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging as absl_logging
+import jax
+from ml_collections import config_flags
+
+from proxy_nca_jax import interruption
+from proxy_nca_jax import train
+
+_logger = logging.getLogger('proxy_nca_jax')
+
+config_flags.DEFINE_config_file('config', None, 'The configuration of the run.')
+flags.DEFINE_string('workdir', None, 'Where the run is kept.')
+flags.DEFINE_enum(
+  'mode', 'train', ['train', 'eval'], 'eval scores the newest checkpoint.'
+)
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    _fail(f'Unexpected arguments: {" ".join(argv[1:])}')
+  _log_to_stdout()
+  config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+  _logger.info(
+    '%s in %s, on %d x %s, %s',
+    flags.FLAGS['config'].config_filename, workdir, jax.device_count(),
+    jax.devices()[0].device_kind,
+    ' '.join(f'{name} {x}' for name, x in train.versions().items()),
+  )
+  for name, value in flags.FLAGS['config'].override_values.items():
+    _logger.info('config.%s = %r', name, value)
+  _logger.debug('%s', config)
+  try:
+    train.train_and_evaluate(config, workdir, mode=flags.FLAGS.mode)
+  except interruption.Stopped as stopped:
+    print(f'Ended by {stopped}.', file=sys.stderr)
+    sys.exit(128 + stopped.number)
+  except (ValueError, OSError) as error:
+    _logger.debug('The run failed', exc_info=True)
+    _fail(_describe(error))
+
+
+def _describe(error: Exception) -> str:
+  text = ' '.join(str(error).split())
+  is_full = 'No space left' in text or 'RESOURCE_EXHAUSTED' in text
+  if is_full or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+    return (
+      f'The disk is full ({text[:200]}). Free some space and start the same '
+      'command: the run goes on from its last checkpoint.'
+    )
+  return text
+
+
+def _log_to_stdout() -> None:
+  # The libraries report their inner steps through absl.
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setLevel(logging.INFO)
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  _logger.addHandler(handler)
+  _logger.setLevel(logging.DEBUG)
+  _logger.propagate = False
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+    flags.FLAGS.config.to_dict()  # A missing file shows at the first use.
+    return rest
+  # A config file is the user's code, and may raise anything.
+  except Exception as error:
+    _fail(' '.join(str(error).split()))
+
+
+def _fail(message: str) -> None:
+  print(f'Error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=_parse_flags)
