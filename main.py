@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import sys
 
 from absl import app
@@ -10,6 +11,7 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
+from configs import default
 from proxy_nca_jax import interruption
 from proxy_nca_jax import train
 
@@ -76,7 +78,24 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
   # A config file is the user's code, and may raise anything.
   except Exception as error:
-    _fail(' '.join(str(error).split()))
+    _fail(_unknown_field(argv) or ' '.join(str(error).split()))
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """Describes the first `--config.x` that no config has."""
+  for argument in argv:
+    if not (match := re.match(r'--?(?:no)?config\.([^=]+)', argument)):
+      continue
+    fields, group = default.get_config(), 'config'
+    for name in match[1].split('.'):
+      if not hasattr(fields, 'keys') or name not in fields:
+        choices = sorted(fields) if hasattr(fields, 'keys') else ['nothing']
+        return (
+          f'{group} has no field {name!r} ({argument}): choose among '
+          f'{", ".join(choices)}.'
+        )
+      fields, group = fields[name], f'{group}.{name}'
+  return None
 
 
 def _fail(message: str) -> None:

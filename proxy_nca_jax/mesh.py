@@ -1,6 +1,6 @@
 """The device mesh and the shardings over it: no other file names its axis."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -9,10 +9,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 _AXIS = 'data'
 
 
-def make_mesh() -> jax.sharding.Mesh:
-  """Returns a 1-D mesh over all devices of all processes."""
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """Returns a 1-D mesh over the devices; None is all of all processes."""
+  devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
-    (jax.device_count(),), (_AXIS,), (jax.sharding.AxisType.Auto,)
+    (len(devices),),
+    (_AXIS,),
+    (jax.sharding.AxisType.Auto,),
+    devices=devices,
   )
 
 

@@ -108,7 +108,7 @@ def make_train_step(
     nearest = proxies.nearest_proxies(embeddings, state.params['proxies'])
     metrics = {
       'loss': loss,
-      'gradient_norm': optax.global_norm(gradients),
+      'gradient_norm': optax.tree.norm(gradients),
       'proxy_accuracy': jnp.mean(
         nearest == batch['label'], where=batch['mask']
       ),
@@ -330,7 +330,7 @@ def train_and_evaluate(
           ),
         }
       state = checkpoints.restore(state) or state
-      done = first_step = int(state.step)
+      done = int(state.step)
       if mode == 'eval':
         if not done:
           raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
@@ -392,7 +392,6 @@ def train_and_evaluate(
       'trained': trained,
       **baselines,
       'step': done,
-      'first_step': first_step,
       'dataset': _summary(data),
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
       'versions': versions(),

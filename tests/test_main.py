@@ -1,0 +1,256 @@
+"""The command as a user runs it: whole runs, stopped runs, wrong input."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
+
+from proxy_nca_jax import locks
+from proxy_nca_jax import metric_writer
+from proxy_nca_jax import state as state_lib
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+# Twenty steps of a tenth of a second: time to stop in between.
+_SMALL = {
+  'num_steps': 20,
+  'batch_size': 64,
+  'log_every': 1,
+  'save_every': 4,
+  'eval_every': 10,
+  'dataset.num_classes': 40,
+  'model.width': 16,
+}
+
+
+def _command(workdir, data_dir, config='glyphs', **fields):
+  fields = {'dataset.data_dir': data_dir, **_SMALL, **fields}
+  return [
+    sys.executable,
+    str(_ROOT / 'main.py'),
+    f'--config={_ROOT}/configs/{config}.py',
+    f'--workdir={workdir}',
+    *(f'--config.{name}={value}' for name, value in fields.items()),
+  ]
+
+
+def _environment():
+  return os.environ | {
+    'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'
+  }
+
+
+def _start(*args, **fields):
+  return subprocess.Popen(
+    _command(*args, **fields),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=_environment(),
+    cwd='/',
+  )
+
+
+def _run(*args, **fields):
+  process = _start(*args, **fields)
+  output, _ = process.communicate(timeout=300)
+  return process.returncode, output
+
+
+def _signal_at(number, line_start, *args, **fields):
+  """Starts a run, signals it when a line begins so, and returns its end."""
+  process = _start(*args, **fields)
+  output = ''
+  for line in process.stdout:
+    output += line
+    if line.startswith(line_start):
+      process.send_signal(number)
+      break
+  output += process.stdout.read()
+  return process.wait(timeout=60), output
+
+
+def _final_state(workdir):
+  checkpoints = state_lib.Checkpoints(workdir, keep=2)
+  saved = checkpoints._checkpointer.load(max(checkpoints.steps))
+  checkpoints.close()
+  return saved
+
+
+def _metrics(workdir):
+  rates = ('images_per_second',)
+  return [
+    {name: value for name, value in row.items() if name not in rates}
+    for row in metric_writer.read_metrics(workdir)
+  ]
+
+
+def _results(workdir):
+  return json.loads((pathlib.Path(workdir) / 'results.json').read_text())
+
+
+class MainTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(tempfile.mkdtemp())
+    cls.addClassCleanup(shutil.rmtree, cls.root)
+    cls.data_dir = str(cls.root / 'data')
+    cls.straight = str(cls.root / 'straight')
+    code, output = _run(cls.straight, cls.data_dir)
+    assert code == 0, output
+    cls.output = output
+
+  def _workdir(self):
+    return tempfile.mkdtemp(dir=self.root)
+
+  def _assert_equals_straight(self, workdir):
+    self.assertEqual(_metrics(workdir), _metrics(self.straight))
+    self.assertEqual(_results(workdir), _results(self.straight))
+    actual, expected = _final_state(workdir), _final_state(self.straight)
+    self.assertEqual(int(actual['state']['step']), 20)
+    self._assert_trees_identical(actual, expected)
+
+  def _assert_trees_identical(self, actual, expected):
+    import jax
+
+    self.assertEqual(
+      jax.tree.structure(actual), jax.tree.structure(expected)
+    )
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+      np.testing.assert_array_equal(a, b)
+
+  def test_a_run_prints_progress_and_leaves_its_results(self):
+    self.assertRegex(
+      self.output, r'step 12/20  loss .* images/s  0:00:\d\d left'
+    )
+    self.assertRegex(self.output, r'trained +\d+\.\d\d')
+    results = _results(self.straight)
+    for title in ('trained', 'untrained', 'raw_pixels'):
+      for name in (
+        'recall@1', 'recall@2', 'recall@4', 'recall@8', 'map@r',
+        'r_precision', 'nmi',
+      ):
+        self.assertBetween(results[title][name], 0, 1)
+    self.assertEqual(results['step'], 20)
+
+  @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
+  def test_a_stopped_run_saves_and_goes_on_bit_for_bit(self, number):
+    workdir = self._workdir()
+    code, output = _signal_at(number, 'step 12/20', workdir, self.data_dir)
+    self.assertEqual(code, 128 + number, output)
+    self.assertRegex(output, r'Stopped after step 1\d of 20, saved')
+    self.assertNotIn('Traceback', output)
+    code, output = _run(workdir, self.data_dir)
+    self.assertEqual(code, 0, output)
+    self.assertRegex(output, r'Resuming after step 1\d')
+    self._assert_equals_straight(workdir)
+
+  def test_a_killed_run_goes_on_from_its_last_save_bit_for_bit(self):
+    workdir = self._workdir()
+    code, _ = _signal_at(signal.SIGKILL, 'step 12/20', workdir, self.data_dir)
+    self.assertEqual(code, -signal.SIGKILL)
+    code, output = _run(workdir, self.data_dir)
+    self.assertEqual(code, 0, output)
+    self.assertRegex(output, r'Resuming after step \d+')
+    self._assert_equals_straight(workdir)
+
+  def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(self):
+    workdir = self._workdir()
+    shutil.copytree(self.straight, workdir, dirs_exist_ok=True)
+    os.remove(os.path.join(workdir, 'results.json'))
+    largest = max(
+      pathlib.Path(workdir, 'checkpoints', '20').rglob('*'),
+      key=lambda path: path.stat().st_size if path.is_file() else 0,
+    )
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    code, output = _run(workdir, self.data_dir)
+    self.assertEqual(code, 0, output)
+    self.assertIn('The checkpoint of step 20 cannot be used', output)
+    self.assertIn('Resuming after step 16', output)
+    self._assert_equals_straight(workdir)
+
+  def test_a_finished_run_prints_its_table(self):
+    code, output = _run(self.straight, '/nowhere')
+    self.assertEqual(code, 0, output)
+    self.assertIn('This run is finished, at step 20', output)
+    self.assertRegex(output, r'trained +\d+\.\d\d')
+
+  def test_steps_can_be_added_to_a_finished_run(self):
+    workdir = self._workdir()
+    shutil.copytree(self.straight, workdir, dirs_exist_ok=True)
+    code, output = _run(workdir, self.data_dir, num_steps=22)
+    self.assertEqual(code, 0, output)
+    self.assertIn('Resuming after step 20', output)
+    self.assertEqual(_results(workdir)['step'], 22)
+
+  def test_eval_mode_scores_the_newest_checkpoint(self):
+    command = _command(self.straight, self.data_dir) + ['--mode=eval']
+    output = subprocess.check_output(command, env=_environment(), text=True)
+    recall = 100 * _results(self.straight)['trained']['recall@1']
+    self.assertRegex(output, rf'trained +{recall:.2f}')
+
+  def test_a_second_run_in_the_workdir_is_refused(self):
+    workdir = self._workdir()
+    with locks.hold(os.path.join(workdir, 'lock')):
+      code, output = _run(workdir, self.data_dir)
+    self._assert_refused(code, output, 'Another run is at work')
+
+  def test_a_loss_that_is_not_finite_stops_the_run(self):
+    workdir = self._workdir()
+    code, output = _run(
+      workdir, self.data_dir,
+      **{
+        'optimizer.name': 'sgd', 'optimizer.head.learning_rate': 1e30,
+        'model.normalize': False, 'loss.kwargs.temperature': 1e-30,
+      },
+    )
+    self._assert_refused(code, output, 'not finite at step')
+
+  def test_another_configuration_is_refused_by_name(self):
+    code, output = _run(self.straight, self.data_dir, seed=5)
+    self._assert_refused(code, output, 'seed was 0 and is 5')
+
+  @parameterized.parameters(
+    ({'optimizer.rate': 1}, "no field 'rate'.*choose among.*backbone"),
+    ({'num_steps': 'many'}, 'num_steps'),
+    ({'loss.name': 'tripplet'}, 'Unknown loss.*choose one of'),
+    ({'model.name': 'resnet'}, 'Unknown model.*choose one of'),
+    ({'dataset.name': 'mnist'}, 'Unknown data set.*choose one of'),
+    ({'dataset.num_classes': 9999}, '9999 classes were asked for'),
+    ({'dataset.fonts_dir': '/nowhere'}, 'No folder'),
+  )
+  def test_wrong_input_is_one_clear_line(self, fields, message):
+    workdir = self._workdir()
+    code, output = _run(workdir, self.data_dir, **fields)
+    self._assert_refused(code, output, message)
+
+  def test_a_missing_or_empty_root_is_one_clear_line(self):
+    workdir = self._workdir()
+    for root in ('', '/nowhere', self._workdir()):
+      code, output = _run(
+        workdir, self.data_dir, config='image_folder', **{'dataset.root': root}
+      )
+      self._assert_refused(code, output, 'config.dataset.root')
+
+  def _assert_refused(self, code, output, message):
+    self.assertEqual(code, 2, output)
+    self.assertNotIn('Traceback', output)
+    errors = [line for line in output.splitlines() if 'Error:' in line]
+    self.assertLen(errors, 1, output)
+    self.assertRegex(errors[0], message)
+
+
+if __name__ == '__main__':
+  absltest.main()

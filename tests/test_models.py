@@ -1,0 +1,86 @@
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from proxy_nca_jax import models
+
+
+def _config(**fields):
+  config = default.get_config()
+  config.model.width = 4
+  config.model.embedding_dim = 6
+  config.model.update(fields)
+  return config
+
+
+def _images(batch=5, size=32):
+  return jax.random.normal(jax.random.key(1), (batch, size, size, 3))
+
+
+class ModelsTest(parameterized.TestCase):
+
+  @parameterized.parameters(32, 33, 64)
+  def test_normalized_embeddings_have_unit_norm(self, size):
+    model = models.create_model(_config())
+    images = _images(size=size)
+    variables = model.init(jax.random.key(0), images, train=False)
+    embeddings = model.apply(variables, images, train=False)
+    self.assertEqual(embeddings.shape, (5, 6))
+    np.testing.assert_allclose(
+      jnp.linalg.norm(embeddings, axis=1), 1, rtol=1e-6
+    )
+
+  def test_normalized_embeddings_are_the_others_divided_by_their_norm(self):
+    images = _images()
+    plain = models.create_model(_config(normalize=False))
+    unit = models.create_model(_config())
+    variables = plain.init(jax.random.key(0), images, train=False)
+    expected = plain.apply(variables, images, train=False)
+    expected /= jnp.linalg.norm(expected, axis=1, keepdims=True)
+    actual = unit.apply(variables, images, train=False)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+  def test_training_uses_and_updates_batch_statistics(self):
+    model = models.create_model(_config())
+    images = _images()
+    variables = model.init(jax.random.key(0), images, train=False)
+    _, updated = model.apply(
+      variables, images, train=True, mutable=['batch_stats']
+    )
+    before = jax.tree.leaves(variables['batch_stats'])
+    after = jax.tree.leaves(updated['batch_stats'])
+    self.assertTrue(all(np.any(a != b) for a, b in zip(after, before)))
+    # An example's embedding must not depend on its neighbours in evaluation.
+    alone = model.apply(variables, images[:1], train=False)
+    together = model.apply(variables, images, train=False)
+    np.testing.assert_allclose(alone[0], together[0], rtol=1e-4, atol=1e-5)
+
+  def test_bfloat16_keeps_float32_parameters_and_embeddings(self):
+    images = _images()
+    full = models.create_model(_config())
+    half = models.create_model(_config(dtype='bfloat16'))
+    variables = half.init(jax.random.key(0), images, train=False)
+    self.assertEqual(
+      {x.dtype for x in jax.tree.leaves(variables)}, {jnp.dtype('float32')}
+    )
+    actual = half.apply(variables, images, train=False)
+    self.assertEqual(actual.dtype, jnp.float32)
+    expected = full.apply(variables, images, train=False)
+    np.testing.assert_allclose(actual, expected, atol=0.05)
+    self.assertTrue(np.any(actual != expected))
+
+  @parameterized.parameters(
+    (dict(name='resnet'), 'small_cnn'),
+    (dict(dtype='float8'), 'bfloat16'),
+    (dict(embedding_dim=0), 'embedding_dim'),
+  )
+  def test_bad_fields_name_the_choices(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      models.create_model(_config(**fields))
+
+
+if __name__ == '__main__':
+  absltest.main()

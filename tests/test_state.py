@@ -1,0 +1,164 @@
+import os
+
+from absl.testing import absltest
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax import models
+from proxy_nca_jax import optimizer as optimizer_lib
+from proxy_nca_jax import state as state_lib
+
+
+def _create(seed=0, devices=None):
+  config = default.get_config()
+  config.seed = seed
+  config.model.width = 4
+  config.dataset.image_size = 8
+  sharding = mesh_lib.replicated(mesh_lib.make_mesh(devices))
+  return state_lib.create(
+    config,
+    models.create_model(config),
+    optimizer_lib.make_optimizer(config),
+    num_classes=5,
+    sharding=sharding,
+  )
+
+
+def _at_step(step):
+  state = _create(seed=step)
+  return state_lib.TrainState(
+    step=jnp.int32(step),
+    params=state.params,
+    model_state=state.model_state,
+    opt_state=state.opt_state,
+  )
+
+
+def _largest_file(directory):
+  paths = [
+    os.path.join(folder, name)
+    for folder, _, names in os.walk(directory)
+    for name in names
+  ]
+  return max(paths, key=os.path.getsize)
+
+
+def _assert_equal(actual, expected):
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+class StateTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.workdir = self.create_tempdir().full_path
+
+  def _open(self, keep=3):
+    checkpoints = state_lib.Checkpoints(self.workdir, keep=keep)
+    self.addCleanup(checkpoints.close)
+    return checkpoints
+
+  def _save(self, *steps):
+    checkpoints = self._open()
+    for step in steps:
+      checkpoints.save(step, _at_step(step))
+    checkpoints.wait()
+
+  def _path(self, step):
+    return os.path.join(self.workdir, 'checkpoints', str(step))
+
+  def test_seed_alone_decides_the_initial_state(self):
+    _assert_equal(_create(seed=3), _create(seed=3))
+    self.assertTrue(
+      np.any(_create(seed=3).params['proxies'] != _create().params['proxies'])
+    )
+
+  def test_nothing_saved_restores_nothing(self):
+    self.assertIsNone(self._open().restore(_create()))
+
+  def test_newest_state_comes_back_bit_for_bit(self):
+    self._save(1, 2)
+    _assert_equal(self._open().restore(_create()), _at_step(2))
+
+  def test_restores_onto_another_number_of_devices(self):
+    self._save(4)
+    like = _create(devices=jax.devices()[:2])
+    state = self._open().restore(like)
+    _assert_equal(state, _at_step(4))
+    self.assertEqual(
+      state.params['proxies'].sharding, like.params['proxies'].sharding
+    )
+
+  def test_old_states_are_removed(self):
+    checkpoints = self._open(keep=2)
+    for step in (1, 2, 3):
+      checkpoints.save(step, _at_step(step))
+      checkpoints.wait()
+    self.assertEqual(checkpoints.steps, [2, 3])
+
+  def test_saving_a_saved_step_again_changes_nothing(self):
+    self._save(1)
+    checkpoints = self._open()
+    checkpoints.save(1, _at_step(1))
+    checkpoints.wait()
+    self.assertEqual(checkpoints.steps, [1])
+
+  def _assert_falls_back(self):
+    with self.assertLogs('proxy_nca_jax', 'WARNING') as logs:
+      state = self._open().restore(_create())
+    self.assertIn('step 2', logs.output[0])
+    _assert_equal(state, _at_step(1))
+    self.assertTrue(os.path.isdir(self._path('2.broken')))
+    # The run reaches the step again, and saves it.
+    checkpoints = self._open()
+    checkpoints.save(2, _at_step(2))
+    checkpoints.wait()
+    _assert_equal(self._open().restore(_create()), _at_step(2))
+
+  def test_a_changed_byte_is_noticed(self):
+    self._save(1, 2)
+    path = _largest_file(self._path(2))
+    with open(path, 'r+b') as file:
+      file.seek(os.path.getsize(path) // 2)
+      byte = file.read(1)[0]
+      file.seek(-1, os.SEEK_CUR)
+      file.write(bytes([byte ^ 1]))
+    self._assert_falls_back()
+
+  def test_a_truncated_file_is_noticed(self):
+    self._save(1, 2)
+    path = _largest_file(self._path(2))
+    os.truncate(path, os.path.getsize(path) // 2)
+    self._assert_falls_back()
+
+  def test_a_missing_file_is_noticed(self):
+    self._save(1, 2)
+    os.remove(_largest_file(self._path(2)))
+    self._assert_falls_back()
+
+  def test_an_unfinished_save_is_not_taken(self):
+    self._save(1)
+    os.makedirs(self._path('2.orbax-checkpoint-tmp'))
+    _assert_equal(self._open().restore(_create()), _at_step(1))
+
+  def test_no_whole_state_is_an_error_and_nothing_is_deleted(self):
+    self._save(1)
+    os.remove(_largest_file(self._path(1)))
+    with self.assertRaisesRegex(ValueError, 'None of the checkpoints'):
+      self._open().restore(_create())
+    self.assertTrue(os.path.isdir(self._path('1.broken')))
+
+  def test_sums_notice_swapped_and_changed_words(self):
+    def sums(values):
+      return state_lib._sums({'a': jnp.asarray(values)}).tolist()
+
+    self.assertNotEqual(sums([1.0, 2.0]), sums([2.0, 1.0]))
+    self.assertNotEqual(sums([1.0, 2.0]), sums([1.0, -2.0]))
+    self.assertEqual(sums([0.0, jnp.nan]), sums([0.0, jnp.nan]))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,195 @@
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+
+from configs import default
+from proxy_nca_jax import input_pipeline
+from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax import models
+from proxy_nca_jax import optimizer as optimizer_lib
+from proxy_nca_jax import proxies
+from proxy_nca_jax import state as state_lib
+from proxy_nca_jax import train
+
+_NUM_CLASSES = 6
+
+
+def _config(**fields):
+  config = default.get_config()
+  config.batch_size = 16
+  config.model.width = 8
+  config.dataset.image_size = 16
+  config.optimizer.proxies.learning_rate = 1e-2
+  config.update_from_flattened_dict(fields)
+  return config
+
+
+def _batches(config, num_batches):
+  """Images of a class share a pattern, under noise."""
+  rng = np.random.default_rng(0)
+  patterns = rng.integers(0, 200, (_NUM_CLASSES, 16, 16, 3))
+  for _ in range(num_batches):
+    labels = rng.integers(0, _NUM_CLASSES, config.batch_size)
+    noise = rng.integers(0, 56, (config.batch_size, 16, 16, 3))
+    yield {
+      'image': (patterns[labels] + noise).astype(np.uint8),
+      'label': labels.astype(np.int32),
+      'mask': np.ones(config.batch_size, bool),
+      'id': np.arange(config.batch_size, dtype=np.int32),
+    }
+
+
+def _run(config, *, num_steps, devices=None, change=lambda batch: batch):
+  mesh = mesh_lib.make_mesh(devices)
+  model = models.create_model(config)
+  optimizer = optimizer_lib.make_optimizer(config)
+  normalize = functools.partial(
+    input_pipeline.normalize, mean=config.dataset.mean, std=config.dataset.std
+  )
+  step = train.make_train_step(
+    model, optimizer, train.make_loss(config), normalize
+  )
+  state = state_lib.create(
+    config,
+    model,
+    optimizer,
+    num_classes=_NUM_CLASSES,
+    sharding=mesh_lib.replicated(mesh),
+  )
+  history = []
+  for batch in _batches(config, num_steps):
+    state, metrics = step(state, mesh_lib.shard_batch(change(batch), mesh))
+    history.append(jax.device_get(metrics))
+  embed = train.make_embed_fn(model, normalize, mesh)
+  return state, history, embed
+
+
+class TrainStepTest(parameterized.TestCase):
+
+  @parameterized.parameters(True, False)
+  def test_training_brings_examples_to_their_proxies(self, softmax):
+    config = _config(**{'loss.kwargs.positive_in_denominator': softmax})
+    state, history, embed = _run(config, num_steps=60)
+    self.assertLess(history[-1]['loss'], history[0]['loss'] - 1)
+    self.assertGreater(history[-1]['proxy_accuracy'], 0.9)
+    # Not only by the metric of the step: by the proxies themselves.
+    batch = next(_batches(config, 1))
+    nearest = proxies.nearest_proxies(
+      embed(state, batch), state.params['proxies']
+    )
+    self.assertGreater(np.mean(nearest == batch['label']), 0.9)
+
+  def test_every_group_is_trained(self):
+    config = _config()
+    before, _, _ = _run(config, num_steps=0)
+    after, _, _ = _run(config, num_steps=1)
+    for group in optimizer_lib.GROUPS:
+      changed = jax.tree.map(
+        lambda a, b: np.any(a != b), after.params[group], before.params[group]
+      )
+      self.assertTrue(all(jax.tree.leaves(changed)), group)
+    self.assertEqual(after.step, 1)
+
+  def test_one_device_equals_eight(self):
+    config = _config(**{'optimizer.name': 'sgd'})
+    one, one_history, embed = _run(
+      config, num_steps=5, devices=jax.devices()[:1]
+    )
+    eight, eight_history, embed_by_eight = _run(config, num_steps=5)
+    for a, b in zip(one_history, eight_history):
+      np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params)):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    for a, b in zip(
+      jax.tree.leaves(one.model_state), jax.tree.leaves(eight.model_state)
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    batch = next(_batches(config, 1))
+    np.testing.assert_allclose(
+      embed(one, batch), embed_by_eight(eight, batch), atol=1e-4
+    )
+
+  def test_the_loss_is_the_mean_over_the_rows_that_count(self):
+    def corrupt(batch):
+      batch['mask'][3] = False
+      return batch | {'label': np.where(batch['mask'], batch['label'], -1)}
+
+    _, history, _ = _run(_config(), num_steps=1, change=corrupt)
+    self.assertTrue(np.isfinite(history[0]['loss']))
+
+
+class ConfigTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+    ({'batch_size': 15}, 'divisible by the number of devices .8.'),
+    ({'evaluation.batch_size': 100}, 'divisible'),
+    ({'num_steps': 0}, 'config.num_steps .0.'),
+    ({'save_every': 0}, 'config.save_every'),
+    ({'evaluation.recall_at': (0, 1)}, 'recall_at'),
+  )
+  def test_impossible_numbers_are_refused(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      train.check_config(_config(**fields))
+
+  def test_unknown_loss_and_argument_list_the_choices(self):
+    with self.assertRaisesRegex(ValueError, 'choose one of .*proxy_nca'):
+      train.make_loss(_config(**{'loss.name': 'proxy_ncaa'}))
+    config = _config()
+    with config.unlocked():
+      config.loss.kwargs.temprature = 1.0
+    with self.assertRaisesRegex(ValueError, 'temprature.*temperature'):
+      train.make_loss(config)
+
+  def test_arguments_that_do_not_fit_are_refused_before_training(self):
+    with self.assertRaisesRegex(ValueError, 'label_smoothing'):
+      train.make_loss(_config(**{'loss.kwargs.label_smoothing': 0.1}))
+
+
+class SameRunTest(parameterized.TestCase):
+
+  def _check(self, saved, **fields):
+    train.check_same_run(_config(**fields), train._as_json(saved))
+
+  def test_the_same_configuration_passes(self):
+    self._check(_config())
+
+  @parameterized.parameters(
+    {'log_every': 1}, {'save_every': 3}, {'keep_checkpoints': 9},
+    {'dataset.root': '/elsewhere'}, {'dataset.data_dir': '/elsewhere'},
+    {'dataset.num_workers': 2},
+  )
+  def test_fields_beside_the_mathematics_may_differ(self, **fields):
+    self._check(_config(), **fields)
+
+  @parameterized.parameters(
+    {'seed': 1}, {'batch_size': 32}, {'loss.kwargs.temperature': 0.5},
+    {'optimizer.proxies.learning_rate': 2.0}, {'eval_every': 7},
+    {'dataset.split_seed': 1}, {'num_steps': 10},
+  )
+  def test_any_other_field_is_named(self, **fields):
+    (name,) = fields
+    with self.assertRaisesRegex(ValueError, name):
+      self._check(_config(), **fields)
+
+  def test_all_differing_fields_are_named_at_once(self):
+    with self.assertRaisesRegex(ValueError, 'batch_size.*seed'):
+      self._check(_config(), seed=1, batch_size=32)
+
+  def test_steps_may_be_added_unless_the_schedule_knows_their_number(self):
+    self._check(_config(), num_steps=2000)
+    cosine = {'optimizer.head.schedule': 'cosine'}
+    with self.assertRaisesRegex(ValueError, 'num_steps'):
+      self._check(_config(**cosine), num_steps=2000, **cosine)
+
+  def test_a_field_that_one_side_lacks_is_named(self):
+    saved = train._as_json(_config())
+    del saved['model']['width']
+    with self.assertRaisesRegex(ValueError, 'model.width was .absent'):
+      train.check_same_run(_config(), saved)
+
+
+if __name__ == '__main__':
+  absltest.main()
