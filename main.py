@@ -4,6 +4,7 @@ import errno
 import logging
 import re
 import sys
+import threading
 
 from absl import app
 from absl import flags
@@ -54,7 +55,7 @@ def _describe(error: Exception) -> str:
   is_full = 'No space left' in text or 'RESOURCE_EXHAUSTED' in text
   if is_full or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
     return (
-      f'The disk is full ({text[:200]}). Free some space and start the same '
+      f'The disk is full ({text[:300]}). Free some space and start the same '
       'command: the run goes on from its last checkpoint.'
     )
   return text
@@ -62,13 +63,23 @@ def _describe(error: Exception) -> str:
 
 def _log_to_stdout() -> None:
   # The libraries report their inner steps through absl.
-  absl_logging.set_verbosity(absl_logging.ERROR)
+  absl_logging.set_verbosity(absl_logging.FATAL)
   handler = logging.StreamHandler(sys.stdout)
   handler.setLevel(logging.INFO)
   handler.setFormatter(logging.Formatter('%(message)s'))
   _logger.addHandler(handler)
   _logger.setLevel(logging.DEBUG)
   _logger.propagate = False
+  # A full disk fails in the libraries' threads and in the log as well; the main
+  # thread is told, and says it in one line.
+  logging.raiseExceptions = False
+  threading.excepthook = _log_thread_error
+  sys.unraisablehook = lambda args: _logger.debug('%s', args.exc_value)
+
+
+def _log_thread_error(args: threading.ExceptHookArgs) -> None:
+  error = (args.exc_type, args.exc_value, args.exc_traceback)
+  _logger.debug('A thread failed', exc_info=error)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

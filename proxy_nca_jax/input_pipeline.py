@@ -27,8 +27,10 @@ def train_batches(
     *,
     first_step: int = 0,
     process: tuple[int, int] = (0, 1),
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator:
   """Yields this process's rows of the batches from `first_step` on, endlessly.
+
+  Close it in the end: it may hold worker processes.
 
   Args:
     split: the records, each seen once an epoch in an order of its own.

@@ -218,7 +218,8 @@ def _open_workdir(workdir: str) -> Iterator[None]:
   os.makedirs(workdir, exist_ok=True)
   cache = os.path.join(workdir, 'compilation_cache')
   jax.config.update('jax_compilation_cache_dir', cache)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   # The cache's folder is read once a process; this run may be its second.
   compilation_cache.reset_cache()
   with contextlib.ExitStack() as stack:
@@ -321,7 +322,8 @@ def train_and_evaluate(
       checkpoints = state_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
       stack.callback(checkpoints.close)
       baselines = _read_baselines(workdir)
-      if not baselines and mode == 'train':
+      is_new = not baselines and mode == 'train'
+      if is_new:
         _logger.info('Scoring raw pixels and the untrained network')
         baselines = {
           'untrained': score_state(state),
@@ -341,13 +343,14 @@ def train_and_evaluate(
         _logger.info('Resuming after step %d', done)
       writer = metric_writer.MetricWriter(workdir, first_step=done)
       stack.callback(writer.close)
-      if not done:
+      if is_new:
         writer.write_texts(0, {'config': f'```\n{config}\n```'})
         writer.write_scalars(0, _flatten(baselines))
       progress = _Progress(writer, config, first_step=done)
       batches = input_pipeline.train_batches(
         data.train, config, first_step=done, process=process
       )
+      stack.callback(batches.close)
       try:
         while done < config.num_steps:
           with signals.deferred():

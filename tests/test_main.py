@@ -159,10 +159,17 @@ class MainTest(parameterized.TestCase):
     workdir = self._workdir()
     code, _ = _signal_at(signal.SIGKILL, 'step 12/20', workdir, self.data_dir)
     self.assertEqual(code, -signal.SIGKILL)
+    cache = pathlib.Path(workdir, 'compilation_cache')
+    compiled = {path.name for path in cache.glob('*-cache')}
     code, output = _run(workdir, self.data_dir)
     self.assertEqual(code, 0, output)
     self.assertRegex(output, r'Resuming after step \d+')
     self._assert_equals_straight(workdir)
+    # The second start took what the first had compiled.
+    added = {path.name for path in cache.glob('*-cache')} - compiled
+    for name in ('train_step', 'forward', 'kmeans', '_block_ranks', 'init'):
+      self.assertTrue([x for x in compiled if f'jit_{name}' in x], name)
+      self.assertFalse([x for x in added if f'jit_{name}' in x], name)
 
   def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(self):
     workdir = self._workdir()

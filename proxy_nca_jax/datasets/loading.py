@@ -6,6 +6,8 @@ import hashlib
 import inspect
 import logging
 import os
+import pathlib
+import shutil
 
 import ml_collections
 import numpy as np
@@ -99,9 +101,7 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
   os.makedirs(os.path.join(data_dir, config.name), exist_ok=True)
   # Two runs that need the same data set prepare it once.
   with locks.hold(os.path.join(data_dir, config.name, 'lock')):
-    if not os.path.exists(builder.data_path):
-      _logger.info('Preparing %s in %s', config.name, builder.data_path)
-    builder.download_and_prepare(file_format='array_record')
+    _prepare(builder)
   metadata = builder.info.metadata
   skipped = [*skipped, *metadata.get('skipped', ())]
   labels = np.asarray(metadata['labels'], np.int32)
@@ -134,6 +134,25 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
     num_shared_classes=len(train_names & test_names),
     digest=_digest(class_names, labels, train_classes, test_classes),
   )
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+  """Writes the records, unless they are there; half-written ones are removed.
+
+  Raises:
+    ValueError: if they cannot be written.
+  """
+  if os.path.exists(builder.data_path):
+    return
+  _logger.info('Preparing %s in %s', builder.name, builder.data_path)
+  for left in pathlib.Path(builder.data_path).parent.glob('incomplete.*'):
+    shutil.rmtree(left)
+  try:
+    builder.download_and_prepare(file_format='array_record')
+  except RuntimeError as error:  # Of TFDS and of ArrayRecord's writer.
+    raise ValueError(
+      f'{builder.name} could not be prepared in {builder.data_path}: {error}'
+    ) from error
 
 
 def split_classes(
