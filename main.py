@@ -6,15 +6,13 @@ import re
 import sys
 import threading
 
-from absl import app
-from absl import flags
-from absl import logging as absl_logging
 import jax
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from configs import default
-from proxy_nca_jax import interruption
-from proxy_nca_jax import train
+from proxy_nca_jax import interruption, train
 
 _logger = logging.getLogger('proxy_nca_jax')
 

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.split_seed = 0  # Not `seed`: seeds compare on one split.
   config.dataset.num_workers = 0  # Reading processes; 0 is threads.
 
-  # Pictures are decoded, cropped and flipped as uint8, normalised on the device.
+  # Cropped and flipped as uint8 on the host, normalised on the device.
   config.dataset.image_size = 32  # Side of the crop that the network sees.
   config.dataset.padding = 0  # Black pixels on each side before the crop.
   config.dataset.flip = True  # Mirror half of the training images.

@@ -4,6 +4,7 @@ python main.py --config=configs/glyphs.py --workdir=/tmp/run
 """
 
 import ml_collections
+
 from configs import default
 
 

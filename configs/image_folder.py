@@ -5,6 +5,7 @@ python main.py --config=configs/image_folder.py --config.dataset.root=DIR \
 """
 
 import ml_collections
+
 from configs import default
 
 

@@ -7,8 +7,8 @@ the seed and the position in training: a step is all that a resumed run needs to
 know. Each process reads its own rows of every global batch.
 """
 
-from collections.abc import Iterator
 import functools
+from collections.abc import Iterator
 
 import grain
 import jax
@@ -152,7 +152,7 @@ def check_image_size(split: Split, config: ml_collections.ConfigDict) -> None:
 def normalize(
     images_: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
-  """Maps uint8 [..., 3] of 0..255 to float32 (x - mean) / std, on the device."""
+  """Maps uint8 [..., 3] to float32 (x - mean) / std, on the device."""
   mean, std = jnp.asarray(mean), jnp.asarray(std)
   shape = (1,) * (images_.ndim - 1) + (3,)
   return (images_ - mean.reshape(shape)) / std.reshape(shape)

@@ -1,9 +1,9 @@
 """SIGTERM and Ctrl-C as an exception that waits for a safe place."""
 
-from collections.abc import Iterator
 import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 
 class Stopped(KeyboardInterrupt):

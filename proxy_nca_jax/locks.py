@@ -1,9 +1,9 @@
 """Locks on files that the operating system drops with their process."""
 
-from collections.abc import Iterator
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Scalars of a run: to metrics.jsonl and TensorBoard."""
 
-from collections.abc import Mapping
 import json
 import os
+from collections.abc import Mapping
 
 import tensorboardX
 
@@ -24,7 +24,7 @@ class MetricWriter:
   """Writes rows of scalars; the names of the methods are clu's.
 
   A resumed run repeats the steps after its checkpoint, so their rows are
-  removed: the file of a resumed run has the same rows as that of a straight one.
+  removed: its file has the same rows as that of a straight run.
   """
 
   def __init__(self, workdir: str, *, first_step: int):

@@ -6,8 +6,8 @@ least as near, which takes one comparison a negative; memory is one block of
 similarities.
 """
 
-from collections.abc import Iterator
 import functools
+from collections.abc import Iterator
 
 import chex
 import jax
@@ -82,4 +82,8 @@ def _block_ranks(gallery, starts, ends, first, block_size, max_positives):
 
   before = jax.lax.map(negatives_before, positives.T).T
   ranks = before + 1 + jnp.arange(max_positives, dtype=jnp.int32)[None, :]
-  return jnp.where(jnp.arange(max_positives) < exists.sum(1)[:, None], ranks, 0)
+  # The columns that exist come first in `exists`, as they do after the sort.
+  num_positives = jnp.sum(exists, axis=1, keepdims=True)
+  return jnp.where(
+    jnp.arange(max_positives)[None, :] < num_positives, ranks, 0
+  )

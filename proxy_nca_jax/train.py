@@ -1,6 +1,5 @@
 """Training: the step, and the run around it."""
 
-from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import importlib.metadata
@@ -9,26 +8,29 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping
 
-from clu import parameter_overview
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from clu import parameter_overview
+from jax.experimental.compilation_cache import compilation_cache
 
-from proxy_nca_jax import datasets
-from proxy_nca_jax import evaluate
-from proxy_nca_jax import input_pipeline
-from proxy_nca_jax import interruption
-from proxy_nca_jax import locks
-from proxy_nca_jax import losses
+from proxy_nca_jax import (
+  datasets,
+  evaluate,
+  input_pipeline,
+  interruption,
+  locks,
+  losses,
+  metric_writer,
+  models,
+  proxies,
+)
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax import metric_writer
-from proxy_nca_jax import models
 from proxy_nca_jax import optimizer as optimizer_lib
-from proxy_nca_jax import proxies
 from proxy_nca_jax import state as state_lib
 
 # Fields that do not change the mathematics: a resumed run may change them.
@@ -318,6 +320,10 @@ def train_and_evaluate(
       embeddings = evaluate.embed(functools.partial(embed_fn, state), batches)
       return score(embeddings, data.test.labels)
 
+    def should_evaluate(step):
+      every = config.eval_every
+      return every and step % every == 0 and step < config.num_steps
+
     with contextlib.ExitStack() as stack:
       checkpoints = state_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
       stack.callback(checkpoints.close)
@@ -368,7 +374,7 @@ def train_and_evaluate(
               # A state is saved only if all losses before it are finite.
               progress.check()
               checkpoints.save(done, state)
-          if not is_last and config.eval_every and done % config.eval_every == 0:
+          if should_evaluate(done):
             scores = score_state(state)
             writer.write_scalars(done, _flatten({'test': scores}))
             _logger.info(

@@ -3,16 +3,14 @@
 import importlib
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
+from absl.testing import absltest, parameterized
 
 from configs import default
-from proxy_nca_jax import models
+from proxy_nca_jax import models, train
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
-from proxy_nca_jax import train
 
 _CONFIGS = [
   path.stem

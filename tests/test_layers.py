@@ -3,8 +3,7 @@
 import ast
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PACKAGE = _ROOT / 'proxy_nca_jax'

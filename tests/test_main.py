@@ -9,12 +9,10 @@ import subprocess
 import sys
 import tempfile
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import numpy as np
+from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import locks
-from proxy_nca_jax import metric_writer
+from proxy_nca_jax import locks, metric_writer
 from proxy_nca_jax import state as state_lib
 
 _ROOT = pathlib.Path(__file__).parent.parent

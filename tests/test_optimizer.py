@@ -1,8 +1,7 @@
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl.testing import absltest, parameterized
 
 from configs import default
 from proxy_nca_jax import optimizer as optimizer_lib

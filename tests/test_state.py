@@ -1,9 +1,9 @@
 import os
 
-from absl.testing import absltest
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import absltest
 
 from configs import default
 from proxy_nca_jax import mesh as mesh_lib

@@ -1,18 +1,14 @@
 import functools
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import numpy as np
+from absl.testing import absltest, parameterized
 
 from configs import default
-from proxy_nca_jax import input_pipeline
+from proxy_nca_jax import input_pipeline, models, proxies, train
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax import models
 from proxy_nca_jax import optimizer as optimizer_lib
-from proxy_nca_jax import proxies
 from proxy_nca_jax import state as state_lib
-from proxy_nca_jax import train
 
 _NUM_CLASSES = 6
 

@@ -5,19 +5,19 @@ that an embedding can be trained and measured with no download.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import unicodedata
+from collections.abc import Iterator, Sequence
 
-from fontTools import ttLib
 import matplotlib
 import numpy as np
-from PIL import Image, ImageFont, features
 import tensorflow_datasets as tfds
+from fontTools import ttLib
+from PIL import Image, ImageFont, features
 
 from proxy_nca_jax.datasets import images
 
@@ -255,7 +255,8 @@ def make_builder(
       f'files ending in {", ".join(_SUFFIXES)}.'
     )
   # What the drawings depend on: the fonts, the rule and the rasteriser.
-  rule = [min_styles, features.version('freetype2'), unicodedata.unidata_version]
+  freetype = features.version('freetype2')
+  rule = [min_styles, freetype, unicodedata.unidata_version]
   contents.update(json.dumps(rule).encode())
   config = GlyphsConfig(
     name=contents.hexdigest()[:16], faces=faces, min_styles=min_styles

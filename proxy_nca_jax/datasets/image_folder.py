@@ -1,15 +1,15 @@
 """A user's own pictures: sub-folders are classes."""
 
-from collections.abc import Iterator, Sequence
-from concurrent import futures
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
+from concurrent import futures
 
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from proxy_nca_jax.datasets import images
 

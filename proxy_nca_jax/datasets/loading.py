@@ -1,6 +1,5 @@
 """Prepares a data set once and splits it by class."""
 
-from collections.abc import Sequence
 import dataclasses
 import hashlib
 import inspect
@@ -8,6 +7,7 @@ import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np

@@ -65,8 +65,9 @@ def proxy_nca_loss(
     float32 [batch], the loss of each example.
 
   Raises:
-    ValueError: if a label is out of range, if smoothing is asked of the paper's
-      form, or if there is no other proxy to compare with.
+    ValueError: if a label is out of range, the temperature not positive,
+      smoothing asked of the paper's form, or no other proxy there to compare
+      with.
   """
   chex.assert_rank([embeddings, proxies, labels], [2, 2, 1])
   chex.assert_equal_shape_prefix([embeddings, labels], 1)
@@ -77,6 +78,8 @@ def proxy_nca_loss(
     where = jnp.ones(labels.shape, bool)
   chex.assert_equal_shape([labels, where])
   check_labels(labels, num_proxies, where=where)
+  if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    raise ValueError(f'temperature ({temperature}) must be positive.')
   if not 0 <= label_smoothing < 1:
     raise ValueError(
       f'label_smoothing ({label_smoothing}) must be in [0, 1).'
@@ -97,7 +100,7 @@ def proxy_nca_loss(
   embeddings = jnp.where(where[:, None], embeddings, 0)
   logits = negative_distances(embeddings, proxies, normalize=normalize)
   logits = logits / temperature
-  is_positive = labels[:, None] == jnp.arange(num_proxies)
+  is_positive = labels[:, None] == jnp.arange(num_proxies)[None, :]
   positive = jnp.sum(logits, axis=1, where=is_positive)
   in_sum = True if positive_in_denominator else ~is_positive
   loss = jax.nn.logsumexp(logits, axis=1, where=in_sum) - positive

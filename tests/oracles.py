@@ -1,0 +1,94 @@
+"""Slow NumPy definitions, in float64 and loops, to compare with."""
+
+import numpy as np
+
+
+def proxy_nca_loss(
+    embeddings, proxies, labels, *, temperature=1 / 9,
+    positive_in_denominator=False, normalize=True, label_smoothing=0.0,
+):
+  """The loss from squared distances, example by example."""
+  embeddings = np.asarray(embeddings, np.float64)
+  proxies = np.asarray(proxies, np.float64)
+  if normalize:
+    embeddings = embeddings / np.linalg.norm(embeddings, axis=1)[:, None]
+    proxies = proxies / np.linalg.norm(proxies, axis=1)[:, None]
+  losses = []
+  for x, label in zip(embeddings, labels):
+    scores = [-np.sum((x - p) ** 2) / temperature for p in proxies]
+    others = [s for i, s in enumerate(scores) if i != label]
+    total = scores if positive_in_denominator else others
+    # The largest score is taken out of the sum of exponentials.
+    top = max(total)
+    log_sum = top + np.log(sum(np.exp(s - top) for s in total))
+    target = [
+      1 - label_smoothing if i == label
+      else label_smoothing / max(len(proxies) - 1, 1)
+      for i in range(len(proxies))
+    ]
+    losses.append(sum(t * (log_sum - s) for t, s in zip(target, scores)))
+  return np.array(losses)
+
+
+def gradient(function, x, step=1e-5):
+  """Central differences of a scalar function of a float64 array."""
+  x = np.array(x, np.float64)
+  result = np.zeros_like(x)
+  for index in np.ndindex(x.shape):
+    ahead, behind = x.copy(), x.copy()
+    ahead[index] += step
+    behind[index] -= step
+    result[index] = (function(ahead) - function(behind)) / (2 * step)
+  return result
+
+
+def ranking(similarities, labels, query):
+  """True where the items before, nearest first, are positives of the query.
+
+  Among equally near items negatives come first: ties count against the query.
+  """
+  others = [i for i in range(len(labels)) if i != query]
+  others.sort(
+    key=lambda i: (-similarities[query, i], labels[i] == labels[query])
+  )
+  return [labels[i] == labels[query] for i in others]
+
+
+def retrieval_scores(similarities, labels, recall_at):
+  """The means over queries that have a positive, by walking each ranking."""
+  scores = {f'recall@{k}': [] for k in recall_at}
+  scores |= {'map@r': [], 'r_precision': []}
+  for query in range(len(labels)):
+    hits = ranking(similarities, labels, query)
+    num_positives = sum(hits)
+    if not num_positives:
+      continue
+    for k in recall_at:
+      scores[f'recall@{k}'].append(float(any(hits[:k])))
+    top = hits[:num_positives]
+    precisions = [sum(top[: i + 1]) / (i + 1) for i in range(len(top))]
+    scores['map@r'].append(
+      sum(p for p, hit in zip(precisions, top) if hit) / num_positives
+    )
+    scores['r_precision'].append(sum(top) / num_positives)
+  return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def normalized_mutual_information(labels, clusters):
+  """2 I / (H + H) from the probabilities of each pair of values."""
+  labels, clusters = list(labels), list(clusters)
+  n = len(labels)
+
+  def entropy(values):
+    shares = [values.count(v) / n for v in set(values)]
+    return -sum(p * np.log(p) for p in shares)
+
+  information = 0.0
+  for a in set(labels):
+    for b in set(clusters):
+      both = sum(x == a and y == b for x, y in zip(labels, clusters)) / n
+      if both:
+        expected = labels.count(a) / n * clusters.count(b) / n
+        information += both * np.log(both / expected)
+  total = entropy(labels) + entropy(clusters)
+  return 2 * information / total if total else 1.0
