@@ -41,7 +41,8 @@ def train_batches(
   index, count = process
   read = functools.partial(_read_train, split, config.dataset)
   records = grain.MapDataset.range(len(split)).seed(config.seed)
-  records = records.shuffle().repeat().random_map(read)
+  # As good as endless, and no index of a slice of it overflows.
+  records = records.shuffle().repeat(2**40 // len(split)).random_map(read)
   batches = records.batch(config.batch_size // count)
   # Batch s of process p is the piece s * count + p of the record stream.
   batches = batches[first_step * count + index :: count]

@@ -131,6 +131,11 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
         }
         labels.append(len(class_names))
       class_names.append(''.join(map(chr, characters)))
+    if not labels:
+      raise ValueError(
+        f'No character has {self.builder_config.min_styles} different drawings '
+        f'in the {len(faces)} fonts: lower config.dataset.min_styles.'
+      )
     self.info.metadata.update(labels=labels, class_names=class_names)
 
 

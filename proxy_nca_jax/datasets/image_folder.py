@@ -82,6 +82,11 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder):
           skipped.append([class_name + os.sep, 'no readable picture'])
         if number + 1 == config.num_train_classes:
           num_train_classes = len(class_names)
+    if not labels:
+      raise ValueError(
+        f'No file in {config.root!r} (config.dataset.root) is a readable '
+        f'picture, such as {skipped[0][0]!r}: {skipped[0][1]}.'
+      )
     self.info.metadata.update(
       labels=labels,
       class_names=class_names,

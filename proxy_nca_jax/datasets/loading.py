@@ -105,11 +105,6 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
   metadata = builder.info.metadata
   skipped = [*skipped, *metadata.get('skipped', ())]
   labels = np.asarray(metadata['labels'], np.int32)
-  if not labels.size:
-    raise ValueError(
-      f'The data set {config.name!r} has no readable class: '
-      f'{len(skipped)} files were left out, such as {skipped[:1]}.'
-    )
   class_names = metadata['class_names']
   train_classes, test_classes = split_classes(
     len(class_names),

@@ -1,0 +1,222 @@
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from PIL import Image
+
+from configs import default
+from proxy_nca_jax import datasets, input_pipeline
+from proxy_nca_jax.datasets import images
+
+_NUM_RECORDS = 13
+
+
+def _source(size=12):
+  """Records whose first pixel tells their index."""
+  rng = np.random.default_rng(0)
+  records = []
+  for index in range(_NUM_RECORDS):
+    pixels = rng.integers(1, 256, (size, size, 3), dtype=np.uint8)
+    pixels[0, 0] = index
+    encoded = images.encode_png(Image.fromarray(pixels))
+    records.append({'image': encoded, 'name': b'x'})
+  return records
+
+
+def _split(**kwargs):
+  return datasets.Split(
+    source=_source(**kwargs),
+    rows=np.arange(_NUM_RECORDS),
+    labels=np.arange(_NUM_RECORDS, dtype=np.int32) // 2,
+    class_names=tuple('abcdefg'),
+  )
+
+
+def _config(**fields):
+  config = default.get_config()
+  config.batch_size = 4
+  config.dataset.image_size = 8
+  config.dataset.update(fields)
+  return config
+
+
+def _take(number, config=None, **kwargs):
+  batches = input_pipeline.train_batches(
+    _split(), config or _config(), **kwargs
+  )
+  result = [next(batches) for _ in range(number)]
+  batches.close()
+  return result
+
+
+def _assert_equal(actual, expected):
+  for name in expected:
+    np.testing.assert_array_equal(actual[name], expected[name], name)
+
+
+class TrainBatchesTest(parameterized.TestCase):
+
+  def test_batches_keep_the_contract(self):
+    (batch,) = _take(1)
+    shapes = {name: (x.shape, x.dtype.name) for name, x in batch.items()}
+    self.assertEqual(
+      shapes,
+      {
+        'image': ((4, 8, 8, 3), 'uint8'),
+        'label': ((4,), 'int32'),
+        'mask': ((4,), 'bool'),
+        'id': ((4,), 'int32'),
+      },
+    )
+    self.assertTrue(batch['mask'].all())
+    np.testing.assert_array_equal(batch['label'], batch['id'] // 2)
+
+  def test_a_run_that_starts_later_sees_the_same_batches(self):
+    straight = _take(9)
+    for actual, expected in zip(_take(4, first_step=5), straight[5:]):
+      _assert_equal(actual, expected)
+
+  def test_the_seed_decides(self):
+    config = _config()
+    config.seed = 1
+    first = np.concatenate([batch['id'] for batch in _take(3)])
+    other = np.concatenate([batch['id'] for batch in _take(3, config)])
+    self.assertTrue(np.any(first != other))
+
+  def test_an_epoch_sees_every_record_once_in_an_order_of_its_own(self):
+    ids = np.concatenate([batch['id'] for batch in _take(_NUM_RECORDS)])
+    epochs = ids.reshape(4, _NUM_RECORDS)
+    for epoch in epochs:
+      np.testing.assert_array_equal(np.sort(epoch), np.arange(_NUM_RECORDS))
+    self.assertTrue(np.any(epochs[0] != epochs[1]))
+
+  @parameterized.parameters(2, 4)
+  def test_processes_share_each_global_batch(self, count):
+    whole = _take(3, first_step=2)
+    parts = [
+      _take(3, first_step=2, process=(index, count)) for index in range(count)
+    ]
+    for step, expected in enumerate(whole):
+      rows = [part[step] for part in parts]
+      actual = {
+        name: np.concatenate([part[name] for part in rows]) for name in rows[0]
+      }
+      _assert_equal(actual, expected)
+
+  def test_reading_processes_change_nothing(self):
+    config = _config(num_workers=1)
+    for actual, expected in zip(_take(3, config), _take(3)):
+      _assert_equal(actual, expected)
+
+  def test_a_record_is_augmented_anew_in_each_epoch(self):
+    crops = {}
+    for batch in _take(_NUM_RECORDS):
+      for index, image in zip(batch['id'], batch['image']):
+        crops.setdefault(int(index), []).append(image.tobytes())
+    self.assertTrue(any(len(set(seen)) > 1 for seen in crops.values()))
+
+  def test_flipping_mirrors_about_half(self):
+    config = _config(image_size=12, flip=True)
+    split = _split()
+    whole = [np.asarray(images.decode(r['image'])) for r in split.source]
+    flipped = []
+    for batch in _take(30, config):
+      for index, image in zip(batch['id'], batch['image']):
+        plain = np.array_equal(image, whole[index])
+        self.assertTrue(plain or np.array_equal(image[:, ::-1], whole[index]))
+        flipped.append(not plain)
+    self.assertBetween(np.mean(flipped), 0.3, 0.7)
+    config.dataset.flip = False
+    for batch in _take(9, config):
+      for index, image in zip(batch['id'], batch['image']):
+        np.testing.assert_array_equal(image, whole[index])
+
+
+class CropTest(absltest.TestCase):
+
+  def test_random_crops_reach_every_place_and_the_padding_is_black(self):
+    image = np.arange(1, 10, dtype=np.uint8).reshape(3, 3, 1).repeat(3, 2)
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+    places = {
+      padded[top : top + 3, left : left + 3].tobytes()
+      for top in range(3)
+      for left in range(3)
+    }
+    rng = np.random.default_rng(0)
+    seen = {
+      input_pipeline.random_crop(image, 3, 1, rng).tobytes()
+      for _ in range(300)
+    }
+    self.assertEqual(seen, places)
+
+  def test_the_central_crop_is_central(self):
+    image = np.arange(36).reshape(6, 6, 1)
+    np.testing.assert_array_equal(
+      input_pipeline.center_crop(image, 2)[..., 0], [[14, 15], [20, 21]]
+    )
+
+  def test_a_crop_beyond_the_picture_is_an_error(self):
+    for size in (0, 13):
+      with self.assertRaisesRegex(ValueError, rf'image_size \({size}\).*12'):
+        input_pipeline.check_image_size(
+          _split(), _config(image_size=size).dataset
+        )
+    with self.assertRaisesRegex(ValueError, 'padding'):
+      input_pipeline.check_image_size(_split(), _config(padding=-1).dataset)
+
+
+class EvaluationBatchesTest(parameterized.TestCase):
+
+  @parameterized.parameters(1, 2)
+  def test_every_record_comes_once_in_order_and_the_rest_is_masked(self, count):
+    parts = [
+      list(
+        input_pipeline.evaluation_batches(
+          _split(), image_size=12, batch_size=4, process=(index, count)
+        )
+      )
+      for index in range(count)
+    ]
+    self.assertLen(parts[0], 4)
+    for batches in zip(*parts):
+      self.assertEqual(sum(len(batch['id']) for batch in batches), 4)
+    rows = [batch for batches in zip(*parts) for batch in batches]
+    mask = np.concatenate([batch['mask'] for batch in rows])
+    ids = np.concatenate([batch['id'] for batch in rows])
+    corners = np.concatenate([batch['image'][:, 0, 0, 0] for batch in rows])
+    np.testing.assert_array_equal(ids[mask], np.arange(_NUM_RECORDS))
+    np.testing.assert_array_equal(corners[mask], np.arange(_NUM_RECORDS))
+    self.assertEqual(mask.sum(), _NUM_RECORDS)
+
+
+class PixelsTest(absltest.TestCase):
+
+  def test_normalize_by_hand(self):
+    actual = input_pipeline.normalize(
+      jnp.array([[[[0, 100, 255]]]], jnp.uint8),
+      mean=(0.0, 50.0, 127.5),
+      std=(1.0, 25.0, 127.5),
+    )
+    np.testing.assert_allclose(actual, [[[[0, 2, 1]]]])
+    self.assertEqual(actual.dtype, jnp.float32)
+
+  def test_raw_pixels_have_unit_norm_and_black_stays_zero(self):
+    split = _split()
+    black = images.encode_png(Image.new('RGB', (40, 40)))
+    split.source[3] = {'image': black, 'name': b'black'}
+    pixels = input_pipeline.raw_pixels(split)
+    self.assertEqual(pixels.shape, (_NUM_RECORDS, 32 * 32 * 3))
+    norms = np.linalg.norm(pixels, axis=1)
+    np.testing.assert_allclose(np.delete(norms, 3), 1, rtol=1e-5)
+    np.testing.assert_array_equal(pixels[3], 0)
+
+  def test_raw_pixels_of_the_right_size_are_the_pixels(self):
+    split = _split(size=32)
+    expected = np.asarray(images.decode(split[5]['image']), np.float64).ravel()
+    expected /= np.linalg.norm(expected)
+    np.testing.assert_allclose(
+      input_pipeline.raw_pixels(split)[5], expected, rtol=1e-5
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
