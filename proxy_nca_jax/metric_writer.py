@@ -1,10 +1,16 @@
-"""Scalars of a run: to metrics.jsonl and TensorBoard."""
+"""Metrics of a run: to metrics.jsonl, TensorBoard and the log."""
 
 import json
+import logging
 import os
+import time
 from collections.abc import Mapping
 
+import jax
+import numpy as np
 import tensorboardX
+
+_logger = logging.getLogger(__name__)
 
 
 def read_metrics(workdir: str) -> list[dict]:
@@ -53,11 +59,81 @@ class MetricWriter:
     self._board.close()
 
 
-def write_json(path: str, content: Mapping) -> None:
-  """Writes a file as a whole or not at all."""
-  with open(path + '.tmp', 'w') as file:
-    json.dump(content, file, indent=2)
-    file.write('\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(path + '.tmp', path)
+class Progress:
+  """Holds the metrics of steps until they are needed, then fetches them.
+
+  The host does not wait for a step before it starts the next.
+  """
+
+  def __init__(self, writer: MetricWriter, *, num_steps: int, batch_size: int):
+    self._writer = writer
+    self._num_steps, self._batch_size = num_steps, batch_size
+    self._pending, self._last, self._step = [], None, 0
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Leaves the time until the next step out of the rate."""
+    self._clock, self._clock_step = None, None
+
+  def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Takes a step's 'loss', 'gradient_norm' and 'proxy_accuracy'."""
+    self._step = step
+    self._pending.append((step, metrics))
+    if self._clock is None:
+      # The first step compiles: the rate is of those after it.
+      jax.block_until_ready(metrics)
+      self._clock, self._clock_step = time.monotonic(), step
+    if len(self._pending) >= 1000:
+      self.check()
+
+  def check(self) -> None:
+    """Raises ValueError if a loss or gradient was not finite."""
+    fetched = jax.device_get(self._pending)
+    self._pending = []
+    bad = [
+      step
+      for step, metrics in fetched
+      if not np.isfinite(metrics['loss'])
+      or not np.isfinite(metrics['gradient_norm'])
+    ]
+    if bad:
+      steps = ', '.join(map(str, bad[:5])) + (', ...' if len(bad) > 5 else '')
+      raise ValueError(
+        f'The loss or its gradient is not finite at step {steps}. The '
+        'checkpoints before it are kept. Lower the learning rates, or set '
+        'config.optimizer.clip_norm.'
+      )
+    if fetched:
+      self._last = fetched[-1][1]
+
+  def report(self) -> None:
+    """Writes the newest step's metrics and the rate since the last report."""
+    self.check()
+    seconds = max(time.monotonic() - self._clock, 1e-9)
+    steps = self._step - self._clock_step
+    rate = steps / seconds
+    scalars = {name: float(value) for name, value in self._last.items()}
+    left = self._num_steps - self._step
+    rates = {'images_per_second': rate * self._batch_size}
+    self._writer.write_scalars(self._step, scalars | (rates if steps else {}))
+    timing = ''
+    if steps:
+      timing = (
+        f'  {rates["images_per_second"]:.0f} images/s  '
+        f'{_format_seconds(left / rate)} left'
+      )
+    _logger.info(
+      'step %d/%d  loss %.4f  nearest proxy right %.0f%%%s',
+      self._step,
+      self._num_steps,
+      scalars['loss'],
+      100 * scalars['proxy_accuracy'],
+      timing,
+    )
+    self._clock, self._clock_step = time.monotonic(), self._step
+
+
+def _format_seconds(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'

@@ -4,11 +4,10 @@ import contextlib
 import functools
 import importlib.metadata
 import inspect
-import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,12 @@ import ml_collections
 import numpy as np
 import optax
 from clu import parameter_overview
-from jax.experimental.compilation_cache import compilation_cache
 
 from proxy_nca_jax import (
   datasets,
   evaluate,
   input_pipeline,
   interruption,
-  locks,
   losses,
   metric_writer,
   models,
@@ -32,17 +29,7 @@ from proxy_nca_jax import (
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
-
-# Fields that do not change the mathematics: a resumed run may change them.
-_FREE_FIELDS = (
-  'dataset.data_dir',
-  'dataset.fonts_dir',
-  'dataset.num_workers',
-  'dataset.root',
-  'keep_checkpoints',
-  'log_every',
-  'save_every',
-)
+from proxy_nca_jax import workdir as workdir_lib
 
 _logger = logging.getLogger(__name__)
 
@@ -171,77 +158,17 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def check_same_run(
-    config: ml_collections.ConfigDict, saved: Mapping
-) -> None:
-  """Raises ValueError if a config would change the mathematics of a saved run.
+class _Run(NamedTuple):
+  """What `_fit` needs beside the configuration."""
 
-  Args:
-    config: of the new start.
-    saved: the config that the run began with, as nested dicts of JSON.
-  """
-  new, old = _flatten(_as_json(config)), _flatten(saved)
-  different = [
-    f'{field} was {old.get(field, "absent")!r} and is '
-    f'{new.get(field, "absent")!r}'
-    for field in sorted(new.keys() | old.keys())
-    if field not in _FREE_FIELDS
-    and new.get(field, _logger) != old.get(field, _logger)
-    and not (
-      field == 'num_steps'
-      and new[field] > old[field]
-      and not optimizer_lib.depends_on_num_steps(config)
-    )
-  ]
-  if different:
-    raise ValueError(
-      'This workdir holds a run with another configuration: '
-      f'{"; ".join(different)}. Set these back, or use another workdir.'
-    )
-
-
-def _as_json(config) -> dict:
-  return json.loads(config.to_json_best_effort())
-
-
-def _flatten(tree: Mapping, prefix: str = '') -> dict:
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= _flatten(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-@contextlib.contextmanager
-def _open_workdir(workdir: str) -> Iterator[None]:
-  """Locks a workdir, and logs and caches compilations in it."""
-  os.makedirs(workdir, exist_ok=True)
-  cache = os.path.join(workdir, 'compilation_cache')
-  jax.config.update('jax_compilation_cache_dir', cache)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-  # The cache's folder is read once a process; this run may be its second.
-  compilation_cache.reset_cache()
-  with contextlib.ExitStack() as stack:
-    if jax.process_index() == 0:
-      try:
-        stack.enter_context(
-          locks.hold(os.path.join(workdir, 'lock'), wait=False)
-        )
-      except BlockingIOError:
-        raise ValueError(
-          f'Another run is at work in {workdir!r}: wait for it, or use another '
-          'workdir.'
-        ) from None
-    handler = logging.FileHandler(os.path.join(workdir, 'log.txt'))
-    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
-    package = logging.getLogger('proxy_nca_jax')
-    package.addHandler(handler)
-    stack.callback(handler.close)
-    stack.callback(package.removeHandler, handler)
-    yield
+  signals: interruption.StopSignals
+  checkpoints: state_lib.Checkpoints
+  writer: metric_writer.MetricWriter
+  batches: Iterator[dict[str, np.ndarray]]
+  train_step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
+  score_state: Callable[[state_lib.TrainState], dict[str, float]]
+  mesh: jax.sharding.Mesh
+  num_classes: int
 
 
 def train_and_evaluate(
@@ -267,13 +194,19 @@ def train_and_evaluate(
   loss_fn = make_loss(config)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
-  with interruption.StopSignals() as signals, _open_workdir(workdir):
-    run = _read_json(os.path.join(workdir, 'run.json'))
-    if run:
-      check_same_run(config, run['config'])
+  with contextlib.ExitStack() as stack:
+    signals = stack.enter_context(interruption.StopSignals())
+    stack.enter_context(workdir_lib.hold(workdir))
+    saved = workdir_lib.read_json(os.path.join(workdir, 'run.json'))
+    if saved:
+      workdir_lib.check_same_run(
+        config,
+        saved['config'],
+        may_add_steps=not optimizer_lib.depends_on_num_steps(config),
+      )
     elif mode == 'eval':
       raise ValueError(f'{workdir!r} holds no run: train one first.')
-    results = _read_json(os.path.join(workdir, 'results.json'))
+    results = workdir_lib.read_json(os.path.join(workdir, 'results.json'))
     if mode == 'train' and results and results['step'] >= config.num_steps:
       _logger.info('This run is finished, at step %d.', results['step'])
       _log_table(results)
@@ -282,14 +215,17 @@ def train_and_evaluate(
     data = datasets.load(config)
     _describe(data)
     input_pipeline.check_image_size(data.train, config.dataset)
-    if run and run['dataset_digest'] != data.digest:
+    if saved and saved['dataset_digest'] != data.digest:
       raise ValueError(
         'The data set has changed since this run began (other classes, '
         'records or split). Restore it, or use another workdir.'
       )
-    metric_writer.write_json(
+    workdir_lib.write_json(
       os.path.join(workdir, 'run.json'),
-      {'config': _as_json(config), 'dataset_digest': data.digest},
+      {
+        'config': workdir_lib.as_json(config),
+        'dataset_digest': data.digest,
+      },
     )
     mesh = mesh_lib.make_mesh()
     process = (jax.process_index(), jax.process_count())
@@ -298,8 +234,9 @@ def train_and_evaluate(
       mean=config.dataset.mean,
       std=config.dataset.std,
     )
-    train_step = make_train_step(model, optimizer, loss_fn, normalize)
-    embed_fn = make_embed_fn(model, normalize, mesh)
+    score_state = functools.partial(
+      _score_state, make_embed_fn(model, normalize, mesh), data, config, process
+    )
     state = state_lib.create(
       config,
       model,
@@ -308,183 +245,136 @@ def train_and_evaluate(
       sharding=mesh_lib.replicated(mesh),
     )
     _logger.debug(parameter_overview.get_parameter_overview(state.params))
-    score = functools.partial(_score, config=config)
+    checkpoints = state_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
+    stack.callback(checkpoints.close)
+    if mode == 'eval':
+      state = checkpoints.restore(state)
+      if state is None:
+        raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
+      results = {'trained': score_state(state), 'step': int(state.step)}
+      _log_table(results)
+      return results
 
-    def score_state(state):
-      batches = input_pipeline.evaluation_batches(
-        data.test,
-        image_size=config.dataset.image_size,
-        batch_size=config.evaluation.batch_size,
-        process=process,
-      )
-      embeddings = evaluate.embed(functools.partial(embed_fn, state), batches)
-      return score(embeddings, data.test.labels)
-
-    def should_evaluate(step):
-      every = config.eval_every
-      return every and step % every == 0 and step < config.num_steps
-
-    with contextlib.ExitStack() as stack:
-      checkpoints = state_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
-      stack.callback(checkpoints.close)
-      baselines = _read_baselines(workdir)
-      is_new = not baselines and mode == 'train'
-      if is_new:
-        _logger.info('Scoring raw pixels and the untrained network')
-        baselines = {
-          'untrained': score_state(state),
-          'raw_pixels': score(
-            input_pipeline.raw_pixels(data.test), data.test.labels
-          ),
-        }
-      state = checkpoints.restore(state) or state
-      done = int(state.step)
-      if mode == 'eval':
-        if not done:
-          raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
-        results = {'trained': score_state(state), 'step': done}
-        _log_table(results)
-        return results
-      if done:
-        _logger.info('Resuming after step %d', done)
-      writer = metric_writer.MetricWriter(workdir, first_step=done)
-      stack.callback(writer.close)
-      if is_new:
-        writer.write_texts(0, {'config': f'```\n{config}\n```'})
-        writer.write_scalars(0, _flatten(baselines))
-      progress = _Progress(writer, config, first_step=done)
-      batches = input_pipeline.train_batches(
-        data.train, config, first_step=done, process=process
-      )
-      stack.callback(batches.close)
-      try:
-        while done < config.num_steps:
-          with signals.deferred():
-            batch = next(batches)
-            losses.check_labels(batch['label'], data.train.num_classes)
-            state, metrics = train_step(
-              state, mesh_lib.shard_batch(batch, mesh)
-            )
-            done += 1
-            progress.add(done, metrics)
-            is_last = done == config.num_steps
-            if is_last or done % config.log_every == 0:
-              progress.report()
-            if is_last or done % config.save_every == 0:
-              # A state is saved only if all losses before it are finite.
-              progress.check()
-              checkpoints.save(done, state)
-          if should_evaluate(done):
-            scores = score_state(state)
-            writer.write_scalars(done, _flatten({'test': scores}))
-            _logger.info(
-              'step %d  Recall@%d %.2f%% on unseen classes',
-              done,
-              config.evaluation.recall_at[0],
-              100 * scores[f'recall@{config.evaluation.recall_at[0]}'],
-            )
-            progress.restart_clock()
-        checkpoints.wait()
-      except interruption.Stopped:
-        progress.check()
-        checkpoints.save(done, state)
-        checkpoints.wait()
-        _logger.info(
-          'Stopped after step %d of %d, saved. The same command goes on.',
-          done,
-          config.num_steps,
-        )
-        raise
-      trained = score_state(state)
-      writer.write_scalars(done, _flatten({'test': trained}))
+    baselines = _read_baselines(workdir)
+    is_new = not baselines
+    if is_new:
+      _logger.info('Scoring raw pixels and the untrained network')
+      pixels = input_pipeline.raw_pixels(data.test)
+      baselines = {
+        'untrained': score_state(state),
+        'raw_pixels': _score(pixels, data, config),
+      }
+      del pixels
+    state = checkpoints.restore(state) or state
+    first_step = int(state.step)
+    if first_step:
+      _logger.info('Resuming after step %d', first_step)
+    writer = metric_writer.MetricWriter(workdir, first_step=first_step)
+    stack.callback(writer.close)
+    if is_new:
+      writer.write_texts(0, {'config': f'```\n{config}\n```'})
+      writer.write_scalars(0, workdir_lib.flatten(baselines))
+    batches = input_pipeline.train_batches(
+      data.train, config, first_step=first_step, process=process
+    )
+    stack.callback(batches.close)
+    run = _Run(
+      signals=signals,
+      checkpoints=checkpoints,
+      writer=writer,
+      batches=batches,
+      train_step=make_train_step(model, optimizer, loss_fn, normalize),
+      score_state=score_state,
+      mesh=mesh,
+      num_classes=data.train.num_classes,
+    )
+    state = _fit(config, state, run)
+    trained = score_state(state)
+    writer.write_scalars(
+      config.num_steps, workdir_lib.flatten({'test': trained})
+    )
     results = {
       'trained': trained,
       **baselines,
-      'step': done,
+      'step': config.num_steps,
       'dataset': _summary(data),
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
       'versions': versions(),
     }
-    metric_writer.write_json(os.path.join(workdir, 'results.json'), results)
+    workdir_lib.write_json(os.path.join(workdir, 'results.json'), results)
     _log_table(results)
     return results
 
 
-class _Progress:
-  """Holds the metrics of steps until they are needed, then fetches them.
+def _fit(
+    config: ml_collections.ConfigDict, state: state_lib.TrainState, run: _Run
+) -> state_lib.TrainState:
+  """Trains up to `config.num_steps`, logging, scoring and saving.
 
-  The host does not wait for a step before it starts the next.
+  Raises:
+    ValueError: if a loss or gradient is not finite; no such state is saved.
+    interruption.Stopped: on a signal, the state being saved.
   """
-
-  def __init__(self, writer, config, *, first_step):
-    self._writer, self._config = writer, config
-    self._pending, self._last = [], None
-    self._step = first_step
-    self.restart_clock()
-
-  def restart_clock(self) -> None:
-    self._clock, self._clock_step = None, None
-
-  def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-    self._step = step
-    self._pending.append((step, metrics))
-    if self._clock is None:
-      # The first step compiles: the rate is of those after it.
-      jax.block_until_ready(metrics)
-      self._clock, self._clock_step = time.monotonic(), step
-    if len(self._pending) >= 1000:
-      self.check()
-
-  def check(self) -> None:
-    """Raises ValueError if a loss or gradient was not finite."""
-    fetched = jax.device_get(self._pending)
-    self._pending = []
-    bad = [
-      step
-      for step, metrics in fetched
-      if not np.isfinite(metrics['loss'])
-      or not np.isfinite(metrics['gradient_norm'])
-    ]
-    if bad:
-      steps = ', '.join(map(str, bad[:5])) + (', ...' if len(bad) > 5 else '')
-      raise ValueError(
-        f'The loss or its gradient is not finite at step {steps}. The '
-        'checkpoints before it are kept. Lower the learning rates, or set '
-        'config.optimizer.clip_norm.'
-      )
-    if fetched:
-      self._last = fetched[-1][1]
-
-  def report(self) -> None:
-    self.check()
-    seconds = max(time.monotonic() - self._clock, 1e-9)
-    steps = self._step - self._clock_step
-    rate = steps / seconds
-    scalars = {name: float(value) for name, value in self._last.items()}
-    left = self._config.num_steps - self._step
-    rates = {'images_per_second': rate * self._config.batch_size}
-    self._writer.write_scalars(self._step, scalars | (rates if steps else {}))
-    timing = ''
-    if steps:
-      timing = (
-        f'  {rates["images_per_second"]:.0f} images/s  '
-        f'{_format_seconds(left / rate)} left'
-      )
+  done, last = int(state.step), config.num_steps
+  progress = metric_writer.Progress(
+    run.writer, num_steps=last, batch_size=config.batch_size
+  )
+  try:
+    while done < last:
+      with run.signals.deferred():
+        batch = next(run.batches)
+        losses.check_labels(batch['label'], run.num_classes)
+        state, metrics = run.train_step(
+          state, mesh_lib.shard_batch(batch, run.mesh)
+        )
+        done += 1
+        progress.add(done, metrics)
+        if done == last or done % config.log_every == 0:
+          progress.report()
+        if done == last or done % config.save_every == 0:
+          # A state is saved only if all losses before it are finite.
+          progress.check()
+          run.checkpoints.save(done, state)
+      if config.eval_every and done % config.eval_every == 0 and done < last:
+        scores = run.score_state(state)
+        run.writer.write_scalars(done, workdir_lib.flatten({'test': scores}))
+        k = config.evaluation.recall_at[0]
+        _logger.info(
+          'step %d/%d  Recall@%d %.2f%% on the test classes',
+          done, last, k, 100 * scores[f'recall@{k}'],
+        )
+        progress.restart_clock()
+    run.checkpoints.wait()
+  except interruption.Stopped:
+    progress.check()
+    run.checkpoints.save(done, state)
+    run.checkpoints.wait()
     _logger.info(
-      'step %d/%d  loss %.4f  nearest proxy right %.0f%%%s',
-      self._step,
-      self._config.num_steps,
-      scalars['loss'],
-      100 * scalars['proxy_accuracy'],
-      timing,
+      'Stopped after step %d of %d, saved. The same command goes on.',
+      done, last,
     )
-    self._clock, self._clock_step = time.monotonic(), self._step
+    raise
+  return state
 
 
-def _score(embeddings, labels, *, config) -> dict[str, float]:
+def _score_state(
+    embed_fn, data: datasets.Datasets, config, process, state
+) -> dict[str, float]:
+  """Scores a state's embeddings of the test split."""
+  batches = input_pipeline.evaluation_batches(
+    data.test,
+    image_size=config.dataset.image_size,
+    batch_size=config.evaluation.batch_size,
+    process=process,
+  )
+  embeddings = evaluate.embed(functools.partial(embed_fn, state), batches)
+  return _score(embeddings, data, config)
+
+
+def _score(embeddings, data, config) -> dict[str, float]:
   return evaluate.evaluate(
     embeddings,
-    labels,
+    data.test.labels,
     recall_at=config.evaluation.recall_at,
     kmeans_iterations=config.evaluation.kmeans_iterations,
     seed=config.seed,
@@ -500,13 +390,6 @@ def _read_baselines(workdir: str) -> dict[str, dict[str, float]]:
       title, score = name.split('.')
       baselines.setdefault(title, {})[score] = value
   return baselines
-
-
-def _read_json(path: str) -> dict | None:
-  if not os.path.exists(path):
-    return None
-  with open(path) as file:
-    return json.load(file)
 
 
 def _describe(data: datasets.Datasets) -> None:
@@ -558,12 +441,6 @@ def _log_table(results: Mapping) -> None:
       scores['queries_without_match'],
       scores['queries_without_match'] + scores['num_queries'],
     )
-
-
-def _format_seconds(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02}:{seconds:02}'
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
 from configs import default
-from proxy_nca_jax import models, train
+from proxy_nca_jax import models, train, workdir
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
@@ -52,7 +52,7 @@ class ConfigsTest(parameterized.TestCase):
   @parameterized.parameters(*_CONFIGS)
   def test_config_has_no_field_beside_the_defaults(self, name):
     def fields(config):
-      return set(train._flatten(config.to_dict()))
+      return set(workdir.flatten(config.to_dict()))
 
     self.assertEqual(fields(_load(name)), fields(default.get_config()))
 

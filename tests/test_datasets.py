@@ -318,6 +318,20 @@ class ImageFolderTest(absltest.TestCase):
     self.assertEqual(data.train.class_names, ('train/a', 'train/c'))
     self.assertEqual(data.test.class_names, ('test/d', 'test/e'))
 
+  def test_records_keep_their_order_over_several_chunks(self):
+    self._write_classes('abcd', count=300)
+    data = self._load()
+    names = [record['name'] for record in self._records(data)]
+    self.assertLen(set(names), 1200)
+    for split in (data.train, data.test):
+      self.assertTrue(np.all(np.diff(split.rows) > 0))
+      for index in range(0, len(split), 97):
+        record = split[index]
+        self.assertEqual(
+          record['name'].split('/')[0],
+          split.class_names[split.labels[index]],
+        )
+
   def test_a_changed_file_makes_a_new_data_set(self):
     self._write_classes('abcd')
     before = self._load()

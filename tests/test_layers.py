@@ -13,7 +13,7 @@ _LAYERS = (
   ('main', 'search'),
   ('train', 'report', 'inference'),
   ('evaluate',),
-  ('state', 'optimizer', 'input_pipeline', 'metric_writer'),
+  ('state', 'optimizer', 'input_pipeline', 'metric_writer', 'workdir'),
   ('models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering'),
   ('metrics', 'mesh', 'locks', 'interruption'),
 )

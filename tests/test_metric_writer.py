@@ -1,6 +1,6 @@
-import json
 import os
 
+import numpy as np
 from absl.testing import absltest
 
 from proxy_nca_jax import metric_writer
@@ -33,13 +33,46 @@ class MetricWriterTest(absltest.TestCase):
     with open(os.path.join(workdir, 'tensorboard', name), 'rb') as file:
       self.assertIn(b'loss', file.read())
 
-  def test_json_is_written_whole_or_not_at_all(self):
-    path = os.path.join(self.create_tempdir(), 'results.json')
-    metric_writer.write_json(path, {'a': 1})
-    with self.assertRaises(TypeError):
-      metric_writer.write_json(path, {'a': object()})
-    with open(path) as file:
-      self.assertEqual(json.load(file), {'a': 1})
+
+class ProgressTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.workdir = self.create_tempdir().full_path
+    writer = metric_writer.MetricWriter(self.workdir, first_step=0)
+    self.addCleanup(writer.close)
+    self.progress = metric_writer.Progress(
+      writer, num_steps=100, batch_size=8
+    )
+
+  def _add(self, step, loss=1.0, gradient_norm=1.0):
+    metrics = {
+      'loss': loss, 'gradient_norm': gradient_norm, 'proxy_accuracy': 0.5
+    }
+    self.progress.add(
+      step, {name: np.float32(value) for name, value in metrics.items()}
+    )
+
+  def test_the_newest_step_is_reported(self):
+    for step in (1, 2, 3):
+      self._add(step, loss=step)
+    with self.assertLogs('proxy_nca_jax', 'INFO') as logs:
+      self.progress.report()
+    self.assertRegex(
+      logs.output[0], r'step 3/100  loss 3.0000 .* 50%  \d+ images/s  .* left'
+    )
+    (row,) = metric_writer.read_metrics(self.workdir)
+    self.assertEqual((row['step'], row['loss']), (3, 3))
+    self.assertGreater(row['images_per_second'], 0)
+
+  def test_steps_that_are_not_finite_are_named(self):
+    self._add(1)
+    self.progress.check()
+    self._add(2, loss=np.nan)
+    self._add(3)
+    self._add(4, gradient_norm=np.inf)
+    with self.assertRaisesRegex(ValueError, 'step 2, 4'):
+      self.progress.check()
 
 
 if __name__ == '__main__':

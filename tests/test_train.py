@@ -144,48 +144,5 @@ class ConfigTest(parameterized.TestCase):
       train.make_loss(_config(**{'loss.kwargs.label_smoothing': 0.1}))
 
 
-class SameRunTest(parameterized.TestCase):
-
-  def _check(self, saved, **fields):
-    train.check_same_run(_config(**fields), train._as_json(saved))
-
-  def test_the_same_configuration_passes(self):
-    self._check(_config())
-
-  @parameterized.parameters(
-    {'log_every': 1}, {'save_every': 3}, {'keep_checkpoints': 9},
-    {'dataset.root': '/elsewhere'}, {'dataset.data_dir': '/elsewhere'},
-    {'dataset.num_workers': 2},
-  )
-  def test_fields_beside_the_mathematics_may_differ(self, **fields):
-    self._check(_config(), **fields)
-
-  @parameterized.parameters(
-    {'seed': 1}, {'batch_size': 32}, {'loss.kwargs.temperature': 0.5},
-    {'optimizer.proxies.learning_rate': 2.0}, {'eval_every': 7},
-    {'dataset.split_seed': 1}, {'num_steps': 10},
-  )
-  def test_any_other_field_is_named(self, **fields):
-    (name,) = fields
-    with self.assertRaisesRegex(ValueError, name):
-      self._check(_config(), **fields)
-
-  def test_all_differing_fields_are_named_at_once(self):
-    with self.assertRaisesRegex(ValueError, 'batch_size.*seed'):
-      self._check(_config(), seed=1, batch_size=32)
-
-  def test_steps_may_be_added_unless_the_schedule_knows_their_number(self):
-    self._check(_config(), num_steps=2000)
-    cosine = {'optimizer.head.schedule': 'cosine'}
-    with self.assertRaisesRegex(ValueError, 'num_steps'):
-      self._check(_config(**cosine), num_steps=2000, **cosine)
-
-  def test_a_field_that_one_side_lacks_is_named(self):
-    saved = train._as_json(_config())
-    del saved['model']['width']
-    with self.assertRaisesRegex(ValueError, 'model.width was .absent'):
-      train.check_same_run(_config(), saved)
-
-
 if __name__ == '__main__':
   absltest.main()

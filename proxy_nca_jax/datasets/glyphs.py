@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from fontTools import ttLib
 from PIL import Image, ImageFont, features
 
-from proxy_nca_jax.datasets import images
+from proxy_nca_jax.datasets import images, records
 
 # Text fonts of matplotlib; its others hold pieces of formulas.
 _TEXT_FONTS = ('DejaVuSans', 'DejaVuSerif', 'STIXGeneral')
@@ -80,7 +80,7 @@ class GlyphsConfig(tfds.core.BuilderConfig):
   min_styles: int = 8
 
 
-class Glyphs(tfds.core.GeneratorBasedBuilder):
+class Glyphs(records.OrderedBuilder):
   """Characters in every style of a set of fonts, 32 x 32 pixels.
 
   Characters of which any two drawings are the same to the pixel are one class,
@@ -88,25 +88,8 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
   finds itself again.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
-  BUILDER_CONFIGS = []
-
   def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=self.__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(
-            shape=(_CANVAS, _CANVAS, 3), encoding_format='png'
-          ),
-          'label': np.int64,
-          'name': tfds.features.Text(),
-        }
-      ),
-      metadata=tfds.core.MetadataDict(),
-      disable_shuffling=True,
-    )
+    return records.make_info(self, side=_CANVAS)
 
   def _split_generators(self, dl_manager):
     del dl_manager

@@ -7,11 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 
-import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from proxy_nca_jax.datasets import images
+from proxy_nca_jax.datasets import images, records
 
 # Files that an operating system leaves in folders, besides hidden ones.
 _LITTER = ('thumbs.db', 'desktop.ini')
@@ -27,33 +26,15 @@ class ImageFolderConfig(tfds.core.BuilderConfig):
   resize: int = 0
 
 
-class ImageFolder(tfds.core.GeneratorBasedBuilder):
+class ImageFolder(records.OrderedBuilder):
   """Pictures in folders, upright RGB, resized to a square without cropping.
 
   Resizing first and cropping later is the protocol of the papers. It bounds the
   size of a record whatever the size of the picture.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
-  BUILDER_CONFIGS = []
-
   def _info(self) -> tfds.core.DatasetInfo:
-    side = self.builder_config.resize
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=self.__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(
-            shape=(side, side, 3), encoding_format='png'
-          ),
-          'label': np.int64,
-          'name': tfds.features.Text(),
-        }
-      ),
-      metadata=tfds.core.MetadataDict(),
-      disable_shuffling=True,
-    )
+    return records.make_info(self, side=self.builder_config.resize)
 
   def _split_generators(self, dl_manager):
     del dl_manager

@@ -1,0 +1,133 @@
+"""The folder of a run: locked, logged to, and true to one configuration."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+
+import jax
+import ml_collections
+from jax.experimental.compilation_cache import compilation_cache
+
+from proxy_nca_jax import locks
+
+# Fields that do not change the mathematics: a resumed run may change them.
+_FREE_FIELDS = (
+  'dataset.data_dir',
+  'dataset.fonts_dir',
+  'dataset.num_workers',
+  'dataset.root',
+  'keep_checkpoints',
+  'log_every',
+  'save_every',
+)
+
+
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[None]:
+  """Makes and locks a workdir, and logs and caches compilations in it.
+
+  Process 0 holds the lock for all processes of a run.
+
+  Raises:
+    ValueError: if another run holds it.
+  """
+  os.makedirs(workdir, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(
+          locks.hold(os.path.join(workdir, 'lock'), wait=False)
+        )
+      except BlockingIOError:
+        raise ValueError(
+          f'Another run is at work in {workdir!r}: wait for it, or use another '
+          'workdir.'
+        ) from None
+    _cache_compilations(os.path.join(workdir, 'compilation_cache'))
+    handler = logging.FileHandler(os.path.join(workdir, 'log.txt'))
+    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+    package = logging.getLogger('proxy_nca_jax')
+    package.addHandler(handler)
+    stack.callback(handler.close)
+    stack.callback(package.removeHandler, handler)
+    yield
+
+
+def _cache_compilations(folder: str) -> None:
+  jax.config.update('jax_compilation_cache_dir', os.path.abspath(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  # The folder is read once a process; this run may be its second.
+  compilation_cache.reset_cache()
+
+
+def check_same_run(
+    config: ml_collections.ConfigDict,
+    saved: Mapping,
+    *,
+    may_add_steps: bool,
+) -> None:
+  """Raises ValueError if a config would change the mathematics of a saved run.
+
+  Args:
+    config: of the new start.
+    saved: the config that the run began with, as nested dicts of JSON.
+    may_add_steps: whether more steps leave those before as they were.
+  """
+  new, old = flatten(as_json(config)), flatten(saved)
+  absent = object()
+
+  def differs(field):
+    is_same = new.get(field, absent) == old.get(field, absent)
+    if is_same or field in _FREE_FIELDS:
+      return False
+    is_longer = field == 'num_steps' and new[field] > old[field]
+    return not (is_longer and may_add_steps)
+
+  different = [
+    f'{field} was {old.get(field, "absent")!r} and is '
+    f'{new.get(field, "absent")!r}'
+    for field in sorted(new.keys() | old.keys())
+    if differs(field)
+  ]
+  if different:
+    raise ValueError(
+      'This workdir holds a run with another configuration: '
+      f'{"; ".join(different)}. Set these back, or use another workdir.'
+    )
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict:
+  """Returns a config as nested dicts of what JSON knows."""
+  return json.loads(config.to_json_best_effort())
+
+
+def flatten(tree: Mapping, prefix: str = '') -> dict:
+  """Returns {'a.b': value} of nested mappings."""
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def read_json(path: str) -> dict | None:
+  """Reads a file that `write_json` wrote; None if there is none."""
+  if not os.path.exists(path):
+    return None
+  with open(path) as file:
+    return json.load(file)
+
+
+def write_json(path: str, content: Mapping) -> None:
+  """Writes a file as a whole or not at all."""
+  with open(path + '.tmp', 'w') as file:
+    json.dump(content, file, indent=2)
+    file.write('\n')
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(path + '.tmp', path)
