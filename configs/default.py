@@ -14,17 +14,26 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.name = ''
   config.dataset.data_dir = ''  # '' is TFDS's own: ~/tensorflow_datasets.
   config.dataset.root = ''  # image_folder: the folder of pictures.
-  config.dataset.resize = 72  # image_folder: side of the stored squares.
+  config.dataset.manual_dir = ''  # Archives or folders that you have.
+  config.dataset.allow_incomplete = False  # Archives not quite as published.
   config.dataset.fonts_dir = ''  # glyphs: your fonts; '' is matplotlib's.
   config.dataset.min_styles = 8  # glyphs: fewest drawings of a class.
   config.dataset.num_classes = 0  # Use only so many classes; 0 is all.
   config.dataset.test_fraction = 0.5  # Of the classes.
+  config.dataset.validation = ''  # Train classes to select by: 2/2, 1/4, ...
   config.dataset.split_seed = 0  # Not `seed`: seeds compare on one split.
   config.dataset.num_workers = 0  # Reading processes; 0 is threads.
 
-  # Cropped and flipped as uint8 on the host, normalised on the device.
+  # Resized, cropped and flipped as uint8 on the host, normalised on the device.
+  config.dataset.resize = 0  # Before the crop, to so many pixels; 0: not.
+  config.dataset.resize_mode = 'square'  # Or shorter: of the shorter side.
+  config.dataset.cache_size = 0  # Store what is resized: `resize`, or 0: not.
+  config.dataset.allow_resized_source = False  # Even if a crop is of originals.
   config.dataset.image_size = 32  # Side of the crop that the network sees.
-  config.dataset.padding = 0  # Black pixels on each side before the crop.
+  config.dataset.crop = 'random'  # Or random_resized, of the original.
+  config.dataset.padding = 0  # random: black pixels on each side before it.
+  config.dataset.crop_scale = (0.08, 1.0)  # random_resized: share of the area.
+  config.dataset.crop_ratio = (3 / 4, 4 / 3)  # random_resized: width / height.
   config.dataset.flip = True  # Mirror half of the training images.
   config.dataset.mean = (127.5, 127.5, 127.5)  # Per channel, of 0..255.
   config.dataset.std = (127.5, 127.5, 127.5)
@@ -62,11 +71,12 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.batch_size = 256
-  config.evaluation.recall_at = (1, 2, 4, 8)
+  config.evaluation.recall_at = (1, 2, 4, 8)  # K of Recall@K, or of CMC@K.
+  config.evaluation.select_by = 'recall@1'  # On the validation classes.
   config.evaluation.kmeans_iterations = 20  # FAISS's, as the peers use it.
 
   config.log_every = 50
-  config.eval_every = 0  # Besides at the end; 0 is never.
+  config.eval_every = 0  # On validation, or test; 0 is only at the end.
   config.save_every = 500  # Besides at the end and when stopped.
   config.keep_checkpoints = 2  # The newest; an older one mends a torn one.
   return config.lock()

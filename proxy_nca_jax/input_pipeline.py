@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from PIL import Image
 
-from proxy_nca_jax.datasets import Split, images
+from proxy_nca_jax.datasets import Split
 
 Batch = dict[str, np.ndarray]
 
@@ -77,11 +78,10 @@ def evaluation_batches(
   rows = batch_size // count
 
   def read(position):
-    record = split[min(position, len(split) - 1)]
-    image = np.asarray(images.decode(record['image']))
-    return _row(
-      center_crop(image, image_size), record, position, position < len(split)
-    )
+    is_record = position < len(split)
+    index = position if is_record else len(split) - 1
+    image = center_crop(split.picture(index), image_size)
+    return _row(image, split.labels[index], position, is_record)
 
   num_batches = -(-len(split) // batch_size)
   records = grain.MapDataset.range(num_batches * batch_size).map(read)
@@ -91,18 +91,28 @@ def evaluation_batches(
 
 
 def _read_train(split, config, position, rng) -> Batch:
-  record = split[position]
-  image = np.asarray(images.decode(record['image']))
-  image = random_crop(image, config.image_size, config.padding, rng)
+  image = split.picture(position)
+  if config.crop == 'random':
+    image = random_crop(image, config.image_size, config.padding, rng)
+  elif config.crop == 'random_resized':
+    image = random_resized_crop(
+      image,
+      config.image_size,
+      scale=config.crop_scale,
+      ratio=config.crop_ratio,
+      rng=rng,
+    )
+  else:
+    raise ValueError(f'Unknown crop {config.crop!r}.')
   if config.flip and rng.random() < 0.5:
     image = image[:, ::-1]
-  return _row(image, record, position, True)
+  return _row(image, split.labels[position], position, True)
 
 
-def _row(image, record, position, mask) -> Batch:
+def _row(image, label, position, mask) -> Batch:
   return {
     'image': np.ascontiguousarray(image),
-    'label': np.int32(record['label']),
+    'label': np.int32(label),
     'mask': np.bool_(mask),
     'id': np.int32(position),
   }
@@ -122,11 +132,55 @@ def random_crop(
   Returns:
     uint8 [size, size, 3].
   """
-  margin = ((padding, padding), (padding, padding), (0, 0))
-  image = np.pad(image, margin)
+  if padding:
+    margin = ((padding, padding), (padding, padding), (0, 0))
+    image = np.pad(image, margin)
   top = rng.integers(image.shape[0] - size + 1)
   left = rng.integers(image.shape[1] - size + 1)
   return image[top : top + size, left : left + size]
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    size: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+  """Crops a random rectangle and resizes it to a square.
+
+  The area is uniform and the aspect log-uniform. A rectangle that does not fit
+  is drawn again, up to ten times; then the largest central one of an allowed
+  aspect is taken, as in torchvision's RandomResizedCrop.
+
+  Args:
+    image: uint8 [height, width, 3].
+    size: side of the square.
+    scale: least and largest area, as shares of the image's.
+    ratio: least and largest width / height.
+    rng: of the rectangle.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  height, width = image.shape[:2]
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    aspect = np.exp(rng.uniform(*np.log(ratio)))
+    crop_width = round(np.sqrt(area * aspect))
+    crop_height = round(np.sqrt(area / aspect))
+    if 1 <= crop_width <= width and 1 <= crop_height <= height:
+      left = rng.integers(width - crop_width + 1)
+      top = rng.integers(height - crop_height + 1)
+      break
+  else:
+    crop_width = min(width, max(round(height * ratio[1]), 1))
+    crop_height = min(height, max(round(width / ratio[0]), 1))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+  box = (left, top, left + crop_width, top + crop_height)
+  picture = Image.fromarray(image).crop(box)
+  return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -137,12 +191,12 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 def check_image_size(split: Split, config: ml_collections.ConfigDict) -> None:
   """Raises ValueError if the crop is larger than the stored pictures."""
-  width, height = images.decode(split[0]['image']).size
+  height, width = split.picture(0).shape[:2]
   if not 1 <= config.image_size <= min(width, height):
     raise ValueError(
       f'config.dataset.image_size ({config.image_size}) must be in [1, '
-      f'{min(width, height)}]: the stored pictures are {width} x {height} '
-      'pixels.'
+      f'{min(width, height)}]: pictures of {width} x {height} pixels are '
+      'cropped.'
     )
   if config.padding < 0:
     raise ValueError(
@@ -170,9 +224,9 @@ def raw_pixels(split: Split, *, size: int = 32) -> np.ndarray:
   """
   pixels = np.empty((len(split), size * size * 3), np.float32)
   for position in range(len(split)):
-    image = images.decode(split[position]['image'])
+    image = Image.fromarray(split.picture(position))
     if image.size != (size, size):
-      image = image.resize((size, size), resample=2)  # Bilinear.
+      image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels[position] = np.asarray(image, np.float32).reshape(-1)
   norms = np.linalg.norm(pixels, axis=1, keepdims=True)
   return pixels / np.maximum(norms, 1)

@@ -20,7 +20,10 @@ import numpy as np
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
-  """1 where any positive is among the k nearest, else 0; float64 [queries]."""
+  """1 where any positive is among the k nearest, else 0; float64 [queries].
+
+  With the gallery of re-identification this is the CMC at rank k.
+  """
   first = ranks[:, 0]
   return np.where(first > 0, first <= k, np.nan)
 
@@ -39,6 +42,14 @@ def map_at_r(ranks: np.ndarray) -> np.ndarray:
   precisions = order / np.maximum(ranks, 1)
   hits = _within_r(ranks, num_positives)
   return _ratio(np.sum(precisions * hits, axis=1), num_positives)
+
+
+def average_precision(ranks: np.ndarray) -> np.ndarray:
+  """The mean over all positives of the precision at each one's rank."""
+  num_positives = np.sum(ranks > 0, axis=1)
+  order = np.arange(1, ranks.shape[1] + 1)
+  precisions = np.where(ranks > 0, order / np.maximum(ranks, 1), 0)
+  return _ratio(np.sum(precisions, axis=1), num_positives)
 
 
 def _within_r(ranks: np.ndarray, num_positives: np.ndarray) -> np.ndarray:

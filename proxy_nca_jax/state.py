@@ -66,15 +66,15 @@ def create(
 
 
 class Checkpoints:
-  """The saved states of a run, in its folder `checkpoints`.
+  """The saved states of a run, in a folder of its workdir.
 
   A save happens in the background. It becomes visible by a rename when it is
   whole, so that a killed process leaves the states before it. Each state
   carries sums over its bytes: Orbax does not notice changed ones.
   """
 
-  def __init__(self, workdir: str, *, keep: int):
-    self._directory = os.path.join(os.path.abspath(workdir), 'checkpoints')
+  def __init__(self, workdir: str, *, keep: int, folder: str = 'checkpoints'):
+    self._directory = os.path.join(os.path.abspath(workdir), folder)
     self._keep = keep
     self._checkpointer = None
     self._open()
@@ -114,16 +114,22 @@ class Checkpoints:
     if pending is not None:
       pending.result()
 
-  def restore(self, like: TrainState) -> TrainState | None:
+  def restore(
+      self, like: TrainState, *, step: int | None = None
+  ) -> TrainState | None:
     """Restores the newest whole state, placed as `like`; None if none is saved.
 
     A state that cannot be read, or whose bytes have changed, is named, moved
-    aside to `checkpoints/STEP.broken`, and the one before it is taken.
+    aside to STEP.broken, and the one before it is taken.
+
+    Args:
+      like: a state of the same structure and sharding.
+      step: the only one to take; by default any.
 
     Raises:
-      ValueError: if states are saved and none can be read.
+      ValueError: if such states are saved and none can be read.
     """
-    steps = self.steps
+    steps = [s for s in self.steps if step in (None, s)]
     for step in reversed(steps):
       try:
         return self._restore_step(step, like)

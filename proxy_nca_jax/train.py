@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 
 from proxy_nca_jax import (
   datasets,
@@ -161,14 +162,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 class _Run(NamedTuple):
   """What `_fit` needs beside the configuration."""
 
+  workdir: str
+  data: datasets.Datasets
   signals: interruption.StopSignals
   checkpoints: state_lib.Checkpoints
+  selected: state_lib.Checkpoints
   writer: metric_writer.MetricWriter
   batches: Iterator[dict[str, np.ndarray]]
   train_step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
-  score_state: Callable[[state_lib.TrainState], dict[str, float]]
+  score: Callable[[state_lib.TrainState, datasets.Split], dict[str, float]]
   mesh: jax.sharding.Mesh
-  num_classes: int
 
 
 def train_and_evaluate(
@@ -212,9 +215,9 @@ def train_and_evaluate(
       _log_table(results)
       return results
 
-    data = datasets.load(config)
+    data = _load_in_turn(config)
     _describe(data)
-    input_pipeline.check_image_size(data.train, config.dataset)
+    input_pipeline.check_image_size(data.test, config.dataset)
     if saved and saved['dataset_digest'] != data.digest:
       raise ValueError(
         'The data set has changed since this run began (other classes, '
@@ -234,8 +237,8 @@ def train_and_evaluate(
       mean=config.dataset.mean,
       std=config.dataset.std,
     )
-    score_state = functools.partial(
-      _score_state, make_embed_fn(model, normalize, mesh), data, config, process
+    score = functools.partial(
+      _score_state, make_embed_fn(model, normalize, mesh), config, process
     )
     state = state_lib.create(
       config,
@@ -251,7 +254,7 @@ def train_and_evaluate(
       state = checkpoints.restore(state)
       if state is None:
         raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
-      results = {'trained': score_state(state), 'step': int(state.step)}
+      results = {'trained': score(state, data.test), 'step': int(state.step)}
       _log_table(results)
       return results
 
@@ -261,10 +264,13 @@ def train_and_evaluate(
       _logger.info('Scoring raw pixels and the untrained network')
       pixels = input_pipeline.raw_pixels(data.test)
       baselines = {
-        'untrained': score_state(state),
-        'raw_pixels': _score(pixels, data, config),
+        'untrained': score(state, data.test),
+        'raw_pixels': _score(pixels, data.test, config),
       }
       del pixels
+    _check_select_by(config, baselines['untrained'])
+    selected = state_lib.Checkpoints(workdir, keep=2, folder='selected')
+    stack.callback(selected.close)
     state = checkpoints.restore(state) or state
     first_step = int(state.step)
     if first_step:
@@ -279,21 +285,24 @@ def train_and_evaluate(
     )
     stack.callback(batches.close)
     run = _Run(
+      workdir=workdir,
+      data=data,
       signals=signals,
       checkpoints=checkpoints,
+      selected=selected,
       writer=writer,
       batches=batches,
       train_step=make_train_step(model, optimizer, loss_fn, normalize),
-      score_state=score_state,
+      score=score,
       mesh=mesh,
-      num_classes=data.train.num_classes,
     )
     state = _fit(config, state, run)
-    trained = score_state(state)
+    trained = score(state, data.test)
     writer.write_scalars(
       config.num_steps, workdir_lib.flatten({'test': trained})
     )
     results = {
+      **_score_selected(config, state, run),
       'trained': trained,
       **baselines,
       'step': config.num_steps,
@@ -320,10 +329,13 @@ def _fit(
     run.writer, num_steps=last, batch_size=config.batch_size
   )
   try:
+    # A run that was stopped just before an evaluation makes up for it.
+    if done and _is_evaluated(config, done) and not _is_written(done, run):
+      _evaluate(config, state, run)
     while done < last:
       with run.signals.deferred():
         batch = next(run.batches)
-        losses.check_labels(batch['label'], run.num_classes)
+        losses.check_labels(batch['label'], run.data.train.num_classes)
         state, metrics = run.train_step(
           state, mesh_lib.shard_batch(batch, run.mesh)
         )
@@ -331,22 +343,21 @@ def _fit(
         progress.add(done, metrics)
         if done == last or done % config.log_every == 0:
           progress.report()
+      # Before the save, so that a run that resumes after it has the scores.
+      if _is_evaluated(config, done):
+        progress.check()
+        _evaluate(config, state, run)
+        progress.restart_clock()
+      with run.signals.deferred():
         if done == last or done % config.save_every == 0:
           # A state is saved only if all losses before it are finite.
           progress.check()
+          run.selected.wait()
           run.checkpoints.save(done, state)
-      if config.eval_every and done % config.eval_every == 0 and done < last:
-        scores = run.score_state(state)
-        run.writer.write_scalars(done, workdir_lib.flatten({'test': scores}))
-        k = config.evaluation.recall_at[0]
-        _logger.info(
-          'step %d/%d  Recall@%d %.2f%% on the test classes',
-          done, last, k, 100 * scores[f'recall@{k}'],
-        )
-        progress.restart_clock()
     run.checkpoints.wait()
   except interruption.Stopped:
     progress.check()
+    run.selected.wait()
     run.checkpoints.save(done, state)
     run.checkpoints.wait()
     _logger.info(
@@ -357,24 +368,122 @@ def _fit(
   return state
 
 
+def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:
+  """Loads on process 0 first, which prepares; the others wait for it."""
+  if jax.process_count() == 1:
+    return datasets.load(config)
+  data = datasets.load(config) if jax.process_index() == 0 else None
+  multihost_utils.sync_global_devices('process 0 has prepared the data set')
+  return data or datasets.load(config)
+
+
+def _is_evaluated(config, step: int) -> bool:
+  """Whether a step is scored while training; the last one is in any case."""
+  if step == config.num_steps:
+    return bool(config.dataset.validation)
+  return bool(config.eval_every) and step % config.eval_every == 0
+
+
+def _evaluate(config, state: state_lib.TrainState, run: _Run) -> None:
+  """Scores a state on the validation classes if there are, else on the test.
+
+  The best state on the validation classes so far is kept.
+  """
+  step = int(state.step)
+  title = _evaluated_split(run)
+  scores = run.score(state, run.data.validation or run.data.test)
+  name, value = next(iter(scores.items()))
+  _logger.info(
+    'step %d/%d  %s %.2f%% on the %s classes',
+    step, config.num_steps, name, 100 * value, title,
+  )
+  with run.signals.deferred():
+    run.writer.write_scalars(step, workdir_lib.flatten({title: scores}))
+    if run.data.validation and _select(config, run.workdir)[0] == step:
+      run.selected.save(step, state)
+
+
+def _evaluated_split(run: _Run) -> str:
+  return 'validation' if run.data.validation else 'test'
+
+
+def _is_written(step: int, run: _Run) -> bool:
+  """Whether a step's evaluation is among the metrics."""
+  return any(
+    name.startswith(_evaluated_split(run))
+    for row in metric_writer.read_metrics(run.workdir)
+    if row['step'] == step
+    for name in row
+  )
+
+
+def _select(config, workdir: str) -> tuple[int, float]:
+  """Returns the first step with the best validation score, and that score."""
+  name = f'validation.{config.evaluation.select_by}'
+  rows = [r for r in metric_writer.read_metrics(workdir) if name in r]
+  best = max(rows, key=lambda row: row[name])
+  return best['step'], best[name]
+
+
+def _score_selected(config, state: state_lib.TrainState, run: _Run) -> dict:
+  """Scores what the validation classes selected on the test classes."""
+  if not run.data.validation:
+    return {}
+  step, value = _select(config, run.workdir)
+  if step != config.num_steps:
+    state = run.selected.restore(state, step=step)
+    if state is None:
+      raise ValueError(
+        f'The selected state of step {step} is missing from '
+        f'{os.path.join(run.workdir, "selected")!r}: use another workdir.'
+      )
+  _logger.info(
+    'Step %d has the best %s on the validation classes, %.2f%%.',
+    step, config.evaluation.select_by, 100 * value,
+  )
+  return {
+    'selected': run.score(state, run.data.test),
+    'selected_step': step,
+    'selected_by': {config.evaluation.select_by: value},
+  }
+
+
+def _check_select_by(config, scores: Mapping[str, float]) -> None:
+  if not config.dataset.validation:
+    return
+  if not config.eval_every:
+    raise ValueError(
+      'config.dataset.validation selects among the steps that are evaluated: '
+      'set config.eval_every to a number of steps.'
+    )
+  names = [name for name, value in scores.items() if isinstance(value, float)]
+  if config.evaluation.select_by not in names:
+    raise ValueError(
+      f'config.evaluation.select_by ({config.evaluation.select_by!r}) must be '
+      f'one of {", ".join(names)}.'
+    )
+
+
 def _score_state(
-    embed_fn, data: datasets.Datasets, config, process, state
+    embed_fn, config, process, state, split: datasets.Split
 ) -> dict[str, float]:
-  """Scores a state's embeddings of the test split."""
+  """Scores a state's embeddings of a split."""
   batches = input_pipeline.evaluation_batches(
-    data.test,
+    split,
     image_size=config.dataset.image_size,
     batch_size=config.evaluation.batch_size,
     process=process,
   )
   embeddings = evaluate.embed(functools.partial(embed_fn, state), batches)
-  return _score(embeddings, data, config)
+  return _score(embeddings, split, config)
 
 
-def _score(embeddings, data, config) -> dict[str, float]:
+def _score(embeddings, split: datasets.Split, config) -> dict[str, float]:
   return evaluate.evaluate(
     embeddings,
-    data.test.labels,
+    split.labels,
+    is_query=split.is_query,
+    cameras=split.cameras,
     recall_at=config.evaluation.recall_at,
     kmeans_iterations=config.evaluation.kmeans_iterations,
     seed=config.seed,
@@ -414,11 +523,16 @@ def _describe(data: datasets.Datasets) -> None:
 
 
 def _summary(data: datasets.Datasets) -> dict:
+  splits = {
+    'train': data.train, 'validation': data.validation, 'test': data.test
+  }
   summary = {
     name: {'images': len(split), 'classes': split.num_classes}
-    for name, split in (('train', data.train), ('test', data.test))
+    for name, split in splits.items()
+    if split
   }
   return summary | {
+    'resized_source': data.is_resized_source,
     'shared_classes': data.num_shared_classes,
     'skipped': [list(row) for row in data.skipped],
     'digest': data.digest,
@@ -428,7 +542,7 @@ def _summary(data: datasets.Datasets) -> dict:
 def _log_table(results: Mapping) -> None:
   rows = {
     title: results[title]
-    for title in ('trained', 'untrained', 'raw_pixels')
+    for title in ('selected', 'trained', 'untrained', 'raw_pixels')
     if title in results
   }
   _logger.info('Scores on unseen classes, percent:')
@@ -437,7 +551,7 @@ def _log_table(results: Mapping) -> None:
   scores = results['trained']
   if scores['queries_without_match']:
     _logger.info(
-      '%d of %d images are alone in their class: in the gallery, in no mean.',
+      '%d of %d queries have no match: they are in no mean.',
       scores['queries_without_match'],
       scores['queries_without_match'] + scores['num_queries'],
     )

@@ -16,6 +16,7 @@ from proxy_nca_jax import locks
 _FREE_FIELDS = (
   'dataset.data_dir',
   'dataset.fonts_dir',
+  'dataset.manual_dir',
   'dataset.num_workers',
   'dataset.root',
   'keep_checkpoints',

@@ -57,7 +57,7 @@ class EvaluateTest(absltest.TestCase):
     self.assertEqual(scores['num_classes'], 3)
 
   def test_no_match_at_all_is_an_error(self):
-    with self.assertRaisesRegex(ValueError, 'None of the 3 test items'):
+    with self.assertRaisesRegex(ValueError, 'None of the 3 queries'):
       _evaluate(np.eye(3), [0, 1, 2])
 
   def test_embeddings_must_be_finite(self):

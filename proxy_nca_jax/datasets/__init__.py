@@ -2,9 +2,20 @@
 
 from proxy_nca_jax.datasets.loading import (
   DATASETS,
+  PUBLISHED,
   Datasets,
   Split,
+  find_data_dir,
   load,
+  prepare,
 )
 
-__all__ = ['DATASETS', 'Datasets', 'Split', 'load']
+__all__ = [
+  'DATASETS',
+  'PUBLISHED',
+  'Datasets',
+  'Split',
+  'find_data_dir',
+  'load',
+  'prepare',
+]

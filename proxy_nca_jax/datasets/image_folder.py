@@ -5,10 +5,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent import futures
 
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from proxy_nca_jax.datasets import images, records
 
@@ -18,23 +16,26 @@ _LITTER = ('thumbs.db', 'desktop.ini')
 
 @dataclasses.dataclass(kw_only=True)
 class ImageFolderConfig(tfds.core.BuilderConfig):
-  """The classes' files, and the side of the stored pictures in pixels."""
+  """The classes' files, and how their pictures are resized."""
 
   root: str = ''
   classes: Sequence[tuple[str, Sequence[str]]] = ()
   num_train_classes: int | None = None
   resize: int = 0
+  resize_mode: str = 'square'
 
 
 class ImageFolder(records.OrderedBuilder):
-  """Pictures in folders, upright RGB, resized to a square without cropping.
+  """Pictures in folders, upright RGB, resized without cropping.
 
   Resizing first and cropping later is the protocol of the papers. It bounds the
   size of a record whatever the size of the picture.
   """
 
   def _info(self) -> tfds.core.DatasetInfo:
-    return records.make_info(self, side=self.builder_config.resize)
+    config = self.builder_config
+    is_square = config.resize_mode == 'square'
+    return records.make_info(self, side=config.resize if is_square else None)
 
   def _split_generators(self, dl_manager):
     del dl_manager
@@ -44,25 +45,31 @@ class ImageFolder(records.OrderedBuilder):
     config = self.builder_config
     labels, class_names, skipped = [], [], []
     num_train_classes = config.num_train_classes
-    with futures.ThreadPoolExecutor() as pool:
-      for number, (class_name, files) in enumerate(config.classes):
-        num_before = len(labels)
-        for name, picture in _read_all(pool, config.root, files, config.resize):
-          if isinstance(picture, ValueError):
-            skipped.append([name, str(picture)])
-            continue
-          yield len(labels), {
-            'image': picture,
-            'label': len(class_names),
-            'name': name,
-          }
-          labels.append(len(class_names))
-        if len(labels) > num_before:
-          class_names.append(class_name)
-        else:
-          skipped.append([class_name + os.sep, 'no readable picture'])
-        if number + 1 == config.num_train_classes:
-          num_train_classes = len(class_names)
+
+    def convert(encoded):
+      picture = images.resize(
+        images.decode(encoded), side=config.resize, mode=config.resize_mode
+      )
+      return images.encode_png(picture)
+
+    for number, (class_name, files) in enumerate(config.classes):
+      num_before = len(labels)
+      for name, picture in records.read_pictures(config.root, files, convert):
+        if isinstance(picture, ValueError):
+          skipped.append([name, str(picture)])
+          continue
+        yield len(labels), {
+          'image': picture,
+          'label': len(class_names),
+          'name': name,
+        }
+        labels.append(len(class_names))
+      if len(labels) > num_before:
+        class_names.append(class_name)
+      else:
+        skipped.append([class_name + os.sep, 'no readable picture'])
+      if number + 1 == config.num_train_classes:
+        num_train_classes = len(class_names)
     if not labels:
       raise ValueError(
         f'No file in {config.root!r} (config.dataset.root) is a readable '
@@ -76,27 +83,8 @@ class ImageFolder(records.OrderedBuilder):
     )
 
 
-def _read_all(pool, root, files, resize):
-  """Yields (name, PNG bytes or ValueError), a bounded number read ahead."""
-
-  def read(name):
-    try:
-      with open(os.path.join(root, name), 'rb') as file:
-        picture = images.decode(file.read())
-    except ValueError as error:
-      return error
-    except OSError as error:
-      return ValueError(error.strerror)
-    picture = picture.resize((resize, resize), Image.Resampling.BILINEAR)
-    return images.encode_png(picture)
-
-  for start in range(0, len(files), 64):
-    names = files[start : start + 64]
-    yield from zip(names, pool.map(read, names))
-
-
 def make_builder(
-    *, data_dir: str, root: str, resize: int
+    *, data_dir: str, root: str, resize: int, resize_mode: str
 ) -> tuple[tfds.core.DatasetBuilder, list[list[str]]]:
   """Returns the builder for a folder, and the files that belong to no class.
 
@@ -106,7 +94,8 @@ def make_builder(
     data_dir: where prepared data sets lie.
     root: the folder; its sub-folders are the classes, or those of root/train
       and root/test where both exist.
-    resize: side of the stored square pictures, in pixels.
+    resize: side of the stored pictures, in pixels.
+    resize_mode: 'square' or 'shorter', as of `images.resize`.
 
   Returns:
     (builder, skipped): skipped holds [file, reason].
@@ -146,7 +135,7 @@ def make_builder(
     for part in parts
     for name in _files(os.path.join(root, part))
   ]
-  contents = hashlib.sha256(json.dumps([root, resize]).encode())
+  contents = hashlib.sha256(json.dumps([root, resize, resize_mode]).encode())
   for class_name, names in classes:
     contents.update(json.dumps(class_name).encode())
     for name in names:
@@ -159,6 +148,7 @@ def make_builder(
     classes=classes,
     num_train_classes=num_train_classes,
     resize=resize,
+    resize_mode=resize_mode,
   )
   builder = ImageFolder(
     data_dir=data_dir, config=config, file_format='array_record'

@@ -1,4 +1,4 @@
-"""From the bytes of any picture to upright 8-bit RGB."""
+"""From the bytes of any picture to 8-bit RGB of the size that a recipe asks."""
 
 import io
 
@@ -6,14 +6,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def decode(encoded: bytes) -> Image.Image:
+def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
   """Decodes a picture as a person would see it: upright, RGB, 8 bits.
 
-  EXIF rotation is applied, transparency is laid on white, 16-bit gray is
-  scaled to 8 bits, and of an animation the first frame is taken.
+  Transparency is laid on white, 16-bit gray is scaled to 8 bits, and of an
+  animation the first frame is taken.
 
   Args:
     encoded: the bytes of a file, in any format that Pillow reads.
+    upright: whether to apply EXIF rotation.
 
   Returns:
     A Pillow image of mode RGB.
@@ -26,8 +27,7 @@ def decode(encoded: bytes) -> Image.Image:
   try:
     with Image.open(io.BytesIO(encoded)) as image:
       image.load()
-      image = ImageOps.exif_transpose(image)
-      return _to_rgb(image)
+      return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
   # Pillow's decoders raise these, and SyntaxError (PNG), for broken files.
   except (
     OSError,
@@ -62,6 +62,35 @@ def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
   if image.mode == 'F' or pixels.min() < 0 or pixels.max() > 65535:
     raise ValueError(f'pixels of mode {image.mode} have no known range')
   return Image.fromarray((pixels // 257).astype(np.uint8)).convert('RGB')
+
+
+def resize(image: Image.Image, *, side: int, mode: str) -> Image.Image:
+  """Resizes with Pillow's bilinear filter, which averages when it shrinks.
+
+  Args:
+    image: a Pillow image.
+    side: in pixels; 0 leaves the image as it is.
+    mode: 'square', which changes the aspect, or 'shorter' for the shorter
+      side, which keeps it (the longer is rounded down, as in torchvision).
+
+  Returns:
+    A Pillow image.
+
+  Raises:
+    ValueError: if the mode is unknown.
+  """
+  if mode == 'square':
+    size = (side, side)
+  elif mode == 'shorter':
+    shorter = min(image.size)
+    size = tuple(side * length // shorter for length in image.size)
+  else:
+    raise ValueError(
+      f'Unknown config.dataset.resize_mode {mode!r}: choose square or shorter.'
+    )
+  if not side or size == image.size:
+    return image
+  return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -1,25 +1,52 @@
 """Prepares a data set once and splits it by class."""
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import logging
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from proxy_nca_jax import locks
-from proxy_nca_jax.datasets import glyphs, image_folder
+from proxy_nca_jax.datasets import (
+  cars196,
+  cub200,
+  glyphs,
+  image_folder,
+  images,
+  inshop,
+  market1501,
+  published,
+  resized,
+  sop,
+)
 
+PUBLISHED = {
+  'cars196': cars196.Cars196,
+  'cub200': cub200.Cub200,
+  'inshop': inshop.Inshop,
+  'market1501': market1501.Market1501,
+  'sop': sop.Sop,
+}
 DATASETS = {
   'glyphs': glyphs.make_builder,
   'image_folder': image_folder.make_builder,
+} | {
+  name: functools.partial(published.make_builder, builder_cls)
+  for name, builder_cls in PUBLISHED.items()
 }
+
+# Those of a data set, in the order of their records.
+_SPLITS = ('images', 'train', 'test', 'query', 'gallery')
 
 _logger = logging.getLogger(__name__)
 
@@ -28,19 +55,24 @@ _logger = logging.getLogger(__name__)
 class Split:
   """Records of some classes, read by index.
 
-  `split[i]` is {'image': PNG bytes, 'label': int, 'name': str}.
-
   Attributes:
     source: random access to the records of the whole data set.
+    pictures: maps a row of `source` to uint8 [height, width, 3].
     rows: int64 [num_records], the split's records in `source`.
     labels: int32 [num_records], in [0, num_classes).
     class_names: the names of the classes.
+    is_query: bool [num_records], True for queries, False for the gallery that
+      they search; None where each record queries all others.
+    cameras: int32 [num_records]; None where the protocol knows no cameras.
   """
 
   source: Sequence[dict]
+  pictures: Callable[[int], np.ndarray]
   rows: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
+  is_query: np.ndarray | None = None
+  cameras: np.ndarray | None = None
 
   @property
   def num_classes(self) -> int:
@@ -50,31 +82,50 @@ class Split:
     return len(self.rows)
 
   def __getitem__(self, index: int) -> dict:
+    """Returns a record as it is stored, with its label in this split.
+
+    Returns:
+      {'image': bytes of a file, 'label': int, 'class_name': str, 'name': str},
+      and what else the data set knows, as its camera.
+    """
     record = self.source[int(self.rows[index])]
-    return {
-      'image': record['image'],
-      'label': self.labels[index],
-      'name': record['name'].decode(),
+    texts = {
+      name: value.decode()
+      for name, value in record.items()
+      if isinstance(value, bytes) and name != 'image'
     }
+    return record | texts | {
+      'label': int(self.labels[index]),
+      'class_name': self.class_names[self.labels[index]],
+    }
+
+  def picture(self, index: int) -> np.ndarray:
+    """Returns uint8 [height, width, 3], after the recipe's first resize."""
+    return self.pictures(int(self.rows[index]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-  """The two splits, what was left out, and a digest of it all.
+  """The splits, what was left out, and a digest of it all.
 
   Attributes:
     train: the records to learn from.
+    validation: of classes kept from training, to select by; None if not asked.
     test: the records to measure on.
     skipped: (file, reason) of what could not be read.
     num_shared_classes: classes of the test split that training sees too; 0
       but where a user's own train and test folders share names.
-    digest: of the records' number, labels and classes, and of the split.
+    is_resized_source: whether training crops from pictures that were resized
+      first, where the recipe crops the original.
+    digest: of the records' number, labels and classes, and of the splits.
   """
 
   train: Split
+  validation: Split | None
   test: Split
   skipped: tuple[tuple[str, str], ...]
   num_shared_classes: int
+  is_resized_source: bool
   digest: str
 
 
@@ -82,28 +133,13 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
   """Prepares `config.dataset` unless it is prepared, and splits it by class.
 
   Raises:
-    ValueError: if the data set is unknown, missing or too small for the split.
+    ValueError: if the data set is unknown, missing or too small for the split,
+      or the fields do not fit each other.
   """
   config = config.dataset
-  if config.name not in DATASETS:
-    raise ValueError(
-      f'Unknown data set {config.name!r} (config.dataset.name): choose one of '
-      f'{", ".join(sorted(DATASETS))}.'
-    )
-  data_dir = os.path.expanduser(config.data_dir) or str(
-    tfds.core.constants.DATA_DIR
-  )
-  make_builder = DATASETS[config.name]
-  fields = set(inspect.signature(make_builder).parameters) - {'data_dir'}
-  builder, skipped = make_builder(
-    data_dir=data_dir, **{field: config[field] for field in fields}
-  )
-  os.makedirs(os.path.join(data_dir, config.name), exist_ok=True)
-  # Two runs that need the same data set prepare it once.
-  with locks.hold(os.path.join(data_dir, config.name, 'lock')):
-    _prepare(builder)
+  is_resized_source = _check_resizes(config)
+  builder, skipped = prepare(config)
   metadata = builder.info.metadata
-  skipped = [*skipped, *metadata.get('skipped', ())]
   labels = np.asarray(metadata['labels'], np.int32)
   class_names = metadata['class_names']
   train_classes, test_classes = split_classes(
@@ -113,22 +149,169 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
     test_fraction=config.test_fraction,
     seed=config.split_seed,
   )
-  source = builder.as_data_source(
-    split='images', decoders={'image': tfds.decode.SkipDecoding()}
+  train_classes, validation_classes = split_validation(
+    train_classes, config.validation
   )
-  splits = [
-    _make_split(source, labels, class_names, classes)
-    for classes in (train_classes, test_classes)
-  ]
+  names = [name for name in _SPLITS if name in builder.info.splits]
+  source = builder.as_data_source(
+    split='+'.join(names), decoders={'image': tfds.decode.SkipDecoding()}
+  )
+  roles = np.repeat(
+    names, [builder.info.splits[name].num_examples for name in names]
+  )
+  evaluated = make_pictures(builder, source, config, side=config.resize)
+  trained = evaluated
+  if config.crop == 'random_resized' and not is_resized_source:
+    trained = make_pictures(builder, source, config, side=0)
+
+  def make_split(classes, pictures):
+    rows = np.flatnonzero(np.isin(labels, classes))
+    cameras = metadata.get('cameras')
+    is_query = roles[rows] == 'query'
+    return Split(
+      source=source,
+      pictures=pictures,
+      rows=rows,
+      labels=np.searchsorted(classes, labels[rows]).astype(np.int32),
+      class_names=tuple(class_names[c] for c in classes),
+      is_query=is_query if np.any(is_query) else None,
+      cameras=np.asarray(cameras, np.int32)[rows] if cameras else None,
+    )
+
+  train = make_split(train_classes, trained)
+  test = make_split(test_classes, evaluated)
   train_names, test_names = (
-    {os.path.basename(name) for name in split.class_names} for split in splits
+    {os.path.basename(name) for name in split.class_names}
+    for split in (train, test)
   )
   return Datasets(
-    *splits,
+    train=train,
+    validation=(
+      make_split(validation_classes, evaluated)
+      if config.validation else None
+    ),
+    test=test,
     skipped=tuple((name, reason) for name, reason in skipped),
     num_shared_classes=len(train_names & test_names),
-    digest=_digest(class_names, labels, train_classes, test_classes),
+    is_resized_source=is_resized_source,
+    digest=_digest(
+      class_names, labels, train_classes, validation_classes, test_classes
+    ),
   )
+
+
+def find_data_dir(data_dir: str) -> str:
+  """Returns where prepared data sets lie; '' is TFDS's own place."""
+  return os.path.expanduser(data_dir or str(tfds.core.constants.DATA_DIR))
+
+
+def prepare(
+    fields: Mapping[str, str | int],
+) -> tuple[tfds.core.DatasetBuilder, list[tuple[str, str]]]:
+  """Prepares a data set unless it is prepared.
+
+  Args:
+    fields: its `name`, `data_dir`, and what its builder takes; the part
+      `dataset` of a run's config has them all.
+
+  Returns:
+    (builder, skipped): skipped holds (file, reason).
+
+  Raises:
+    ValueError: if the data set is unknown, or cannot be had or written.
+  """
+  name = fields['name']
+  if name not in DATASETS:
+    raise ValueError(
+      f'Unknown data set {name!r} (config.dataset.name): choose one of '
+      f'{", ".join(sorted(DATASETS))}.'
+    )
+  data_dir = find_data_dir(fields['data_dir'])
+  names = set(inspect.signature(DATASETS[name]).parameters)
+  names -= {'builder_cls', 'data_dir'}
+  builder, skipped = DATASETS[name](
+    data_dir=data_dir, **{field: fields[field] for field in names}
+  )
+  os.makedirs(os.path.join(data_dir, name), exist_ok=True)
+  # Two runs that need the same data set prepare it once.
+  with locks.hold(os.path.join(data_dir, name, 'lock')):
+    _prepare(builder)
+  return builder, [*skipped, *builder.info.metadata.get('skipped', ())]
+
+
+def _check_resizes(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether the recipe crops originals and is given resized ones.
+
+  Raises:
+    ValueError: if the fields do not fit, or this is so and is not allowed.
+  """
+  images.resize(Image.new('RGB', (1, 1)), side=0, mode=config.resize_mode)
+  if config.crop not in ('random', 'random_resized'):
+    raise ValueError(
+      f'Unknown config.dataset.crop {config.crop!r}: choose random or '
+      'random_resized.'
+    )
+  if config.resize < 0 or (config.name in PUBLISHED and config.resize < 1):
+    raise ValueError(
+      f'config.dataset.resize ({config.resize}) must be at least 1 pixel.'
+    )
+  if config.cache_size not in (0, config.resize):
+    raise ValueError(
+      f'config.dataset.cache_size ({config.cache_size}) must be 0, or '
+      f'config.dataset.resize ({config.resize}): the cache holds what the '
+      'recipe crops from.'
+    )
+  if config.crop == 'random':
+    return False
+  is_resized_source = bool(config.cache_size) or config.name == 'image_folder'
+  if is_resized_source and not config.allow_resized_source:
+    what = (
+      'config.dataset.cache_size stores' if config.cache_size
+      else 'image_folder stores'
+    )
+    raise ValueError(
+      'config.dataset.crop=random_resized crops the original pictures, and '
+      f'{what} resized ones: other pixels. Set '
+      'config.dataset.allow_resized_source=True to train on those all the '
+      'same; the report tells.'
+    )
+  return is_resized_source
+
+
+def make_pictures(
+    builder: tfds.core.DatasetBuilder,
+    source: Sequence[dict],
+    config: ml_collections.ConfigDict,
+    *,
+    side: int,
+) -> Callable[[int], np.ndarray]:
+  """Returns a function from a row to its picture, uint8 [height, width, 3].
+
+  The picture is decoded and resized, now or from what `config.cache_size` has
+  stored: the same pixels.
+  """
+  read = functools.partial(
+    _read_picture, source, side=side, mode=config.resize_mode
+  )
+  if not config.cache_size:
+    return read
+  info = builder.info
+  inputs = {
+    'dataset': info.full_name,
+    'bytes': int(info.dataset_size),
+    'records': _digest(info.metadata['class_names'], info.metadata['labels']),
+    'side': side,
+    'mode': config.resize_mode,
+  }
+  folder = os.path.join(find_data_dir(config.data_dir), 'resized')
+  return resized.prepare(folder, inputs, read, len(source)).__getitem__
+
+
+def _read_picture(source, row, *, side, mode):
+  # As every published number: no data set of the papers is turned by EXIF.
+  # What image_folder stores is upright already.
+  picture = images.decode(source[row]['image'], upright=False)
+  return np.asarray(images.resize(picture, side=side, mode=mode))
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
@@ -201,14 +384,41 @@ def split_classes(
   return np.sort(train), np.sort(test)
 
 
-def _make_split(source, labels, class_names, classes):
-  rows = np.flatnonzero(np.isin(labels, classes))
-  return Split(
-    source=source,
-    rows=rows,
-    labels=np.searchsorted(classes, labels[rows]).astype(np.int32),
-    class_names=tuple(class_names[c] for c in classes),
-  )
+def split_validation(
+    classes: np.ndarray, part: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Keeps one part of the train classes from training, to select by.
+
+  Parts are consecutive: '2/2' is the second half, as in ProxyNCA++, and '1/4'
+  to '4/4' are the four folds of A Metric Learning Reality Check.
+
+  Args:
+    classes: int64 [num_classes], ascending.
+    part: 'i/n', i from 1; '' keeps nothing.
+
+  Returns:
+    (train, validation): disjoint, together `classes`.
+
+  Raises:
+    ValueError: if the part is none, or a side has fewer than 2 classes.
+  """
+  if not part:
+    return classes, classes[:0]
+  match = re.fullmatch(r'(\d+)/(\d+)', part)
+  index, count = map(int, match.groups()) if match else (0, 0)
+  if not 1 <= index <= count:
+    raise ValueError(
+      f'config.dataset.validation ({part!r}) must be i/n, as 2/2 for the '
+      'second half of the train classes, or empty.'
+    )
+  first, last = ((i * len(classes)) // count for i in (index - 1, index))
+  train = np.concatenate([classes[:first], classes[last:]])
+  if len(train) < 2 or last - first < 2:
+    raise ValueError(
+      f'config.dataset.validation={part} leaves {len(train)} train and '
+      f'{last - first} validation classes, and each needs at least 2.'
+    )
+  return train, classes[first:last]
 
 
 def _digest(class_names, *arrays) -> str:

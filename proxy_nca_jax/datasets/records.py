@@ -1,6 +1,9 @@
 """What the records of every data set have in common."""
 
 import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -8,12 +11,17 @@ from tensorflow_datasets.core.utils import tqdm_utils
 
 
 def make_info(
-    builder: tfds.core.DatasetBuilder, *, side: int
+    builder: tfds.core.DatasetBuilder, *, side: int | None, **features
 ) -> tfds.core.DatasetInfo:
-  """Describes square pictures with a label and a name, in a given order.
+  """Describes pictures with a label and a name, in a given order.
 
   The metadata, filled when the records are written, holds `labels` of all
   records and `class_names`, so that a split by class reads no record.
+
+  Args:
+    builder: the info is its.
+    side: of the square pictures, in pixels; None if they are of any size.
+    **features: what else a record holds.
   """
   return tfds.core.DatasetInfo(
     builder=builder,
@@ -21,15 +29,45 @@ def make_info(
     features=tfds.features.FeaturesDict(
       {
         'image': tfds.features.Image(
-          shape=(side, side, 3), encoding_format='png'
+          shape=(side, side, 3), encoding_format='png' if side else None
         ),
         'label': np.int64,
         'name': tfds.features.Text(),
+        **features,
       }
     ),
     metadata=tfds.core.MetadataDict(),
     disable_shuffling=True,
   )
+
+
+def read_pictures(
+    root: str, names: Sequence[str], convert: Callable[[bytes], bytes]
+) -> Iterator[tuple[str, bytes | ValueError]]:
+  """Reads files in threads and in order, a bounded number of them ahead.
+
+  Args:
+    root: the folder that the names are in.
+    names: of the files.
+    convert: checks a file's bytes, and returns those to store.
+
+  Yields:
+    (name, what `convert` returned, or the error that it raised).
+  """
+
+  def read(name):
+    try:
+      with open(os.path.join(root, name), 'rb') as file:
+        return convert(file.read())
+    except ValueError as error:
+      return error
+    except OSError as error:
+      return ValueError(error.strerror)
+
+  with futures.ThreadPoolExecutor() as pool:
+    for start in range(0, len(names), 64):
+      chunk = names[start : start + 64]
+      yield from zip(chunk, pool.map(read, chunk))
 
 
 class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
@@ -51,9 +89,10 @@ class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
     )
     for split, examples in self._split_generators(dl_manager).items():
       writer.initialize_splits([split])
-      with tqdm_utils.tqdm(unit=' images', desc=self.name) as progress:
+      title = f'{self.name} {split}'
+      with tqdm_utils.tqdm(unit=' images', desc=title) as progress:
         # The writer saves its progress at each call: not for each record.
-        while chunk := list(itertools.islice(examples, 1000)):
+        while chunk := list(itertools.islice(examples, 256)):
           writer.add_examples({split: [example for _, example in chunk]})
           progress.update(len(chunk))
     writer.close_all()

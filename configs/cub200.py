@@ -1,0 +1,26 @@
+"""CUB-200-2011: 100 species of birds train, 100 others test.
+
+python main.py --config=configs/cub200.py --workdir=/tmp/cub200 \
+  --config.dataset.manual_dir=DIR
+
+Resized to 256 x 256, cropped to 227 x 227, mirrored, in batches of 32 as in the
+paper; 20 epochs. The network is small and starts from scratch, so its scores
+cannot be compared with published ones. Not measured here: no copy of the data
+was at hand.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = default.get_config()
+  config.dataset.name = 'cub200'
+  config.dataset.resize = 256
+  config.dataset.image_size = 227
+  config.batch_size = 32
+  config.num_steps = 3660
+  config.eval_every = 366
+  config.optimizer.proxies.learning_rate = 1e-2
+  return config

@@ -1,0 +1,472 @@
+"""Finds, downloads and extracts published archives, none of them trusted.
+
+What is under its final name is whole: files and folders grow beside it, under
+a name that ends in `.part`, and are renamed at the end. Callers see to it that
+no two processes work on one name.
+"""
+
+import dataclasses
+import errno
+import gzip
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import stat
+import struct
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+from tqdm import auto as tqdm
+
+# The data sets have at most 120,053 members, and pictures hardly compress.
+MAX_MEMBERS = 500_000
+MAX_RATIO = 20
+_ALLOWANCE = 2**28
+# The directory of a zip of 500,000 members takes about 130 bytes for each.
+_MAX_DIRECTORY = 2**26
+# `os.makedirs` and `shutil.rmtree` call themselves for each level.
+_MAX_DEPTH = 64
+_MAX_NAMED = 20
+_CHUNK = 2**20
+
+_MAX_IDLE_ATTEMPTS = 3
+_PAUSE = 1.0  # Seconds.
+_HEADERS = {'Accept-Encoding': 'identity', 'User-Agent': 'proxy_nca_jax'}
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BAD_PATH = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+_DROPPED = (
+  http.client.IncompleteRead,
+  ConnectionError,
+  TimeoutError,
+  urllib.error.URLError,
+)
+# RuntimeError: headers nested without end, or a zip of an unknown version.
+_DAMAGED = (
+  EOFError,
+  RuntimeError,
+  UnicodeDecodeError,
+  gzip.BadGzipFile,
+  struct.error,
+  tarfile.TarError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFile:
+  """A published file and how to know it.
+
+  Attributes:
+    name: the name it is stored under.
+    urls: tried in order; empty if only people can fetch it.
+    size: in bytes, None if nobody published it.
+    checksum: 'sha256:HEX' or 'md5:HEX', '' if nobody published it.
+  """
+
+  name: str
+  urls: tuple[str, ...] = ()
+  size: int | None = None
+  checksum: str = ''
+
+
+def find_file(folder: str, names: Sequence[str]) -> str | None:
+  """Returns the first file of one of these names, in any case of letters.
+
+  Shallow ones come first, then those of the alphabetically first folder, down
+  to two levels of sub-folders. None if there is none.
+  """
+  names = {name.lower() for name in names}
+  for parent in _folders(folder, depth=2):
+    for name in sorted(_list(parent)[1]):
+      path = os.path.join(parent, name)
+      if name.lower() in names and os.path.isfile(path):
+        return path
+  return None
+
+
+def find_root(folder: str, markers: Sequence[str]) -> str | None:
+  """Returns the shallowest folder in which all markers exist.
+
+  Args:
+    folder: looked at first, then its sub-folders down to three levels.
+    markers: files or folders, relative to the one that is looked for.
+
+  Returns:
+    The folder, or None.
+  """
+  for parent in _folders(folder, depth=3):
+    if all(os.path.exists(os.path.join(parent, name)) for name in markers):
+      return parent
+  return None
+
+
+def _folders(folder: str, *, depth: int) -> Iterator[str]:
+  """Yields a folder and those below, level by level; not hidden, not links."""
+  level = [folder]
+  yield folder
+  for _ in range(depth):
+    level = sorted(
+      path
+      for parent in level
+      for name in _list(parent)[0]
+      if not name.startswith('.')
+      and not os.path.islink(path := os.path.join(parent, name))
+    )
+    yield from level
+
+
+def _list(folder: str) -> tuple[list[str], list[str]]:
+  """Returns the names of folders and of files; none if it cannot be read."""
+  _, folders, files = next(os.walk(folder), (folder, [], []))
+  return folders, files
+
+
+def fetch(file: RemoteFile, folder: str, *, timeout: float = 60.0) -> str:
+  """Downloads a file, going on where an earlier call stopped.
+
+  Args:
+    file: its size and checksum are verified as far as they are known.
+    folder: where it is stored; made if missing. A file that is there already
+      was verified when it got its name.
+    timeout: seconds to wait for a server to send anything.
+
+  Returns:
+    The path of the file.
+
+  Raises:
+    ValueError: if no URL gives the file; a line for each URL says why.
+    OSError: if the disk is full. What has arrived is kept.
+  """
+  path = os.path.join(folder, file.name)
+  if os.path.exists(path):
+    return path
+  if not file.urls:
+    raise ValueError(f'{file.name}: no URL is known; put it into {folder!r}.')
+  os.makedirs(folder, exist_ok=True)
+  reasons = []
+  for url in file.urls:
+    try:
+      _fetch_from(url, file, path + '.part', timeout)
+      os.replace(path + '.part', path)
+      return path
+    except (OSError, ValueError, http.client.HTTPException) as error:
+      if getattr(error, 'errno', None) in _DISK_FULL:
+        raise
+      reasons.append(f'{url}: {_reason(error)}')
+  raise ValueError('\n'.join(reasons))
+
+
+def _reason(error: Exception) -> str:
+  """Says in one line what happened, in words safe to print."""
+  if isinstance(error, urllib.error.HTTPError):
+    return f'{error.code} {http.client.responses.get(error.code, "?")}'
+  if isinstance(error, urllib.error.URLError):
+    error = error.reason
+  text = getattr(error, 'strerror', None) or str(error)
+  return ''.join(filter(str.isprintable, text))[:200]
+
+
+def _fetch_from(url: str, file: RemoteFile, part: str, timeout: float) -> None:
+  resumed = os.path.exists(part)
+  _download(url, file, part, timeout)
+  try:
+    _verify(file, part)
+  except ValueError:
+    os.remove(part)
+    if not resumed:
+      raise
+    # What was there may have been the beginning of another file.
+    _fetch_from(url, file, part, timeout)
+
+
+def _verify(file: RemoteFile, part: str) -> None:
+  algorithm, _, expected = file.checksum.partition(':')
+  with open(part, 'rb+') as stream:
+    # On disk before it is renamed, or a power cut could leave a name of zeros.
+    os.fsync(stream.fileno())
+    if not expected:
+      return
+    digest = hashlib.file_digest(stream, algorithm).hexdigest()
+  if digest != expected.lower():
+    raise ValueError(f'{algorithm} is {digest}, expected {expected}')
+
+
+def _download(url: str, file: RemoteFile, part: str, timeout: float) -> None:
+  """Connects until `part` is whole, as long as this brings it forward."""
+  most, idle = _size(part), 0
+  while True:
+    try:
+      return _connect(url, file, part, timeout)
+    except _DROPPED as error:
+      if getattr(error, 'code', None) == 416 and _size(part):
+        # What is there is not the beginning of what is offered.
+        os.remove(part)
+      elif isinstance(error, urllib.error.HTTPError):
+        raise
+      idle = 0 if _size(part) > most else idle + 1
+      if idle == _MAX_IDLE_ATTEMPTS:
+        raise
+    most = max(most, _size(part))
+    time.sleep(_PAUSE * (idle + 1))
+
+
+def _connect(url: str, file: RemoteFile, part: str, timeout: float) -> None:
+  """Adds to `part` what one connection brings; raises if that is not all."""
+  start = _size(part)
+  if start and start == file.size:
+    return
+  if file.size is not None and start > file.size:
+    start = 0
+  headers = _HEADERS | ({'Range': f'bytes={start}-'} if start else {})
+  request = urllib.request.Request(url, headers=headers)
+  with urllib.request.urlopen(request, timeout=timeout) as response:
+    start, size = _parse_headers(response, start)
+    if file.size is not None:
+      if size not in (None, file.size):
+        raise ValueError(f'sends {size} bytes, expected {file.size}')
+      size = file.size
+    with (
+      open(part, 'ab' if start else 'wb') as stream,
+      _progress(file.name, initial=start, total=size) as progress,
+    ):
+      # read1: what has arrived is kept even if the rest is late.
+      while chunk := response.read1(_CHUNK):
+        start += len(chunk)
+        if size is not None and start > size:
+          raise ValueError(f'sends more bytes than the expected {size}')
+        stream.write(chunk)
+        progress.update(len(chunk))
+  if size not in (None, start):
+    raise ConnectionError(f'stops after {start} of {size} bytes')
+
+
+def _parse_headers(response, start: int) -> tuple[int, int | None]:
+  """Returns where in the file the body starts, and the size of the file."""
+  if response.status == 206:
+    text = response.headers.get('Content-Range', '')
+    match = re.fullmatch(r'bytes (\d+)-\d+/(\d+|\*)', text.strip())
+    if not match or int(match[1]) != start:
+      raise ValueError(f'sends the range {text!r}, expected bytes {start}-')
+    if match[2] != '*':
+      return start, int(match[2])
+  else:
+    start = 0
+  text = response.headers.get('Content-Length')
+  if text is None:
+    return start, None
+  if not text.strip().isdecimal():
+    raise ValueError(f'sends the Content-Length {text!r}')
+  return start, start + int(text)
+
+
+def _size(path: str) -> int:
+  return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def _progress(name: str, **options) -> tqdm.tqdm:
+  # disable=None: silent unless someone watches.
+  return tqdm.tqdm(
+    desc=name, unit='B', unit_scale=True, disable=None, **options
+  )
+
+
+def extract(paths: Sequence[str], folder: str) -> None:
+  """Extracts archives side by side into a new folder.
+
+  Only plain files and folders are written, none outside of the folder, with
+  the permissions and times of any new file.
+
+  Args:
+    paths: zip, tar and tar.gz archives, known by their content; other files
+      named *.mat or *.txt are copied.
+    folder: appears when everything is in it.
+
+  Raises:
+    ValueError: if the folder exists, or a file is no archive, is damaged,
+      holds too much, or holds anything else than files and folders with
+      different names inside of the folder; all such members are counted.
+  """
+  folder = os.path.abspath(folder)
+  if os.path.lexists(folder):
+    raise ValueError(f'{folder!r} exists already.')
+  part = folder + '.part'
+  if os.path.lexists(part):
+    shutil.rmtree(part)
+  os.makedirs(part)
+  try:
+    for path in paths:
+      try:
+        _extract_one(path, part)
+      except OverflowError as error:
+        raise ValueError(f'{path} asks for too much: {error}.') from error
+      except _DAMAGED as error:
+        raise ValueError(
+          f'{path} is damaged: {error}; fetch it again.'
+        ) from error
+    os.rename(part, folder)
+  except BaseException:
+    shutil.rmtree(part, ignore_errors=True)
+    raise
+
+
+def _extract_one(path: str, folder: str) -> None:
+  limit = MAX_RATIO * os.path.getsize(path) + _ALLOWANCE
+  offenders, num_members, num_bytes = [], 0, 0
+  with _progress(os.path.basename(path)) as progress:
+    for name, fault, size, source in _members(path, limit):
+      num_members += 1
+      num_bytes += size
+      if num_members > MAX_MEMBERS:
+        raise OverflowError(f'more than {MAX_MEMBERS} members')
+      if num_bytes > limit:
+        raise OverflowError(f'more than {limit} bytes')
+      fault = fault or _write(folder, name, size, source)
+      if fault:
+        offenders.append(f'{name[:200]!r} ({fault})')
+      progress.update(size)
+  if not num_members:
+    raise EOFError('nothing is in it')
+  if offenders:
+    more = ', ...' if len(offenders) > _MAX_NAMED else ''
+    raise ValueError(
+      f'{path} must not be extracted, {len(offenders)} of its members are at '
+      f'fault: {", ".join(offenders[:_MAX_NAMED])}{more}.'
+    )
+
+
+def _write(folder: str, name: str, size: int, source: IO[bytes] | None) -> str:
+  """Writes a file, or makes a folder; returns why it must not be done, or ''.
+
+  The file system finds names that occur twice: by its own rules on the case of
+  letters, and without keeping names in memory.
+  """
+  flat = name.replace('\\', '/')
+  parts = [part for part in flat.split('/') if part not in ('', '.')]
+  if not name or '\0' in name:
+    return 'not a name'
+  if flat.startswith('/') or re.match('[A-Za-z]:', flat):
+    return 'absolute'
+  if '..' in parts:
+    return 'leads outside'
+  if len(parts) > _MAX_DEPTH:
+    return 'too deep'
+  path = os.path.join(folder, *parts)
+  parent = path if source is None else os.path.dirname(path)
+  try:
+    os.makedirs(parent, exist_ok=True)
+    if source is None:
+      return ''
+    output = open(path, 'xb')
+  except OSError as error:
+    if error.errno not in _BAD_PATH:
+      raise
+    return error.strerror
+  with output:
+    # No more is written than was declared and counted.
+    while chunk := source.read(_CHUNK):
+      size -= len(chunk)
+      if size < 0:
+        break
+      output.write(chunk)
+  if size:
+    raise EOFError(f'{name[:200]!r} has not the size that it declares')
+  return ''
+
+
+def _members(
+  path: str, limit: int
+) -> Iterator[tuple[str, str, int, IO[bytes] | None]]:
+  """Yields (name, fault or '', size, open file or None for a folder)."""
+  with open(path, 'rb') as file:
+    head = file.read(4)
+    file.seek(0)
+    # Not `zipfile.is_zipfile`: it takes a tar that ends in a zip for a zip,
+    # and a zip that lost its end for none.
+    if head in (b'PK\3\4', b'PK\5\6'):
+      yield from _zip_members(_Meter(file, _MAX_DIRECTORY, limit))
+      return
+    is_gzip = head.startswith(b'\x1f\x8b')
+    stream = gzip.GzipFile(fileobj=file) if is_gzip else file
+    try:
+      tar = tarfile.TarFile(fileobj=_Meter(stream, _CHUNK, limit))
+    except tarfile.ReadError:
+      if not path.lower().endswith(('.mat', '.txt')):
+        raise ValueError(f'{path} is no zip or tar archive.') from None
+      file.seek(0)
+      yield os.path.basename(path), '', os.path.getsize(path), file
+    else:
+      yield from _tar_members(tar)
+
+
+class _Meter:
+  """An open file that refuses reads larger than a sound archive asks for.
+
+  Headers are read into memory whole, whatever size they declare.
+  """
+
+  def __init__(self, file: IO[bytes], most_at_once: int, most_in_all: int):
+    self._file = file
+    self._most_at_once = most_at_once
+    self._most_in_all = most_in_all
+
+  def __getattr__(self, name: str):
+    return getattr(self._file, name)
+
+  def read(self, size: int = -1) -> bytes:
+    if size > self._most_at_once:
+      raise OverflowError(f'a header of {size} bytes')
+    if self._file.tell() > self._most_in_all:
+      raise OverflowError(f'more than {self._most_in_all} bytes')
+    return self._file.read(size)
+
+
+def _zip_members(file: _Meter) -> Iterator[tuple]:
+  with zipfile.ZipFile(file) as archive:
+    for member in archive.infolist():
+      kind = stat.S_IFMT(member.external_attr >> 16)
+      method = member.compress_type
+      fault, source = '', None
+      if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        fault = 'a link or special file'
+      elif member.flag_bits & 1:
+        fault = 'encrypted'
+      elif method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        fault = f'compressed by method {method}'
+      elif not member.orig_filename.endswith(('/', '\\')):
+        source = archive.open(member)
+      # `filename` ends at the first NUL.
+      yield member.orig_filename, fault, member.file_size, source
+
+
+def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple]:
+  """Reads headers one by one: TarFile keeps them, and ends at a broken one."""
+  file = tar.fileobj
+  member = tar.next()
+  while member is not None:
+    # Pythons before 2025-08 follow negative sizes backwards, for ever.
+    if member.size < 0 or tar.offset < file.tell():
+      raise tarfile.ReadError('a negative size')
+    fault, source = '', None
+    if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.sparse:
+      source = tar.extractfile(member)
+    elif not member.isdir():
+      fault = 'a link or special file'
+    yield member.name, fault, member.size, source
+    file.seek(tar.offset)
+    try:
+      member = tarfile.TarInfo.fromtarfile(tar)
+    except tarfile.EOFHeaderError:
+      member = None
+  # The checksum of a gzip comes last.
+  while file.read(_CHUNK):
+    pass

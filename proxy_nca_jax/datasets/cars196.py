@@ -1,0 +1,122 @@
+"""Cars196: Krause et al., 3D Object Representations, 3DRR-13.
+
+The first 98 models train and the other 98 test. The archives come in two ways:
+one of all pictures, which papers of metric learning use, or two that divide
+them for classification.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import io
+
+from proxy_nca_jax.datasets import archives, published
+
+# The authors' own addresses are dead.
+_COPY = (
+  'https://huggingface.co/datasets/XiN0919/FGVC/resolve/'
+  '921e8dce38536cd5982739d85d5e9235d2cb2a76'
+)
+_TEST_LABELS = 'cars_test_annos_withlabels.mat'
+
+
+class Cars196(published.PublishedBuilder):
+  """16,185 pictures of 196 models of cars, split by model."""
+
+  homepage = 'https://huggingface.co/datasets/XiN0919/FGVC'
+  files = (
+    (
+      archives.RemoteFile(
+        'car_ims.tgz',
+        urls=(
+          f'{_COPY}/car_ims.tgz',
+        ),
+        size=1956628579,
+        checksum='sha256:4d96e3e3e892c6b7e4a71959325c7de4804037d27ba5aaf1c756100fd94a5342',
+      ),
+      archives.RemoteFile(
+        'cars_annos.mat',
+        urls=(f'{_COPY}/cars_annos.mat',),
+        size=394471,
+        checksum='md5:b407c6086d669747186bd1d764ff9dbc',
+      ),
+    ),
+    (
+      archives.RemoteFile(
+        'cars_train.tgz',
+        size=979269282,
+        checksum='sha256:512b227b30e2f0a8aab9e09485786ab4479582073a144998da74d64b801fd288',
+      ),
+      archives.RemoteFile(
+        'cars_test.tgz',
+        size=977350468,
+        checksum='sha256:bffea656d6f425cba3c91c6d83336e4c5f86c6cffd8975b0f375d3a10da8e243',
+      ),
+      archives.RemoteFile(
+        'car_devkit.tgz',
+        size=330960,
+        checksum='sha256:b97deb463af7d58b6bfaa18b2a4de9829f0f79e8ce663dfa9261bf7810e9accd',
+      ),
+      archives.RemoteFile(
+        _TEST_LABELS,
+        size=185758,
+        checksum='sha256:790f75be8ea34eeded134cc559332baf23e30e91367e9ddca97d26ed9b895f05',
+      ),
+    ),
+    (
+      archives.RemoteFile(
+        'CARS196.zip',
+        urls=('http://ftp.cs.stanford.edu/cs/cvgl/CARS196.zip',),
+      ),
+    ),
+  )
+  markers = (
+    ('cars_annos.mat', 'car_ims'),
+    ('devkit/cars_meta.mat', _TEST_LABELS, 'cars_train', 'cars_test'),
+  )
+  counts = {'train': (8054, 98), 'test': (8131, 98)}
+
+  def read_annotations(self, root):
+    examples, problems = [], []
+    rows = sorted(_read_all(root), key=lambda row: row[1])
+    for path, number, names in rows:
+      if not 1 <= number <= len(names):
+        problems.append((path, f'class {number}, expected 1 to {len(names)}'))
+        continue
+      examples.append(
+        published.Example(
+          split='train' if number <= 98 else 'test',
+          path=path,
+          class_name=names[number - 1],
+        )
+      )
+    return examples, problems
+
+
+def _read_all(root: str) -> Iterator[tuple[str, int, list[str]]]:
+  """Yields (path, class from 1, the names of all classes)."""
+  if os.path.exists(os.path.join(root, 'cars_annos.mat')):
+    matrices = _load(root, 'cars_annos.mat')
+    names = _texts(matrices['class_names'])
+    for row in np.atleast_1d(matrices['annotations']):
+      yield str(row['relative_im_path']), int(row['class']), names
+    return
+  names = _texts(_load(root, 'devkit/cars_meta.mat')['class_names'])
+  for folder, annotations in (
+    ('cars_train', 'devkit/cars_train_annos.mat'), ('cars_test', _TEST_LABELS)
+  ):
+    for row in np.atleast_1d(_load(root, annotations)['annotations']):
+      yield os.path.join(folder, str(row['fname'])), int(row['class']), names
+
+
+def _load(root: str, path: str) -> dict[str, np.ndarray]:
+  try:
+    return io.loadmat(os.path.join(root, path), squeeze_me=True)
+  # SciPy lets many types through for a broken file.
+  except Exception as error:
+    raise ValueError(f'{path} cannot be read: {error}') from error
+
+
+def _texts(names: np.ndarray) -> list[str]:
+  return [str(name) for name in np.atleast_1d(names)]

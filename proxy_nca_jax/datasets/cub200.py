@@ -1,0 +1,54 @@
+"""CUB-200-2011: birds, https://www.vision.caltech.edu/datasets/cub_200_2011/.
+
+The first 100 species train and the other 100 test; the split by picture that
+the archive holds is for classification.
+"""
+
+import os
+
+from proxy_nca_jax.datasets import archives, published
+
+_IMAGES = 'images'
+
+
+class Cub200(published.PublishedBuilder):
+  """11,788 pictures of 200 species of birds, split by species."""
+
+  homepage = 'https://data.caltech.edu/records/65de6-vp158'
+  files = (
+    (
+      archives.RemoteFile(
+        'CUB_200_2011.tgz',
+        urls=(
+          'https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1',
+          'https://s3.amazonaws.com/fast-ai-imageclas/CUB_200_2011.tgz',
+        ),
+        size=1150585339,
+        checksum='sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081',
+      ),
+    ),
+  )
+  markers = (('images.txt', 'image_class_labels.txt', _IMAGES),)
+  counts = {'train': (5864, 100), 'test': (5924, 100)}
+
+  def read_annotations(self, root):
+    paths, problems = published.read_rows(root, 'images.txt', ('id', 'path'))
+    labels, more = published.read_rows(
+      root, 'image_class_labels.txt', ('id', 'class_id')
+    )
+    problems += more
+    class_ids = {row['id']: row['class_id'] for row in labels}
+    examples = []
+    for row in paths:
+      class_id = class_ids.get(row['id'], '')
+      if not class_id.isdecimal():
+        problems.append((row['path'], 'no class in image_class_labels.txt'))
+        continue
+      examples.append(
+        published.Example(
+          split='train' if int(class_id) <= 100 else 'test',
+          path=os.path.join(_IMAGES, row['path']),
+          class_name=os.path.dirname(row['path']),
+        )
+      )
+    return examples, problems

@@ -1,0 +1,62 @@
+"""In-Shop Clothes Retrieval of DeepFashion, the standard 256-pixel pictures.
+
+Liu et al., DeepFashion, CVPR 2016. Queries search a gallery of other pictures
+of the same items; training has items of its own.
+"""
+
+import os
+
+import tensorflow_datasets as tfds
+
+from proxy_nca_jax.datasets import archives, published
+
+_PARTITION = 'list_eval_partition.txt'
+
+
+class Inshop(published.PublishedBuilder):
+  """52,712 pictures of 7,982 pieces of clothing, split by piece."""
+
+  homepage = (
+    'https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html '
+    '(Img/img.zip and Eval)'
+  )
+  files = (
+    (
+      archives.RemoteFile('img.zip'),
+      archives.RemoteFile(
+        _PARTITION,
+        checksum='sha256:'
+        'cfada103c44df866db5e2ee9ecc2301ca691a4d0cdb3c875fe4051b62570894c',
+      ),
+    ),
+  )
+  # Side by side, as the archives are extracted; or in the published folders.
+  markers = ((_PARTITION, 'img'), (f'Eval/{_PARTITION}', 'Img/img'))
+  counts = {
+    'train': (25882, 3997), 'query': (14218, 3985), 'gallery': (12612, 3985)
+  }
+  features = {'super_class': tfds.features.Text()}
+
+  def read_annotations(self, root):
+    is_flat = os.path.exists(os.path.join(root, _PARTITION))
+    rows, problems = published.read_rows(
+      root,
+      _PARTITION if is_flat else f'Eval/{_PARTITION}',
+      ('image_name', 'item_id', 'evaluation_status'),
+      skip=2,
+    )
+    examples = []
+    for row in sorted(rows, key=lambda row: row['item_id']):
+      path, split = row['image_name'], row['evaluation_status']
+      if split in self.counts:
+        examples.append(
+          published.Example(
+            split=split,
+            path=path if is_flat else os.path.join('Img', path),
+            class_name=row['item_id'],
+            extra={'super_class': '/'.join(path.split('/')[1:3])},
+          )
+        )
+      else:
+        problems.append((path, f'expected train, query or gallery: {split!r}'))
+    return examples, problems

@@ -1,0 +1,104 @@
+"""Pictures after a recipe's first resize, decoded, in one file on disk.
+
+Decoding and resizing a photo takes milliseconds, each epoch anew. Done once,
+the pixels are read from a file that all runs and reading processes share
+through the operating system's cache.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent import futures
+
+import numpy as np
+import PIL
+from tensorflow_datasets.core.utils import tqdm_utils
+
+from proxy_nca_jax import locks
+
+_logger = logging.getLogger(__name__)
+
+
+class ResizedPictures(Sequence):
+  """uint8 [height, width, 3] pictures in a folder that `prepare` made.
+
+  The file is mapped when the first picture is read, in each process for itself.
+  """
+
+  def __init__(self, folder: str):
+    self._folder = folder
+    self._shapes = np.load(os.path.join(folder, 'shapes.npy'))
+    sizes = np.prod(self._shapes, axis=1, dtype=np.int64) * 3
+    self._starts = np.concatenate([[0], np.cumsum(sizes)])
+
+  def __reduce__(self):
+    return ResizedPictures, (self._folder,)
+
+  @functools.cached_property
+  def _pixels(self) -> np.ndarray:
+    path = os.path.join(self._folder, 'pixels.bin')
+    return np.memmap(path, np.uint8, 'r', shape=(int(self._starts[-1]),))
+
+  def __len__(self) -> int:
+    return len(self._shapes)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    pixels = self._pixels[self._starts[index] : self._starts[index + 1]]
+    return np.asarray(pixels).reshape(*self._shapes[index], 3)
+
+
+def prepare(
+    folder: str,
+    inputs: dict[str, str | int],
+    read: Callable[[int], np.ndarray],
+    num_pictures: int,
+) -> ResizedPictures:
+  """Writes the pictures of one data set and resize, unless they are there.
+
+  They appear by a rename when they are whole; one process writes, and others
+  that need the same wait for it.
+
+  Args:
+    folder: gets a folder for each `inputs`.
+    inputs: all that the pixels depend on, besides the version of Pillow.
+    read: maps an index to uint8 [height, width, 3].
+    num_pictures: indices are in [0, num_pictures).
+  """
+  inputs = json.dumps(inputs | {'pillow': PIL.__version__}, sort_keys=True)
+  key = hashlib.sha256(inputs.encode()).hexdigest()[:16]
+  path = os.path.join(folder, key)
+  os.makedirs(folder, exist_ok=True)
+  with locks.hold(os.path.join(folder, 'lock')):
+    if not os.path.exists(path):
+      _logger.info('Writing resized pictures to %s', path)
+      _write(path + '.part', inputs, read, num_pictures)
+      os.rename(path + '.part', path)
+  return ResizedPictures(path)
+
+
+def _write(folder, inputs, read, num_pictures) -> None:
+  shutil.rmtree(folder, ignore_errors=True)
+  os.makedirs(folder)
+  shapes = np.empty((num_pictures, 2), np.int32)
+  with (
+    open(os.path.join(folder, 'pixels.bin'), 'wb') as file,
+    tqdm_utils.tqdm(
+      total=num_pictures, unit=' images', desc='resizing'
+    ) as progress,
+    futures.ThreadPoolExecutor() as pool,
+  ):
+    for start in range(0, num_pictures, 64):
+      indices = range(start, min(start + 64, num_pictures))
+      for index, picture in zip(indices, pool.map(read, indices)):
+        shapes[index] = picture.shape[:2]
+        file.write(np.ascontiguousarray(picture))
+      progress.update(len(indices))
+    file.flush()
+    os.fsync(file.fileno())
+  np.save(os.path.join(folder, 'shapes.npy'), shapes)
+  with open(os.path.join(folder, 'inputs.json'), 'w') as file:
+    file.write(inputs + '\n')

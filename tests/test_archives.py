@@ -1,0 +1,973 @@
+import contextlib
+import errno
+import gc
+import gzip
+import hashlib
+import io
+import os
+import pathlib
+import re
+import shutil
+import socket
+import socketserver
+import stat
+import struct
+import tarfile
+import threading
+import zipfile
+from http import server
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from proxy_nca_jax.datasets import archives
+
+_CONTENT = np.random.default_rng(0).bytes(300_000)
+_OTHER = np.random.default_rng(1).bytes(300_000)
+
+
+class _Handler(server.BaseHTTPRequestHandler):
+
+  def do_GET(self):
+    self.server.seen.append((self.path, self.headers['Range']))
+    answers = self.server.answers[self.path]
+    answer = answers.pop(0) if len(answers) > 1 else answers[0]
+    answer(self)
+
+  def reply(self, status, body=b'', **headers):
+    self.send_response(status)
+    for name, value in headers.items():
+      self.send_header(name.replace('_', '-'), str(value))
+    self.end_headers()
+    with contextlib.suppress(ConnectionError):
+      self.wfile.write(body)
+
+  def log_message(self, *_):
+    pass
+
+
+def _whole(body=_CONTENT, *, upto=None, **headers):
+  """Ignores ranges; `upto` drops the connection after so many bytes."""
+  headers = {'Content_Length': len(body)} | headers
+  return lambda handler: handler.reply(200, body[:upto], **headers)
+
+
+def _unannounced(body):
+  return lambda handler: handler.reply(200, body)
+
+
+def _status(status):
+  return lambda handler: handler.reply(status, b'words', Content_Length=5)
+
+
+def _ranged(body=_CONTENT, *, upto=None, content_range=None, length=None):
+  """Obeys ranges; `upto` drops each connection after so many bytes."""
+
+  def answer(handler):
+    asked = handler.headers['Range']
+    if asked is None:
+      return _whole(body, upto=upto)(handler)
+    start = int(re.fullmatch(r'bytes=(\d+)-', asked)[1])
+    if start >= len(body):
+      return handler.reply(416, Content_Range=f'bytes */{len(body)}')
+    span = content_range or f'bytes {start}-{len(body) - 1}/{len(body)}'
+    rest = body[start:]
+    handler.reply(
+      206,
+      rest[:upto],
+      Content_Range=span,
+      Content_Length=length or len(rest),
+    )
+
+  return answer
+
+
+def _chunked(handler):
+  handler.protocol_version = 'HTTP/1.1'
+  # A chunk of 0x4000 bytes that ends early.
+  handler.reply(200, b'4000\r\n' + _CONTENT[:999], Transfer_Encoding='chunked')
+  handler.close_connection = True
+
+
+def _reset(handler):
+  handler.reply(200, _CONTENT[:1000], Content_Length=len(_CONTENT))
+  handler.wfile.flush()
+  linger = struct.pack('ii', 1, 0)
+  handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+  handler.connection.close()
+
+
+class FetchTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.object(archives, '_PAUSE', 0.0))
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.part = self.folder / 'data.tgz.part'
+    self.http = server.ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
+    self.http.seen, self.http.answers = [], {}
+    thread = threading.Thread(target=self.http.serve_forever, args=[0.01])
+    thread.start()
+    self.addCleanup(thread.join)
+    self.addCleanup(self.http.server_close)
+    self.addCleanup(self.http.shutdown)
+    self.root = f'http://127.0.0.1:{self.http.server_port}'
+
+  def _fetch(self, *urls, timeout=5.0, **changes):
+    """Each URL is a list of answers, the last one repeated, or a string."""
+    names = []
+    for number, answers in enumerate(urls):
+      if isinstance(answers, str):
+        names.append(answers)
+      else:
+        self.http.answers[f'/{number}'] = answers
+        names.append(f'{self.root}/{number}')
+    arguments = dict(
+      size=len(_CONTENT),
+      checksum='sha256:' + hashlib.sha256(_CONTENT).hexdigest(),
+    )
+    file = archives.RemoteFile(
+      'data.tgz', urls=tuple(names), **(arguments | changes)
+    )
+    return archives.fetch(file, str(self.folder), timeout=timeout)
+
+  def _check(self, path):
+    self.assertEqual(path, str(self.folder / 'data.tgz'))
+    self.assertEqual(pathlib.Path(path).read_bytes(), _CONTENT)
+    self.assertEqual(os.listdir(self.folder), ['data.tgz'])
+
+  def _check_fails(self, message, *urls, **options):
+    with self.assertRaisesRegex(ValueError, message):
+      self._fetch(*urls, **options)
+    self.assertFalse((self.folder / 'data.tgz').exists())
+
+  def _ranges(self):
+    return [asked for _, asked in self.http.seen]
+
+  @parameterized.parameters(
+    {},
+    {'checksum': 'md5:' + hashlib.md5(_CONTENT).hexdigest().upper()},
+    {'checksum': ''},
+    {'size': None},
+    {'size': None, 'checksum': ''},
+  )
+  def test_a_file_arrives_whole(self, **changes):
+    self._check(self._fetch([_whole()], **changes))
+    self.assertLen(self.http.seen, 1)
+
+  def test_the_folder_is_made(self):
+    self.folder = self.folder / 'a' / 'b'
+    self._check(self._fetch([_whole()]))
+
+  def test_a_file_that_is_there_is_not_asked_for(self):
+    (self.folder / 'data.tgz').write_bytes(_CONTENT)
+    self._check(self._fetch([_status(500)]))
+    self.assertEmpty(self.http.seen)
+
+  def test_a_file_without_url_is_asked_of_the_user(self):
+    self._check_fails(r'data\.tgz: no URL is known; put it into')
+
+  def test_a_body_without_announced_size_is_verified_at_its_end(self):
+    self._check(self._fetch([_unannounced(_CONTENT)], size=None))
+
+  def test_only_the_rest_of_a_part_is_asked_for(self):
+    self.part.write_bytes(_CONTENT[:1234])
+    self._check(self._fetch([_ranged()]))
+    self.assertEqual(self._ranges(), ['bytes=1234-'])
+
+  @parameterized.parameters(True, False)
+  def test_dropped_connections_are_resumed(self, size_is_known):
+    changes = {} if size_is_known else {'size': None}
+    self._check(self._fetch([_ranged(upto=70_000)], **changes))
+    starts = range(70_000, len(_CONTENT), 70_000)
+    self.assertEqual(self._ranges(), [None, *(f'bytes={n}-' for n in starts)])
+
+  @parameterized.parameters((_chunked, 999), (_reset, 1000))
+  def test_what_came_before_the_connection_broke_is_kept(self, broken, count):
+    self._check(self._fetch([broken, _ranged()]))
+    self.assertEqual(self._ranges(), [None, f'bytes={count}-'])
+
+  def test_a_silent_server_is_left_and_its_bytes_are_kept(self):
+    wake = threading.Event()
+    self.addCleanup(wake.set)
+
+    def stall(handler):
+      handler.reply(200, _CONTENT[:500], Content_Length=len(_CONTENT))
+      wake.wait(20)
+
+    self._check(self._fetch([stall, _ranged()], timeout=0.2))
+    self.assertEqual(self._ranges(), [None, 'bytes=500-'])
+
+  def test_a_server_that_ignores_ranges_starts_over(self):
+    self.part.write_bytes(_OTHER[:1234])
+    self._check(self._fetch([_whole()]))
+    self.assertEqual(self._ranges(), ['bytes=1234-'])
+
+  def test_attempts_without_progress_end(self):
+    self._check_fails(
+      '/0: stops after 70000 of 300000 bytes$', [_whole(upto=70_000)]
+    )
+    # The first brings something, three more bring no more than it did.
+    self.assertLen(self.http.seen, 4)
+
+  def test_attempts_pause_longer_and_longer(self):
+    with mock.patch.object(archives.time, 'sleep') as sleep:
+      with mock.patch.object(archives, '_PAUSE', 1.0):
+        self._check_fails('stops after 0 of', [_whole(upto=0)])
+    self.assertEqual([call.args[0] for call in sleep.call_args_list], [2, 3])
+
+  def test_the_second_server_goes_on_where_the_first_dropped(self):
+    self._check(self._fetch([_whole(upto=70_000)], [_ranged()]))
+    self.assertEqual(self.http.seen[-1], ('/1', 'bytes=70000-'))
+
+  @parameterized.parameters(
+    ([_status(404)], '404 Not Found'),
+    ([_status(500)], '500 Internal Server Error'),
+    ([_status(416)], '416 '),
+    ([_status(599)], r'599 \?'),
+    ([_whole(_CONTENT[:17])], 'sends 17 bytes, expected 300000'),
+    ([_whole(_CONTENT * 2)], 'sends 600000 bytes, expected 300000'),
+    ([_unannounced(_CONTENT * 2)], 'more bytes than the expected 300000'),
+    ([_whole(Content_Length='a few')], "the Content-Length 'a few'"),
+    ([_whole(Content_Length=-1)], "the Content-Length '-1'"),
+    ([_whole(Content_Length='9' * 5000)], 'digits'),
+    ([_whole(_OTHER)], 'sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}'),
+    ('http://127.0.0.1:1/', 'refused'),
+    ('http://127.0.0.1:x/', 'nonnumeric port'),
+    ('http://[', 'Invalid IPv6'),
+    ('nowhere', 'unknown url type'),
+    ('nowhere://x', 'unknown url type'),
+  )
+  def test_a_useless_server_says_why_and_the_next_is_asked(self, url, reason):
+    self._check_fails(f'^[^ ]*: .*{reason}.*$', url)
+    self._check(self._fetch(url, [_whole()]))
+
+  def test_a_wrong_size_is_known_before_the_body(self):
+    stop = threading.Event()
+
+    def endless(handler):
+      handler.reply(200, Content_Length=10**15)
+      with contextlib.suppress(ConnectionError):
+        while not stop.wait(0.001):
+          handler.wfile.write(bytes(2**16))
+
+    self.addCleanup(stop.set)
+    self.part.write_bytes(_CONTENT[:1234])
+    self._check_fails('sends 10{15} bytes', [endless])
+    self.assertEqual(self.part.read_bytes(), _CONTENT[:1234])
+
+  def test_an_announced_size_too_small_loses_nothing_silently(self):
+    short = _whole(Content_Length=1000)
+    self._check_fails('sends 1000 bytes', [short])
+    self._check_fails('sha256 is', [short], size=None)
+
+  def test_each_url_has_its_line(self):
+    gone = 'http://127.0.0.1:1/'
+    with self.assertRaises(ValueError) as caught:
+      self._fetch([_status(404)], gone, [_whole(b'')])
+    self.assertEqual(
+      str(caught.exception).split('\n'),
+      [
+        f'{self.root}/0: 404 Not Found',
+        f'{gone}: Connection refused',
+        f'{self.root}/2: sends 0 bytes, expected 300000',
+      ],
+    )
+
+  def test_words_of_a_server_do_not_reach_the_terminal(self):
+
+    def garbage(handler):
+      handler.wfile.write(b'\x1b[2J' + b'x' * 1000 + b'\r\n\r\n')
+
+    with self.assertRaises(ValueError) as caught:
+      self._fetch([garbage])
+    self.assertTrue(str(caught.exception).isprintable())
+    self.assertLess(len(str(caught.exception)), 300)
+
+  @parameterized.parameters(
+    'bytes 0-299999/300000',
+    'bytes 1235-299999/300000',
+    'bytes some-299999/300000',
+    'bytes */300000',
+    ' ',
+  )
+  def test_another_range_than_the_one_asked_for_is_not_added(self, span):
+    self.part.write_bytes(_CONTENT[:1234])
+    answer = _ranged(content_range=span)
+    self._check_fails('sends the range .* expected bytes 1234-', [answer])
+    self.assertEqual(self.part.read_bytes(), _CONTENT[:1234])
+    self._check(self._fetch([answer], [_ranged()]))
+
+  def test_a_range_of_a_file_of_another_size_is_not_added(self):
+    self.part.write_bytes(_CONTENT[:1234])
+    answer = _ranged(content_range='bytes 1234-299999/300001')
+    self._check_fails('sends 300001 bytes', [answer])
+    answer = _ranged(content_range='bytes 1234-299999/*', length=5)
+    self._check_fails('sends 1239 bytes', [answer])
+    self.assertEqual(self.part.read_bytes(), _CONTENT[:1234])
+    answer = _ranged(content_range='bytes 1234-299999/*')
+    self._check(self._fetch([answer]))
+
+  def test_a_server_that_gives_less_than_the_range_is_asked_again(self):
+    self.part.write_bytes(_CONTENT[:1000])
+
+    def some(handler):
+      handler.reply(
+        206,
+        _CONTENT[1000:1500],
+        Content_Range='bytes 1000-1499/300000',
+        Content_Length=500,
+      )
+
+    self._check(self._fetch([some, _ranged()], size=None))
+    self.assertEqual(self._ranges(), ['bytes=1000-', 'bytes=1500-'])
+
+  def test_a_part_that_is_too_long_is_started_over(self):
+    self.part.write_bytes(_OTHER + b'more')
+    self._check(self._fetch([_ranged()]))
+    self.assertEqual(self._ranges(), [None])
+
+  def test_a_part_longer_than_a_file_of_unknown_size_is_started_over(self):
+    self.part.write_bytes(_OTHER + b'more')
+    self._check(self._fetch([_ranged()], size=None))
+    self.assertEqual(self._ranges(), ['bytes=300004-', None])
+
+  def test_a_whole_part_is_verified_without_a_request(self):
+    self.part.write_bytes(_CONTENT)
+    self._check(self._fetch([_status(500)]))
+    self.assertEmpty(self.http.seen)
+
+  @parameterized.parameters(1234, 300_000)
+  def test_a_part_of_another_file_is_started_over_once(self, length):
+    self.part.write_bytes(_OTHER[:length])
+    self._check(self._fetch([_ranged()]))
+    self.assertEqual(self._ranges()[-1], None)
+
+  def test_a_part_from_a_wrong_server_does_not_poison_the_next(self):
+    self._check(self._fetch([_whole(_OTHER, upto=9000)], [_ranged()]))
+    self.assertEqual(
+      self.http.seen[-2:], [('/1', 'bytes=9000-'), ('/1', None)]
+    )
+
+  def test_a_wrong_file_is_not_kept(self):
+    self.part.write_bytes(_OTHER[:1234])
+    self._check_fails('sha256 is', [_ranged(_OTHER)])
+    self.assertEmpty(os.listdir(self.folder))
+    self.assertEqual(self._ranges(), ['bytes=1234-', None])
+
+  def test_a_full_disk_is_no_fault_of_the_server(self):
+    # Not `open` itself: /dev/full fails as a full disk does.
+    self.part.symlink_to('/dev/full')
+    with self.assertRaises(OSError) as caught:
+      self._fetch([_whole()], [_whole()])
+    self.assertEqual(caught.exception.errno, errno.ENOSPC)
+    self.assertLen(self.http.seen, 1)
+    self.assertEqual(os.listdir(self.folder), ['data.tgz.part'])
+
+  def test_a_bare_answer_is_asked_for(self):
+    heard = {}
+
+    def answer(handler):
+      heard.update(handler.headers)
+      _whole()(handler)
+
+    self._check(self._fetch([answer]))
+    self.assertEqual(heard['Accept-Encoding'], 'identity')
+    self.assertNotIn('urllib', heard['User-Agent'])
+
+  def test_ftp_starts_over(self):
+    self.part.write_bytes(_OTHER[:1234])
+    with socketserver.ThreadingTCPServer(('127.0.0.1', 0), _Ftp) as ftp:
+      thread = threading.Thread(target=ftp.serve_forever, args=[0.01])
+      thread.start()
+      try:
+        self._check(
+          self._fetch(f'ftp://127.0.0.1:{ftp.server_address[1]}/data.tgz')
+        )
+      finally:
+        ftp.shutdown()
+        thread.join()
+
+
+class _Ftp(socketserver.StreamRequestHandler):
+  """As much of FTP as one download needs."""
+
+  def handle(self):
+    self._say('220 hello')
+    with socket.create_server(('127.0.0.1', 0)) as data:
+      port = data.getsockname()[1]
+      for line in self.rfile:
+        command = line.split()[0].upper()
+        if command == b'PASV':
+          self._say(f'227 (127,0,0,1,{port // 256},{port % 256})')
+        elif command == b'RETR':
+          connection, _ = data.accept()
+          self._say(f'150 opening ({len(_CONTENT)} bytes)')
+          with connection:
+            connection.sendall(_CONTENT)
+          self._say('226 done')
+        else:
+          self._say('230 fine' if command == b'USER' else '200 fine')
+
+  def _say(self, line):
+    with contextlib.suppress(ConnectionError):
+      self.wfile.write(f'{line}\r\n'.encode())
+
+
+_PICTURE = np.random.default_rng(2).bytes(3000)
+
+
+def _make_zip(path, *members):
+  """Members are (name or ZipInfo, content)."""
+  with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+    for info, content in members:
+      archive.writestr(info, content)
+
+
+def _make_tar(path, *members, mode='w:gz', **options):
+  """Members are (name or TarInfo, content)."""
+  with tarfile.open(path, mode, **options) as archive:
+    for info, content in members:
+      if isinstance(info, str):
+        info = tarfile.TarInfo(info)
+      info.size = info.size or len(content)
+      archive.addfile(info, io.BytesIO(content))
+
+
+def _tar_info(name, kind, linkname='', **fields):
+  info = tarfile.TarInfo(name)
+  info.type, info.linkname = kind, linkname
+  for field, value in fields.items():
+    setattr(info, field, value)
+  return info
+
+
+def _zip_info(name, mode=0, **fields):
+  info = zipfile.ZipInfo(name)
+  info.external_attr = mode << 16
+  for field, value in fields.items():
+    setattr(info, field, value)
+  return info
+
+
+# Names that no archive may hold, in an archive that holds 'a/taken.txt'.
+_BAD_NAMES = (
+  ('../out.txt', 'leads outside'),
+  ('a/../../out.txt', 'leads outside'),
+  ('a/..', 'leads outside'),
+  ('..\\out.txt', 'leads outside'),
+  ('a\\..\\..\\out.txt', 'leads outside'),
+  ('/tmp/out.txt', 'absolute'),
+  ('\\out.txt', 'absolute'),
+  ('C:\\out.txt', 'absolute'),
+  ('c:out.txt', 'absolute'),
+  ('a/nul\0.txt', 'not a name'),
+  ('.', 'File exists'),
+  ('a/taken.txt', 'File exists'),
+  ('a\\taken.txt', 'File exists'),
+  ('./a//./taken.txt', 'File exists'),
+  ('a', 'File exists'),
+  ('a/taken.txt/below.txt', 'Not a directory'),
+  ('a/taken.txt/below/below.txt', 'Not a directory|File exists'),
+  ('n' * 300, 'File name too long'),
+  ('d/' * 1500 + 'x', 'too deep'),
+)
+
+
+class ExtractTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.base = pathlib.Path(self.create_tempdir().full_path)
+    self.out = self.base / 'room' / 'out'
+    self.out.parent.mkdir()
+    self.zip = self.base / 'a.zip'
+    self.tar = self.base / 'a.tgz'
+
+  def _extract(self, *paths):
+    archives.extract([str(path) for path in paths], str(self.out))
+    self.assertEqual(os.listdir(self.out.parent), ['out'])
+    return {
+      str(path.relative_to(self.out)): path.read_bytes()
+      for path in self.out.rglob('*')
+      if path.is_file()
+    }
+
+  def _check_fails(self, message, *paths):
+    before = {path for path in self.base.rglob('*')}
+    with self.assertRaisesRegex(ValueError, message) as caught:
+      self._extract(*paths)
+    self.assertEqual({path for path in self.base.rglob('*')}, before)
+    return str(caught.exception)
+
+  @parameterized.parameters('w', 'w:gz')
+  def test_tar_members_arrive_whole_under_any_suffix(self, mode):
+    path = self.base / 'archive.zip'
+    members = [('a/b/1.jpg', _PICTURE), ('a/._1.jpg', b''), ('./c', b'c')]
+    folder = _tar_info('a/empty', tarfile.DIRTYPE, mode=0o700)
+    _make_tar(path, *members, (folder, b''), (folder, b''), mode=mode)
+    self.assertEqual(
+      self._extract(path), {'a/b/1.jpg': _PICTURE, 'a/._1.jpg': b'', 'c': b'c'}
+    )
+    self.assertTrue((self.out / 'a' / 'empty').is_dir())
+
+  def test_zip_members_arrive_whole_under_any_suffix(self):
+    path = self.base / 'archive.tgz'
+    _make_zip(
+      path,
+      ('a/b/1.jpg', _PICTURE),
+      ('a\\b\\2.jpg', b'2'),
+      ('__MACOSX/x', b''),
+      ('a/empty/', b''),
+      ('a\\also\\', b''),
+      (_zip_info('plain', stat.S_IFREG | 0o4777), b'p'),
+    )
+    self.assertEqual(
+      self._extract(path),
+      {'a/b/1.jpg': _PICTURE, 'a/b/2.jpg': b'2', '__MACOSX/x': b'', 'plain': b'p'},
+    )
+    self.assertTrue((self.out / 'a' / 'empty').is_dir())
+    self.assertTrue((self.out / 'a' / 'also').is_dir())
+
+  def test_members_larger_than_a_chunk_arrive_whole(self):
+    _make_tar(self.tar, ('large', _PICTURE * 10))
+    _make_zip(self.zip, ('large too', _PICTURE * 10))
+    with mock.patch.object(archives, '_CHUNK', 4096):
+      contents = self._extract(self.tar, self.zip)
+    self.assertEqual(contents, dict.fromkeys(contents, _PICTURE * 10))
+    self.assertLen(contents, 2)
+
+  def test_a_tar_that_ends_in_a_zip_is_a_tar(self):
+    _make_zip(self.zip, ('inner', b'x'))
+    path = self.base / 'a.tar'
+    _make_tar(
+      path, ('img.zip', self.zip.read_bytes()), mode='w',
+      format=tarfile.USTAR_FORMAT,
+    )  # fmt: skip
+    self.assertTrue(zipfile.is_zipfile(path))
+    self.assertEqual(
+      self._extract(path), {'img.zip': self.zip.read_bytes()}
+    )
+
+  def test_long_and_foreign_names_are_kept(self):
+    name = 'ordner/' + 'ä' * 100 + '.jpg'
+    for number, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+      _make_tar(self.tar, (f'{number}' + name, b'x'), format=form)
+      self.assertEqual(self._extract(self.tar), {f'{number}' + name: b'x'})
+      shutil.rmtree(self.out)
+    _make_zip(self.zip, (name, b'x'))
+    self.assertEqual(self._extract(self.zip), {name: b'x'})
+
+  def test_archives_and_annotations_lie_side_by_side(self):
+    _make_tar(self.tar, ('car_ims/1.jpg', _PICTURE))
+    _make_zip(self.zip, ('devkit/meta', b'm'))
+    annotations = self.base / 'cars_annos.MAT'
+    annotations.write_bytes(b'MATLAB 5.0 MAT-file' + bytes(1000))
+    empty = self.base / 'empty.txt'
+    empty.write_bytes(b'')
+    self.assertEqual(
+      self._extract(self.tar, self.zip, annotations, empty),
+      {
+        'car_ims/1.jpg': _PICTURE,
+        'devkit/meta': b'm',
+        'cars_annos.MAT': annotations.read_bytes(),
+        'empty.txt': b'',
+      },
+    )
+
+  def test_two_archives_do_not_overwrite_each_other(self):
+    _make_tar(self.tar, ('a/x', b'1'))
+    _make_zip(self.zip, ('a/x', b'2'))
+    self._check_fails(r"a\.zip .* 1 of .* 'a/x' \(File exists", self.tar, self.zip)
+
+  def test_permissions_owners_and_times_are_those_of_new_files(self):
+    info = tarfile.TarInfo('x')
+    info.mode, info.mtime, info.uid = 0o6777, 1, 12345
+    _make_tar(self.tar, (info, b'x'))
+    self.addCleanup(os.umask, os.umask(0o027))
+    self._extract(self.tar)
+    status = os.stat(self.out / 'x')
+    self.assertEqual(stat.S_IMODE(status.st_mode), 0o640)
+    self.assertEqual(status.st_uid, os.getuid())
+    self.assertGreater(status.st_mtime, 1e9)
+
+  @parameterized.parameters(*_BAD_NAMES)
+  def test_a_bad_name_in_a_tar_is_named(self, name, reason):
+    _make_tar(self.tar, ('a/taken.txt', b'1'), ('x', b'2'))
+    with tarfile.open(self.tar, 'w:gz') as archive:
+      for each in ('a/taken.txt', name):
+        info = tarfile.TarInfo(each)
+        # The field of old cuts names at NUL, this one does not.
+        info.pax_headers = {'path': each}
+        archive.addfile(info)
+    message = self._check_fails(r'a\.tgz .* 1 of its members', self.tar)
+    self.assertIn(f'{name[:200]!r} (', message)
+    self.assertRegex(message, reason)
+
+  @parameterized.parameters(*_BAD_NAMES)
+  def test_a_bad_name_in_a_zip_is_named(self, name, reason):
+    info = zipfile.ZipInfo('x')
+    info.filename = name  # The constructor would repair it.
+    _make_zip(self.zip, ('a/taken.txt', b'1'), (info, b'2'))
+    message = self._check_fails(r'a\.zip .* 1 of its members', self.zip)
+    self.assertIn(f'{name[:200]!r} (', message)
+    self.assertRegex(message, reason)
+
+  def test_an_empty_name_is_named(self):
+    info = zipfile.ZipInfo('x')
+    info.filename = ''
+    _make_zip(self.zip, (info, b'2'), ('x', b''))
+    self._check_fails(r"1 of .* '' \(not a name\)", self.zip)
+    _make_tar(self.tar, ('', b'2'), ('x', b''))
+    self._check_fails(r"1 of .* '' \(not a name\)", self.tar)
+
+  @parameterized.parameters(
+    (tarfile.SYMTYPE, '/etc'),
+    (tarfile.SYMTYPE, 'inside'),
+    (tarfile.LNKTYPE, '../../a.tgz'),
+    (tarfile.LNKTYPE, 'inside'),
+    (tarfile.CHRTYPE, ''),
+    (tarfile.BLKTYPE, ''),
+    (tarfile.FIFOTYPE, ''),
+    (tarfile.GNUTYPE_SPARSE, ''),
+    (b'Z', ''),
+  )
+  def test_links_and_special_files_in_a_tar_are_refused(self, kind, target):
+    _make_tar(
+      self.tar,
+      ('inside', b'x'),
+      (_tar_info('odd', kind, target), b''),
+      ('odd/under', b'x'),
+    )
+    self._check_fails(
+      r"1 of its .*'odd' \(a link or special file\)", self.tar
+    )
+
+  @parameterized.parameters(
+    stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK
+  )
+  def test_links_and_special_files_in_a_zip_are_refused(self, kind):
+    _make_zip(
+      self.zip, (_zip_info('odd', kind | 0o777), b'/etc'), ('odd/under', b'x')
+    )
+    self._check_fails(
+      r"1 of its .*'odd' \(a link or special file\)", self.zip
+    )
+
+  def test_encrypted_members_and_unknown_methods_are_refused(self):
+    _make_zip(self.zip, ('x', b'x'), ('y', b'y'))
+    data = bytearray(self.zip.read_bytes())
+    first = data.index(b'PK\1\2')
+    second = data.index(b'PK\1\2', first + 1)
+    data[first + 8] |= 1
+    data[second + 10] = 99
+    self.zip.write_bytes(data)
+    self._check_fails(
+      r"'x' \(encrypted\), 'y' \(compressed by method 99\)", self.zip
+    )
+
+  @parameterized.parameters('zip', 'tar')
+  def test_all_offenders_are_named_at_once(self, kind):
+    members = [(f'../{n:02d}', b'') for n in range(25)]
+    members = [('fine', b'')] + members + [('fine too', b'')]
+    path = self.zip if kind == 'zip' else self.tar
+    (_make_zip if kind == 'zip' else _make_tar)(path, *members)
+    message = self._check_fails('25 of its members', path)
+    self.assertEqual(re.findall(r"'\.\./(\d\d)' \(leads", message), [
+      f'{n:02d}' for n in range(20)
+    ])
+    self.assertTrue(message.endswith(', ....'))
+    self.assertNotIn('fine', message)
+
+  @parameterized.parameters('zip', 'tar')
+  def test_bombs_are_refused_before_they_are_unpacked(self, kind):
+    path = self.zip if kind == 'zip' else self.tar
+    make = _make_zip if kind == 'zip' else _make_tar
+    make(path, ('x', _PICTURE), ('zeros', bytes(10**7)), ('../y', b''))
+    with mock.patch.object(archives, '_ALLOWANCE', 10**6):
+      with mock.patch.object(archives, '_write', return_value='') as write:
+        self._check_fails('asks for too much: more than .* bytes', path)
+    self.assertLen(write.call_args_list, 1)
+    self.assertLen(self._extract_fixed(path), 2)
+
+  def _extract_fixed(self, path):
+    """The same archive without its offender is fine within the limits."""
+    make = _make_zip if path == self.zip else _make_tar
+    make(path, ('x', _PICTURE), ('zeros', bytes(10**7)))
+    return self._extract(path)
+
+  def test_the_limit_grows_with_the_archive(self):
+    _make_tar(self.tar, ('x', _PICTURE), ('zeros', bytes(18 * len(_PICTURE))))
+    with mock.patch.object(archives, '_ALLOWANCE', 10_000):
+      self.assertLen(self._extract(self.tar), 2)
+      _make_tar(self.tar, ('x', _PICTURE), ('zeros', bytes(10**5)))
+      self.out.rename(self.base / 'first')
+      self._check_fails('asks for too much', self.tar)
+
+  @parameterized.parameters('zip', 'tar')
+  def test_too_many_members_are_refused(self, kind):
+    path = self.zip if kind == 'zip' else self.tar
+    make = _make_zip if kind == 'zip' else _make_tar
+    make(path, *((str(n), b'') for n in range(6)))
+    with mock.patch.object(archives, 'MAX_MEMBERS', 5):
+      self._check_fails('more than 5 members', path)
+    with mock.patch.object(archives, 'MAX_MEMBERS', 6):
+      self.assertLen(self._extract(path), 6)
+
+  def test_a_link_of_negative_size_does_not_pay_for_a_bomb(self):
+    link = _tar_info('l', tarfile.SYMTYPE, '/', pax_headers={'size': '-9999999'})
+    _make_tar(self.tar, (link, b''), ('zeros', bytes(10**6)))
+    with mock.patch.object(archives, '_ALLOWANCE', 10**5):
+      self._check_fails('negative size|invalid offset', self.tar)
+
+  def test_a_negative_size_is_not_followed_for_ever(self):
+    info = _tar_info('x', tarfile.REGTYPE, pax_headers={'size': '-1024'})
+    _make_tar(self.tar, ('first', b''), (info, b''), ('y', b''))
+    self._check_fails('is damaged', self.tar)
+
+  def test_what_follows_the_last_member_counts(self):
+    _make_tar(self.tar, ('x', b'x'))
+    data = gzip.decompress(self.tar.read_bytes())
+    self.tar.write_bytes(gzip.compress(data + bytes(10**7)))
+    with mock.patch.object(archives, '_ALLOWANCE', 10**6):
+      self._check_fails('asks for too much', self.tar)
+
+  def test_headers_are_not_read_into_memory_at_any_size(self):
+    info = tarfile.TarInfo('x')
+    info.pax_headers = {'comment': 'c' * 2 * 10**6}
+    _make_tar(self.tar, ('first', b''), (info, b''))
+    self._check_fails('asks for too much: a header', self.tar)
+    _make_zip(self.zip, *((str(n), b'') for n in range(10)))
+    with mock.patch.object(archives, '_MAX_DIRECTORY', 400):
+      self._check_fails('asks for too much: a header', self.zip)
+
+  def test_nested_headers_end(self):
+    header = _tar_info('././@LongLink', tarfile.GNUTYPE_LONGNAME, size=1)
+    with gzip.open(self.tar, 'wb') as file:
+      file.write((header.tobuf() + bytes(512)) * 2000)
+    self._check_fails('is damaged', self.tar)
+
+  @parameterized.parameters(
+    (24, 500, 'has not the size|Bad CRC'), (24, 50_000, 'Bad CRC|has not')
+  )
+  def test_a_zip_that_lies_about_a_size_is_damaged(self, field, size, reason):
+    _make_zip(self.zip, ('x', _PICTURE))
+    data = bytearray(self.zip.read_bytes())
+    at = data.index(b'PK\1\2') + field
+    data[at : at + 4] = struct.pack('<I', size)
+    self.zip.write_bytes(data)
+    self._check_fails(f'damaged: .*({reason}).*; fetch it again', self.zip)
+
+  def test_no_more_is_written_than_was_declared(self):
+    source = io.BytesIO(_PICTURE)
+    for size in (len(_PICTURE) - 1, len(_PICTURE) + 1):
+      with self.assertRaisesRegex(EOFError, "'x' has not the size"):
+        archives._write(str(self.base), 'x', size, source)
+      source.seek(0)
+      self.assertLessEqual((self.base / 'x').stat().st_size, size)
+      (self.base / 'x').unlink()
+
+  @parameterized.parameters(1.0, 0.999, 0.9, 0.5, 0.2)
+  def test_a_cut_tgz_is_damaged(self, fraction):
+    _make_tar(self.tar, *((str(n), _PICTURE) for n in range(30)))
+    data = self.tar.read_bytes()
+    self.tar.write_bytes(data[: int(fraction * len(data)) - 1])
+    self._check_fails(r'a\.tgz is damaged: .*; fetch it again\.$', self.tar)
+
+  @parameterized.parameters(512, 1024, 1536 + 3, 512 * 7, 512 * 14)
+  def test_a_cut_tar_is_damaged(self, length):
+    _make_tar(self.tar, ('x', _PICTURE), ('y', _PICTURE), mode='w')
+    self.tar.write_bytes(self.tar.read_bytes()[:length])
+    self._check_fails(r'is damaged: .*; fetch it again\.$', self.tar)
+
+  def test_a_broken_header_is_not_the_end_of_a_tar(self):
+    _make_tar(self.tar, ('x', _PICTURE), ('y', _PICTURE), mode='w')
+    data = bytearray(self.tar.read_bytes())
+    data[512 * 7] ^= 1
+    self.tar.write_bytes(data)
+    self._check_fails('is damaged', self.tar)
+
+  @parameterized.parameters(30, 200, 1500, -8)
+  def test_a_flipped_bit_in_a_tgz_is_damage(self, position):
+    _make_tar(self.tar, ('x', _PICTURE))
+    data = bytearray(self.tar.read_bytes())
+    data[position] ^= 4
+    self.tar.write_bytes(data)
+    self._check_fails('is damaged|is no zip or tar', self.tar)
+
+  def test_a_flipped_bit_in_a_zip_is_damage(self):
+    _make_zip(self.zip, ('x', _PICTURE))
+    data = bytearray(self.zip.read_bytes())
+    data[1000] ^= 4
+    self.zip.write_bytes(data)
+    self._check_fails(r"is damaged: .*'x'.*; fetch it again", self.zip)
+
+  def test_a_cut_zip_is_damaged(self):
+    _make_zip(self.zip, ('x', _PICTURE))
+    self.zip.write_bytes(self.zip.read_bytes()[:-30])
+    self._check_fails('is damaged', self.zip)
+
+  def test_any_damage_is_a_value_error(self):
+    rng = np.random.default_rng(3)
+    _make_zip(self.zip, ('x', b'abc' * 9), ('y/', b''), ('ä', b''))
+    _make_tar(self.base / 'a.tar', ('x', b'abc'), ('ä' * 200, b''), mode='w')
+    _make_tar(self.tar, ('x', b'abc'), ('ä' * 200, b''))
+    for path in (self.zip, self.tar, self.base / 'a.tar'):
+      whole = np.frombuffer(path.read_bytes(), np.uint8)
+      # The tail of a tar is padding, where nothing is damage.
+      used = np.flatnonzero(whole)
+      for _ in range(200):
+        data = whole.copy()
+        at = rng.choice(used, 3)
+        data[at] = rng.integers(0, 256, 3)
+        path.write_bytes(data.tobytes())
+        try:
+          self._extract(path)
+          shutil.rmtree(self.out)
+        except ValueError as error:
+          self.assertIn(path.name, str(error))
+          self.assertFalse(self.out.exists())
+
+  @parameterized.parameters(b'', b'words', bytes(20), b'GIF89a' + bytes(2000))
+  def test_what_is_no_archive_is_named(self, content):
+    path = self.base / 'page.tgz'
+    path.write_bytes(content)
+    self._check_fails(r'page\.tgz is no zip or tar archive', path)
+    path.write_bytes(gzip.compress(content))
+    self._check_fails(r'page\.tgz is no zip or tar archive', path)
+
+  @parameterized.parameters('zip', 'tar', 'zeros')
+  def test_an_archive_without_members_is_damaged(self, kind):
+    if kind == 'zip':
+      _make_zip(self.zip)
+    elif kind == 'tar':
+      _make_tar(self.zip)
+    else:
+      self.zip.write_bytes(bytes(5000))
+    self._check_fails('is damaged: nothing is in it', self.zip)
+
+  def test_what_an_interrupted_run_left_is_removed(self):
+    part = self.out.parent / 'out.part'
+    (part / 'a').mkdir(parents=True)
+    (part / 'a' / 'x').write_bytes(b'old')
+    (part / 'stray').write_bytes(b'old')
+    _make_tar(self.tar, ('a/x', b'new'))
+    self.assertEqual(self._extract(self.tar), {'a/x': b'new'})
+
+  def test_an_interruption_leaves_nothing(self):
+    _make_tar(self.tar, ('x', b'x'), ('y', b'y'))
+    with mock.patch.object(archives, '_write', side_effect=KeyboardInterrupt):
+      with self.assertRaises(KeyboardInterrupt):
+        self._extract(self.tar)
+    self.assertEmpty(os.listdir(self.out.parent))
+
+  @parameterized.parameters('', '/')
+  def test_a_folder_that_exists_is_not_touched(self, end):
+    self.out.mkdir()
+    (self.out / 'mine').write_bytes(b'mine')
+    _make_tar(self.tar, ('x', b'x'))
+    with self.assertRaisesRegex(ValueError, 'exists already'):
+      archives.extract([str(self.tar)], str(self.out) + end)
+    self.assertEqual(os.listdir(self.out), ['mine'])
+    self.assertEqual(os.listdir(self.out.parent), ['out'])
+
+  def test_headers_of_a_tar_are_not_kept_in_memory(self):
+    _make_tar(self.tar, *((str(n), b'') for n in range(500)))
+    alive = []
+
+    def count(folder, name, *_):
+      if name == '499':
+        alive.extend(
+          each for each in gc.get_objects() if isinstance(each, tarfile.TarInfo)
+        )
+      return ''
+
+    with mock.patch.object(archives, '_write', count):
+      self._extract(self.tar)
+    self.assertBetween(len(alive), 1, 5)
+
+
+class FindTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.base = pathlib.Path(self.create_tempdir().full_path)
+
+  def _touch(self, *names):
+    for name in names:
+      (self.base / name).parent.mkdir(parents=True, exist_ok=True)
+      (self.base / name).write_bytes(b'')
+
+  def _find_file(self, *names):
+    path = archives.find_file(str(self.base), names)
+    return path and os.path.relpath(path, self.base)
+
+  def _find_root(self, *markers):
+    path = archives.find_root(str(self.base), markers)
+    return path and os.path.relpath(path, self.base)
+
+  def test_the_shallowest_then_first_file_is_found(self):
+    self._touch('b/c/x.tgz')
+    self.assertEqual(self._find_file('x.tgz'), 'b/c/x.tgz')
+    self._touch('b/x.tgz')
+    self.assertEqual(self._find_file('x.tgz'), 'b/x.tgz')
+    self._touch('a/x.tgz', 'a/A.zip', 'a/a/x.tgz')
+    self.assertEqual(self._find_file('x.tgz'), 'a/x.tgz')
+    self.assertEqual(self._find_file('x.tgz', 'a.ZIP'), 'a/A.zip')
+    self._touch('X.TGZ')
+    self.assertEqual(self._find_file('x.tgz'), 'X.TGZ')
+
+  def test_only_files_of_that_name_are_found(self):
+    self._touch('x.tgz.part', 'ax.tgz', 'a/b/c/x.tgz', '.hidden/x.tgz')
+    (self.base / 'd' / 'x.tgz').mkdir(parents=True)
+    (self.base / 'x.tgz').symlink_to('nowhere')
+    self.assertIsNone(self._find_file('x.tgz'))
+    self.assertIsNone(archives.find_file('/nowhere', ['x']))
+
+  def test_the_shallowest_folder_with_all_markers_is_found(self):
+    self._touch('a/b/c/CUB/images.txt')
+    self.assertIsNone(self._find_root('CUB/images.txt', 'CUB/images'))
+    (self.base / 'a/b/c/CUB/images').mkdir()
+    self.assertEqual(self._find_root('CUB/images.txt', 'CUB/images'), 'a/b/c')
+    self._touch('b/CUB/images.txt', 'b/CUB/images/1.jpg')
+    self.assertEqual(self._find_root('CUB/images.txt', 'CUB/images'), 'b')
+    self._touch('CUB/images.txt')
+    self.assertEqual(self._find_root('CUB/images.txt', 'CUB/images'), 'b')
+    (self.base / 'CUB/images').mkdir()
+    self.assertEqual(self._find_root('CUB/images.txt', 'CUB/images'), '.')
+
+  def test_hidden_deep_and_linked_folders_are_not_searched(self):
+    self._touch('.hidden/mark', 'a/b/c/d/mark')
+    elsewhere = pathlib.Path(self.create_tempdir().full_path)
+    (elsewhere / 'mark').write_bytes(b'')
+    (self.base / 'link').symlink_to(elsewhere)
+    self.assertIsNone(self._find_root('mark'))
+    self.assertIsNone(self._find_file('mark'))
+    self.assertIsNone(archives.find_root('/nowhere', ['mark']))
+    self.base = self.base / 'link'
+    self.assertEqual(self._find_root('mark'), '.')
+    self.assertEqual(self._find_file('mark'), 'mark')
+
+  def test_the_deepest_folders_are_not_listed(self):
+    self._touch('a/b/c/d')
+    with mock.patch.object(archives, '_list', side_effect=archives._list) as seen:
+      self.assertIsNone(self._find_root('mark'))
+    listed = [os.path.relpath(c.args[0], self.base) for c in seen.mock_calls]
+    self.assertEqual(listed, ['.', 'a', 'a/b'])
+
+  def test_a_folder_that_cannot_be_read_is_passed_over(self):
+    self._touch('a/x', 'b/x')
+    scandir = os.scandir
+
+    def refuse(path):
+      if str(path).endswith('a'):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+      return scandir(path)
+
+    with mock.patch.object(os, 'scandir', refuse):
+      self.assertEqual(self._find_file('x'), 'b/x')
+
+
+if __name__ == '__main__':
+  absltest.main()
