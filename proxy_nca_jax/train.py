@@ -509,6 +509,12 @@ def _describe(data: datasets.Datasets) -> None:
     len(data.test),
     data.test.num_classes,
   )
+  if data.validation:
+    _logger.info(
+      'Selecting on %d images of %d classes more',
+      len(data.validation),
+      data.validation.num_classes,
+    )
   if data.num_shared_classes:
     _logger.warning(
       '%d test classes have the name of a train class: the scores are not of '

@@ -42,24 +42,36 @@ def gradient(function, x, step=1e-5):
   return result
 
 
-def ranking(similarities, labels, query):
+def ranking(similarities, labels, query, is_query=None, cameras=None):
   """True where the items before, nearest first, are positives of the query.
 
   Among equally near items negatives come first: ties count against the query.
   """
-  others = [i for i in range(len(labels)) if i != query]
-  others.sort(
+
+  def is_searched(item):
+    if cameras is not None and (labels[item], cameras[item]) == (
+      labels[query], cameras[query]
+    ):
+      return False
+    return item != query if is_query is None else not is_query[item]
+
+  items = [i for i in range(len(labels)) if is_searched(i)]
+  items.sort(
     key=lambda i: (-similarities[query, i], labels[i] == labels[query])
   )
-  return [labels[i] == labels[query] for i in others]
+  return [labels[i] == labels[query] for i in items]
 
 
-def retrieval_scores(similarities, labels, recall_at):
+def retrieval_scores(
+    similarities, labels, recall_at, is_query=None, cameras=None
+):
   """The means over queries that have a positive, by walking each ranking."""
   scores = {f'recall@{k}': [] for k in recall_at}
-  scores |= {'map@r': [], 'r_precision': []}
+  scores |= {'map@r': [], 'r_precision': [], 'map': []}
   for query in range(len(labels)):
-    hits = ranking(similarities, labels, query)
+    if is_query is not None and not is_query[query]:
+      continue
+    hits = ranking(similarities, labels, query, is_query, cameras)
     num_positives = sum(hits)
     if not num_positives:
       continue
@@ -71,6 +83,10 @@ def retrieval_scores(similarities, labels, recall_at):
       sum(p for p, hit in zip(precisions, top) if hit) / num_positives
     )
     scores['r_precision'].append(sum(top) / num_positives)
+    places = [place for place, hit in enumerate(hits, 1) if hit]
+    scores['map'].append(
+      sum(i / place for i, place in enumerate(places, 1)) / num_positives
+    )
   return {name: float(np.mean(values)) for name, values in scores.items()}
 
 

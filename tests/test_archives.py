@@ -468,8 +468,8 @@ _BAD_NAMES = (
   ('a\\taken.txt', 'File exists'),
   ('./a//./taken.txt', 'File exists'),
   ('a', 'File exists'),
-  ('a/taken.txt/below.txt', 'Not a directory'),
-  ('a/taken.txt/below/below.txt', 'Not a directory|File exists'),
+  ('a/taken.txt/below.txt', 'File exists'),
+  ('a/taken.txt/below/below.txt', 'Not a directory'),
   ('n' * 300, 'File name too long'),
   ('d/' * 1500 + 'x', 'too deep'),
 )
@@ -525,26 +525,33 @@ class ExtractTest(parameterized.TestCase):
     )
     self.assertEqual(
       self._extract(path),
-      {'a/b/1.jpg': _PICTURE, 'a/b/2.jpg': b'2', '__MACOSX/x': b'', 'plain': b'p'},
+      {
+        'a/b/1.jpg': _PICTURE,
+        'a/b/2.jpg': b'2',
+        '__MACOSX/x': b'',
+        'plain': b'p',
+      },
     )
     self.assertTrue((self.out / 'a' / 'empty').is_dir())
     self.assertTrue((self.out / 'a' / 'also').is_dir())
 
   def test_members_larger_than_a_chunk_arrive_whole(self):
-    _make_tar(self.tar, ('large', _PICTURE * 10))
-    _make_zip(self.zip, ('large too', _PICTURE * 10))
-    with mock.patch.object(archives, '_CHUNK', 4096):
-      contents = self._extract(self.tar, self.zip)
-    self.assertEqual(contents, dict.fromkeys(contents, _PICTURE * 10))
-    self.assertLen(contents, 2)
+    large = _CONTENT * 10
+    self.assertGreater(len(large), 2 * archives._CHUNK)
+    _make_tar(self.tar, ('large', large))
+    _make_zip(self.zip, ('large too', large))
+    contents = self._extract(self.tar, self.zip)
+    self.assertEqual(contents, {'large': large, 'large too': large})
 
   def test_a_tar_that_ends_in_a_zip_is_a_tar(self):
     _make_zip(self.zip, ('inner', b'x'))
     path = self.base / 'a.tar'
     _make_tar(
-      path, ('img.zip', self.zip.read_bytes()), mode='w',
+      path,
+      ('img.zip', self.zip.read_bytes()),
+      mode='w',
       format=tarfile.USTAR_FORMAT,
-    )  # fmt: skip
+    )
     self.assertTrue(zipfile.is_zipfile(path))
     self.assertEqual(
       self._extract(path), {'img.zip': self.zip.read_bytes()}
@@ -579,7 +586,8 @@ class ExtractTest(parameterized.TestCase):
   def test_two_archives_do_not_overwrite_each_other(self):
     _make_tar(self.tar, ('a/x', b'1'))
     _make_zip(self.zip, ('a/x', b'2'))
-    self._check_fails(r"a\.zip .* 1 of .* 'a/x' \(File exists", self.tar, self.zip)
+    message = r"a\.zip .* 1 of its .* 'a/x' \(File exists\)"
+    self._check_fails(message, self.tar, self.zip)
 
   def test_permissions_owners_and_times_are_those_of_new_files(self):
     info = tarfile.TarInfo('x')
@@ -716,7 +724,7 @@ class ExtractTest(parameterized.TestCase):
       self.assertLen(self._extract(path), 6)
 
   def test_a_link_of_negative_size_does_not_pay_for_a_bomb(self):
-    link = _tar_info('l', tarfile.SYMTYPE, '/', pax_headers={'size': '-9999999'})
+    link = _tar_info('l', tarfile.SYMTYPE, pax_headers={'size': '-9999999'})
     _make_tar(self.tar, (link, b''), ('zeros', bytes(10**6)))
     with mock.patch.object(archives, '_ALLOWANCE', 10**5):
       self._check_fails('negative size|invalid offset', self.tar)
@@ -951,7 +959,7 @@ class FindTest(absltest.TestCase):
 
   def test_the_deepest_folders_are_not_listed(self):
     self._touch('a/b/c/d')
-    with mock.patch.object(archives, '_list', side_effect=archives._list) as seen:
+    with mock.patch.object(archives, '_list', wraps=archives._list) as seen:
       self.assertIsNone(self._find_root('mark'))
     listed = [os.path.relpath(c.args[0], self.base) for c in seen.mock_calls]
     self.assertEqual(listed, ['.', 'a', 'a/b'])

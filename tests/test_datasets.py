@@ -131,6 +131,66 @@ class SplitTest(parameterized.TestCase):
       self._split(**changes)
 
 
+class ValidationTest(parameterized.TestCase):
+
+  # As ProxyNCA++ has the second halves of CUB, Cars, SOP and In-Shop.
+  @parameterized.parameters((100, 50), (98, 49), (11318, 5659), (3997, 1998))
+  def test_the_second_half_selects(self, total, half):
+    train, validation = loading.split_validation(np.arange(total), '2/2')
+    np.testing.assert_array_equal(train, np.arange(half))
+    np.testing.assert_array_equal(validation, np.arange(half, total))
+
+  def test_folds_cover_the_train_classes_once(self):
+    classes = np.array([3, 5, 8, 9, 11, 20, 21, 22, 30])
+    parts = []
+    for fold in ('1/4', '2/4', '3/4', '4/4'):
+      train, validation = loading.split_validation(classes, fold)
+      np.testing.assert_array_equal(
+        np.sort(np.concatenate([train, validation])), classes
+      )
+      parts.append(validation)
+    np.testing.assert_array_equal(np.concatenate(parts), classes)
+
+  def test_nothing_is_kept_unless_asked(self):
+    train, validation = loading.split_validation(np.arange(9), '')
+    self.assertLen(train, 9)
+    self.assertEmpty(validation)
+
+  @parameterized.parameters('half', '0/2', '3/2', '1/1', '1/9', '1/2/3')
+  def test_parts_that_are_none_are_errors(self, part):
+    with self.assertRaisesRegex(ValueError, 'config.dataset.validation'):
+      loading.split_validation(np.arange(9), part)
+
+
+class ResizeTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+    ('square', (24, 24)), ('shorter', (24, 36)), ('shorter', (24, 24))
+  )
+  def test_sizes(self, mode, expected):
+    width, height = (60, 90) if expected == (24, 36) else (48, 48)
+    picture = images.resize(
+      Image.new('RGB', (width, height)), side=24, mode=mode
+    )
+    self.assertEqual(picture.size, expected)
+
+  def test_zero_and_the_right_size_change_nothing(self):
+    picture = _noise()
+    for side in (0, 20):
+      same = images.resize(picture, side=side, mode='shorter')
+      np.testing.assert_array_equal(same, picture)
+
+  def test_the_filter_averages_when_it_shrinks(self):
+    stripes = np.zeros((8, 8, 3), np.uint8)
+    stripes[:, ::2] = 200
+    small = images.resize(Image.fromarray(stripes), side=2, mode='square')
+    self.assertBetween(int(np.min(small)), 80, 100)
+
+  def test_an_unknown_mode_lists_the_choices(self):
+    with self.assertRaisesRegex(ValueError, 'square or shorter'):
+      images.resize(_noise(), side=4, mode='longer')
+
+
 class GlyphsTest(absltest.TestCase):
 
   def setUp(self):
@@ -153,7 +213,7 @@ class GlyphsTest(absltest.TestCase):
       self.assertLen(counts, split.num_classes)
       for index in range(len(split)):
         record = split[index]
-        pixels = images.decode(record['image']).tobytes()
+        pixels = split.picture(index).tobytes()
         self.assertNotIn(pixels, seen, record['name'])
         seen[pixels] = record['name']
     names = data.train.class_names + data.test.class_names

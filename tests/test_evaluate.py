@@ -5,13 +5,14 @@ from absl.testing import absltest
 from proxy_nca_jax import evaluate
 
 
-def _evaluate(embeddings, labels):
+def _evaluate(embeddings, labels, **kwargs):
   return evaluate.evaluate(
     np.asarray(embeddings, np.float32),
     np.asarray(labels),
     recall_at=(1, 4),
     kmeans_iterations=5,
     seed=0,
+    **kwargs,
   )
 
 
@@ -24,9 +25,40 @@ class EvaluateTest(absltest.TestCase):
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     expected = oracles.retrieval_scores(unit @ unit.T, labels, (1, 4))
     actual = _evaluate(embeddings, labels)
-    for name, value in expected.items():
-      self.assertAlmostEqual(actual[name], value, 12, name)
+    for name in ('recall@1', 'recall@4', 'map@r', 'r_precision'):
+      self.assertAlmostEqual(actual[name], expected[name], 12, name)
     self.assertBetween(actual['nmi'], 0, 1)
+
+  def test_queries_search_a_gallery_and_cameras_are_left_out(self):
+    rng = np.random.default_rng(1)
+    embeddings = rng.normal(size=(80, 5)).astype(np.float32)
+    labels, cameras = rng.integers(0, 9, 80), rng.integers(1, 4, 80)
+    is_query = rng.random(80) < 0.3
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    expected = oracles.retrieval_scores(unit @ unit.T, labels, (1, 4), is_query)
+    actual = _evaluate(embeddings, labels, is_query=is_query)
+    for name in ('recall@1', 'recall@4', 'map@r', 'r_precision'):
+      self.assertAlmostEqual(actual[name], expected[name], 12, name)
+    self.assertEqual(actual['num_queries'], is_query.sum())
+    expected = oracles.retrieval_scores(
+      unit @ unit.T, labels, (1, 4), is_query, cameras
+    )
+    actual = _evaluate(embeddings, labels, is_query=is_query, cameras=cameras)
+    self.assertAlmostEqual(actual['cmc@1'], expected['recall@1'], 12)
+    self.assertAlmostEqual(actual['cmc@4'], expected['recall@4'], 12)
+    self.assertAlmostEqual(actual['map'], expected['map'], 12)
+    self.assertNotIn('nmi', actual)
+
+  def test_a_query_without_match_in_the_gallery_is_in_no_mean(self):
+    embeddings = [[1, 0], [0, 1], [1, 0.1], [0.1, 1], [1, 1]]
+    scores = _evaluate(
+      embeddings,
+      [0, 7, 0, 1, 1],
+      is_query=np.array([True, True, False, False, False]),
+    )
+    self.assertEqual(scores['num_queries'], 1)
+    self.assertEqual(scores['queries_without_match'], 1)
+    self.assertEqual(scores['recall@1'], 1.0)
 
   def test_the_length_of_an_embedding_does_not_matter(self):
     rng = np.random.default_rng(0)

@@ -1,3 +1,5 @@
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -22,9 +24,15 @@ def _source(size=12):
   return records
 
 
+def _picture(source, row):
+  return np.asarray(images.decode(source[row]['image']))
+
+
 def _split(**kwargs):
+  source = _source(**kwargs)
   return datasets.Split(
-    source=_source(**kwargs),
+    source=source,
+    pictures=functools.partial(_picture, source),
     rows=np.arange(_NUM_RECORDS),
     labels=np.arange(_NUM_RECORDS, dtype=np.int32) // 2,
     class_names=tuple('abcdefg'),
@@ -164,6 +172,56 @@ class CropTest(absltest.TestCase):
       input_pipeline.check_image_size(_split(), _config(padding=-1).dataset)
 
 
+class RandomResizedCropTest(parameterized.TestCase):
+
+  def _crop(self, image, seed=0, **changes):
+    arguments = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    return input_pipeline.random_resized_crop(
+      image, 8, rng=np.random.default_rng(seed), **(arguments | changes)
+    )
+
+  def test_the_whole_of_a_square_is_only_resized(self):
+    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    expected = Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR)
+    actual = self._crop(image, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    np.testing.assert_array_equal(actual, expected)
+
+  @parameterized.parameters((10, 90), (90, 10))
+  def test_of_what_fits_nowhere_the_centre_is_taken(self, *shape):
+    # Coordinates as colours; the whole area never fits an allowed aspect.
+    rows, columns = np.indices(shape).astype(np.uint8)
+    image = np.stack([rows, columns, rows], axis=-1)
+    crop = self._crop(image, scale=(1.0, 1.0))
+    along = crop[..., int(shape[1] > shape[0])]
+    self.assertBetween(int(along.min()), 45 - 7, 45)
+    self.assertBetween(int(along.max()), 45, 45 + 7)
+
+  def test_areas_and_aspects_have_the_asked_distribution(self):
+    # A crop's colours tell its extent: red is the column, green the row.
+    rows, columns = np.indices((200, 200)).astype(np.uint8)
+    image = np.stack([columns, rows, rows], axis=-1)
+    areas, aspects = [], []
+    for seed in range(2000):
+      crop = self._crop(image, seed, scale=(0.1, 0.4)).astype(int)
+      # Pixels 1 and 6 of 8, whose filters do not end at the border.
+      width = (crop[0, 6, 0] - crop[0, 1, 0]) * 8 / 5
+      height = (crop[6, 0, 1] - crop[1, 0, 1]) * 8 / 5
+      areas.append(width * height / 200**2)
+      aspects.append(np.log(width / height))
+    self.assertBetween(np.mean(areas), 0.24, 0.26)
+    self.assertBetween(np.min(areas), 0.09, 0.11)
+    self.assertBetween(np.max(areas), 0.39, 0.42)
+    self.assertBetween(np.mean(aspects), -0.02, 0.02)
+    self.assertBetween(np.max(aspects), 0.26, 0.32)
+
+  def test_training_crops_by_the_recipe(self):
+    config = _config(crop='random_resized', image_size=6, flip=False)
+    first, again = _take(2, config), _take(2, config)
+    for actual, expected in zip(first, again):
+      self.assertEqual(actual['image'].shape, (4, 6, 6, 3))
+      _assert_equal(actual, expected)
+
+
 class EvaluationBatchesTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 2)
@@ -202,7 +260,7 @@ class PixelsTest(absltest.TestCase):
   def test_raw_pixels_have_unit_norm_and_black_stays_zero(self):
     split = _split()
     black = images.encode_png(Image.new('RGB', (40, 40)))
-    split.source[3] = {'image': black, 'name': b'black'}
+    split.source[3]['image'] = black
     pixels = input_pipeline.raw_pixels(split)
     self.assertEqual(pixels.shape, (_NUM_RECORDS, 32 * 32 * 3))
     norms = np.linalg.norm(pixels, axis=1)

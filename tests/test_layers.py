@@ -83,7 +83,7 @@ class LayersTest(parameterized.TestCase):
   def test_pure_rooms_import_arrays_alone(self, room):
     allowed = {
       'jax', 'numpy', 'scipy', 'chex', 'proxy_nca_jax', 'collections',
-      'functools',
+      'functools', 'typing',
     }
     for path in _files():
       if _room(path) == room:

@@ -20,10 +20,18 @@ class RetrievalMetricsTest(absltest.TestCase):
     np.testing.assert_allclose(
       metrics.map_at_r(ranks), [(1 / 1 + 2 / 3) / 3, 0, np.nan]
     )
+    np.testing.assert_allclose(
+      metrics.average_precision(ranks),
+      [(1 / 1 + 2 / 3 + 3 / 7) / 3, 1 / 2, np.nan],
+    )
 
   def test_perfect_ranking_scores_one(self):
     ranks = np.array([[1, 2, 3, 4]])
-    for score in (metrics.map_at_r(ranks), metrics.r_precision(ranks)):
+    for score in (
+      metrics.map_at_r(ranks),
+      metrics.r_precision(ranks),
+      metrics.average_precision(ranks),
+    ):
       self.assertEqual(score, 1)
 
   def test_map_at_r_leaves_out_queries_without_positives(self):

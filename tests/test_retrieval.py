@@ -6,11 +6,17 @@ from absl.testing import absltest, parameterized
 from proxy_nca_jax import metrics, retrieval
 
 
-def _scores(embeddings, labels, block_size=256):
-  scores = {'recall@1': [], 'recall@3': [], 'map@r': [], 'r_precision': []}
+def _scores(embeddings, labels, block_size=256, **kwargs):
+  scores = {
+    'recall@1': [], 'recall@3': [], 'map@r': [], 'r_precision': [], 'map': []
+  }
   for _, ranks in retrieval.positive_ranks(
-    jnp.asarray(embeddings, jnp.float32), labels, block_size=block_size
+    jnp.asarray(embeddings, jnp.float32),
+    labels,
+    block_size=block_size,
+    **kwargs,
   ):
+    scores['map'].append(metrics.average_precision(ranks))
     scores['recall@1'].append(metrics.recall_at_k(ranks, 1))
     scores['recall@3'].append(metrics.recall_at_k(ranks, 3))
     scores['map@r'].append(metrics.map_at_r(ranks))
@@ -40,6 +46,51 @@ class PositiveRanksTest(parameterized.TestCase):
     actual = _scores(embeddings, labels, block_size)
     for name, value in expected.items():
       self.assertAlmostEqual(actual[name], value, 12, name)
+
+  @parameterized.product(
+    seed=(0, 1, 2), block_size=(2, 7, 500), with_cameras=(False, True)
+  )
+  def test_a_gallery_equals_the_oracle(self, seed, block_size, with_cameras):
+    embeddings, labels = _with_ties(seed, num_items=61)
+    rng = np.random.default_rng(seed)
+    is_query = rng.random(61) < 0.4
+    cameras = rng.integers(1, 3, 61) if with_cameras else None
+    expected = oracles.retrieval_scores(
+      embeddings @ embeddings.T, labels, (1, 3), is_query, cameras
+    )
+    actual = _scores(
+      embeddings[is_query],
+      labels[is_query],
+      block_size,
+      gallery=(embeddings[~is_query], labels[~is_query]),
+      cameras=(cameras[is_query], cameras[~is_query]) if with_cameras else None,
+    )
+    for name, value in expected.items():
+      self.assertAlmostEqual(actual[name], value, 12, name)
+
+  @parameterized.parameters(0, 1, 2)
+  def test_cameras_without_a_gallery_equal_the_oracle(self, seed):
+    embeddings, labels = _with_ties(seed)
+    cameras = np.random.default_rng(seed).integers(1, 4, len(labels))
+    expected = oracles.retrieval_scores(
+      embeddings @ embeddings.T, labels, (1, 3), cameras=cameras
+    )
+    actual = _scores(embeddings, labels, 16, cameras=(cameras, cameras))
+    for name, value in expected.items():
+      self.assertAlmostEqual(actual[name], value, 12, name)
+
+  def test_re_identification_by_hand(self):
+    # The query is person 1 by camera 1. Nearest first: the same person and
+    # camera (ignored), a distractor, the person by camera 2, another, camera 3.
+    gallery = np.array([[5.0], [4.0], [3.0], [2.0], [1.0]])
+    ((_, ranks),) = retrieval.positive_ranks(
+      np.array([[1.0]]),
+      np.array([1]),
+      gallery=(gallery, np.array([1, 0, 1, 2, 1])),
+      cameras=(np.array([1]), np.array([1, 2, 2, 1, 3])),
+    )
+    np.testing.assert_array_equal(ranks, [[2, 4, 0]])
+    self.assertEqual(metrics.average_precision(ranks)[0], (1 / 2 + 2 / 4) / 2)
 
   def test_ranks_by_hand(self):
     embeddings = np.array([[3.0], [2.0], [2.0], [1.0], [0.5]])

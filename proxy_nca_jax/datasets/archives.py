@@ -409,7 +409,7 @@ def _members(
 
 
 class _Meter:
-  """An open file that refuses reads larger than a sound archive asks for.
+  """An open file that does only what a sound archive asks for.
 
   Headers are read into memory whole, whatever size they declare.
   """
@@ -428,6 +428,11 @@ class _Meter:
     if self._file.tell() > self._most_in_all:
       raise OverflowError(f'more than {self._most_in_all} bytes')
     return self._file.read(size)
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    if offset < 0 and whence == os.SEEK_SET:
+      raise EOFError('something lies before its beginning')
+    return self._file.seek(offset, whence)
 
 
 def _zip_members(file: _Meter) -> Iterator[tuple]:

@@ -138,8 +138,8 @@ class PublishedBuilder(records.OrderedBuilder):
       first = '; '.join(f'{name}: {reason}' for name, reason in problems[:5])
       more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
       raise ValueError(
-        f'{self.name} is not as published, {len(problems)} problems (each is '
-        f'in the log): {first}{more}. Get it anew from {self.homepage}, or set '
+        f'{self.name} is not as published (the log names every problem): '
+        f'{first}{more}. Get it anew from {self.homepage}, or set '
         'config.dataset.allow_incomplete=True to go on with what is there.'
       )
 
