@@ -25,6 +25,7 @@ _SMALL = {
   'save_every': 4,
   'eval_every': 10,
   'dataset.num_classes': 40,
+  'dataset.validation': '2/2',
   'model.width': 16,
 }
 
@@ -133,7 +134,7 @@ class MainTest(parameterized.TestCase):
     )
     self.assertRegex(self.output, r'trained +\d+\.\d\d')
     results = _results(self.straight)
-    for title in ('trained', 'untrained', 'raw_pixels'):
+    for title in ('selected', 'trained', 'untrained', 'raw_pixels'):
       for name in (
         'recall@1', 'recall@2', 'recall@4', 'recall@8', 'map@r',
         'r_precision', 'nmi',
@@ -141,10 +142,32 @@ class MainTest(parameterized.TestCase):
         self.assertBetween(results[title][name], 0, 1)
     self.assertEqual(results['step'], 20)
 
-  @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
-  def test_a_stopped_run_saves_and_goes_on_bit_for_bit(self, number):
+  def test_the_validation_classes_select_the_step(self):
+    rows = {
+      row['step']: row['validation.recall@1']
+      for row in metric_writer.read_metrics(self.straight)
+      if 'validation.recall@1' in row
+    }
+    self.assertEqual(list(rows), [10, 20])
+    results = _results(self.straight)
+    best = max(rows, key=lambda step: (rows[step], -step))
+    self.assertEqual(results['selected_step'], best)
+    self.assertEqual(results['selected_by'], {'recall@1': rows[best]})
+    is_last = best == 20
+    self.assertEqual(results['selected'] == results['trained'], is_last)
+    sizes = results['dataset']
+    self.assertEqual(
+      [sizes[name]['classes'] for name in ('train', 'validation', 'test')],
+      [10, 10, 20],
+    )
+
+  # The line of step 10 comes just before its evaluation.
+  @parameterized.parameters(
+    (signal.SIGTERM, 12), (signal.SIGINT, 12), (signal.SIGTERM, 10)
+  )
+  def test_a_stopped_run_saves_and_goes_on_bit_for_bit(self, number, step):
     workdir = self._workdir()
-    code, output = _signal_at(number, 'step 12/20', workdir, self.data_dir)
+    code, output = _signal_at(number, f'step {step}/20', workdir, self.data_dir)
     self.assertEqual(code, 128 + number, output)
     self.assertRegex(output, r'Stopped after step 1\d of 20, saved')
     self.assertNotIn('Traceback', output)
@@ -235,6 +258,9 @@ class MainTest(parameterized.TestCase):
     ({'dataset.name': 'mnist'}, 'Unknown data set.*choose one of'),
     ({'dataset.num_classes': 9999}, '9999 classes were asked for'),
     ({'dataset.fonts_dir': '/nowhere'}, 'No folder'),
+    ({'dataset.validation': '3/2'}, 'dataset.validation'),
+    ({'eval_every': 0}, 'dataset.validation.*config.eval_every'),
+    ({'evaluation.select_by': 'f1'}, 'select_by.*one of.*recall@1'),
   )
   def test_wrong_input_is_one_clear_line(self, fields, message):
     workdir = self._workdir()
