@@ -1,0 +1,140 @@
+"""Reading pictures: decoded each time, or from what cache_size has stored.
+
+python benchmarks/input_pipeline.py [--images=600] [--rounds=7]
+
+Makes JPEGs of 500 x 375 pixels (CUB's most common size) from smooth noise, of
+about the bytes of a photo, in a made CUB archive, and reads them in ways that
+alternate in one process, each with as many threads as there are processors:
+
+  PIL           plain Pillow: decode, nothing else
+  PIL + resize  plain Pillow: decode and resize to 256 x 256
+  decoded       Split.picture with cache_size=0: the same through the records
+  stored        Split.picture with cache_size=256
+  batches, ...  train_batches of 32 with random crops and flips, of the two
+
+Prints medians over the rounds, the ratio to plain decoding, the bytes of a
+picture, and whether the pictures are equal.
+"""
+
+import argparse
+import io
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from concurrent import futures
+
+import numpy as np
+from PIL import Image
+
+_ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(_ROOT), str(_ROOT / 'tests')]
+
+import made_archives  # noqa: E402
+from absl import flags  # noqa: E402
+
+from configs import cub200  # noqa: E402
+from proxy_nca_jax import datasets, input_pipeline  # noqa: E402
+
+flags.FLAGS.mark_as_parsed()
+_CLASSES = (1, 2, 3, 101, 102, 103)
+
+
+def photo(number: int) -> bytes:
+  """A JPEG with detail at all scales, as photos have."""
+  rng = np.random.default_rng(number)
+  pixels = np.zeros((375, 500, 3), np.float32)
+  for side in (4, 16, 64, 256):
+    noise = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    layer = Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC)
+    pixels += np.asarray(layer, np.float32) / 4
+  buffer = io.BytesIO()
+  Image.fromarray(pixels.astype(np.uint8)).save(buffer, 'JPEG', quality=90)
+  return buffer.getvalue()
+
+
+def load(folder: str, **fields) -> datasets.Split:
+  config = cub200.get_config()
+  config.dataset.update(
+    data_dir=f'{folder}/data', manual_dir=folder, allow_incomplete=True,
+    **fields,
+  )
+  return datasets.load(config).train, config
+
+
+def decode(encoded: bytes) -> np.ndarray:
+  return np.asarray(Image.open(io.BytesIO(encoded)).convert('RGB'))
+
+
+def decode_and_resize(encoded: bytes) -> np.ndarray:
+  picture = Image.open(io.BytesIO(encoded)).convert('RGB')
+  return np.asarray(picture.resize((256, 256), Image.Resampling.BILINEAR))
+
+
+def sums(pool, read, items) -> float:
+  """Touches every picture: a mapped one is read when it is used."""
+  return sum(pool.map(lambda item: int(read(item)[::8, ::8].sum()), items))
+
+
+def batches(split, config) -> int:
+  iterator = input_pipeline.train_batches(split, config)
+  for _ in range(len(split) // config.batch_size):
+    next(iterator)
+  iterator.close()
+  return 0
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--images', type=int, default=600)
+  parser.add_argument('--rounds', type=int, default=7)
+  arguments = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    made_archives.picture = photo
+    made_archives.write_tgz(
+      f'{folder}/CUB_200_2011.tgz',
+      made_archives.cub200(_CLASSES, arguments.images // 3),
+    )
+    plain, config = load(folder)
+    stored, _ = load(folder, cache_size=256)
+    files = [plain[index]['image'] for index in range(len(plain))]
+    equal = all(
+      np.array_equal(plain.picture(i), stored.picture(i))
+      and np.array_equal(plain.picture(i), decode_and_resize(files[i]))
+      for i in range(len(plain))
+    )
+    rows = range(len(plain))
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      ways = {
+        'PIL': lambda: sums(pool, decode, files),
+        'PIL + resize': lambda: sums(pool, decode_and_resize, files),
+        'decoded': lambda: sums(pool, plain.picture, rows),
+        'stored': lambda: sums(pool, stored.picture, rows),
+        'batches, decoded': lambda: batches(plain, config),
+        'batches, stored': lambda: batches(stored, config),
+      }
+      rates = {name: [] for name in ways}
+      for _ in range(arguments.rounds):
+        for name, run in ways.items():
+          start = time.perf_counter()
+          run()
+          rates[name].append(len(files) / (time.perf_counter() - start))
+  print(
+    f'{len(files)} pictures of 500 x 375, {np.mean(list(map(len, files))):,.0f} '
+    f'bytes each; stored {256 * 256 * 3:,} bytes; {os.cpu_count()} threads; '
+    f'{arguments.rounds} rounds'
+  )
+  print(f'{"":18}{"images/s":>10}{"ratio":>8}')
+  base = statistics.median(rates['PIL'])
+  for name, values in rates.items():
+    rate = statistics.median(values)
+    print(f'{name:18}{rate:10.0f}{rate / base:8.2f}')
+  print(f'decoded, stored and Pillow give the same pixels: {equal}')
+
+
+if __name__ == '__main__':
+  main()
