@@ -35,9 +35,7 @@ def make_archive(path: str) -> None:
   with zipfile.ZipFile(path, 'w') as archive:
     for split, (num_images, num_classes) in _COUNTS.items():
       lines = [header]
-      for number, members in enumerate(
-        np.array_split(np.arange(num_images), num_classes)
-      ):
+      for members in np.array_split(np.arange(num_images), num_classes):
         class_id += 1
         for index in range(len(members)):
           image_id += 1

@@ -105,7 +105,8 @@ def _read_train(split, config, position, rng) -> Batch:
   else:
     raise ValueError(f'Unknown crop {config.crop!r}.')
   if config.flip and rng.random() < 0.5:
-    image = image[:, ::-1]
+    # Twice as fast as a copy of a view with negative strides.
+    image = image.take(np.arange(image.shape[1])[::-1], axis=1)
   return _row(image, split.labels[position], position, True)
 
 
