@@ -14,6 +14,7 @@ import stat
 import struct
 import tarfile
 import threading
+import warnings
 import zipfile
 from http import server
 from unittest import mock
@@ -346,9 +347,7 @@ class FetchTest(parameterized.TestCase):
 
   def test_a_part_from_a_wrong_server_does_not_poison_the_next(self):
     self._check(self._fetch([_whole(_OTHER, upto=9000)], [_ranged()]))
-    self.assertEqual(
-      self.http.seen[-2:], [('/1', 'bytes=9000-'), ('/1', None)]
-    )
+    self.assertEqual(self.http.seen[-2:], [('/1', 'bytes=9000-'), ('/1', None)])
 
   def test_a_wrong_file_is_not_kept(self):
     self.part.write_bytes(_OTHER[:1234])
@@ -422,7 +421,8 @@ def _make_zip(path, *members):
   """Members are (name or ZipInfo, content)."""
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
     for info, content in members:
-      archive.writestr(info, content)
+      with warnings.catch_warnings(action='ignore'):  # Of duplicate names.
+        archive.writestr(info, content)
 
 
 def _make_tar(path, *members, mode='w:gz', **options):
@@ -553,9 +553,7 @@ class ExtractTest(parameterized.TestCase):
       format=tarfile.USTAR_FORMAT,
     )
     self.assertTrue(zipfile.is_zipfile(path))
-    self.assertEqual(
-      self._extract(path), {'img.zip': self.zip.read_bytes()}
-    )
+    self.assertEqual(self._extract(path), {'img.zip': self.zip.read_bytes()})
 
   def test_long_and_foreign_names_are_kept(self):
     name = 'ordner/' + 'ä' * 100 + '.jpg'
@@ -648,9 +646,7 @@ class ExtractTest(parameterized.TestCase):
       (_tar_info('odd', kind, target), b''),
       ('odd/under', b'x'),
     )
-    self._check_fails(
-      r"1 of its .*'odd' \(a link or special file\)", self.tar
-    )
+    self._check_fails(r"1 of its .*'odd' \(a link or special file\)", self.tar)
 
   @parameterized.parameters(
     stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK
@@ -659,9 +655,7 @@ class ExtractTest(parameterized.TestCase):
     _make_zip(
       self.zip, (_zip_info('odd', kind | 0o777), b'/etc'), ('odd/under', b'x')
     )
-    self._check_fails(
-      r"1 of its .*'odd' \(a link or special file\)", self.zip
-    )
+    self._check_fails(r"1 of its .*'odd' \(a link or special file\)", self.zip)
 
   def test_encrypted_members_and_unknown_methods_are_refused(self):
     _make_zip(self.zip, ('x', b'x'), ('y', b'y'))
@@ -682,10 +676,11 @@ class ExtractTest(parameterized.TestCase):
     path = self.zip if kind == 'zip' else self.tar
     (_make_zip if kind == 'zip' else _make_tar)(path, *members)
     message = self._check_fails('25 of its members', path)
-    self.assertEqual(re.findall(r"'\.\./(\d\d)' \(leads", message), [
-      f'{n:02d}' for n in range(20)
-    ])
-    self.assertTrue(message.endswith(', ....'))
+    self.assertEqual(
+      re.findall(r"'\.\./(\d\d)' \(leads", message),
+      [f'{n:02d}' for n in range(20)],
+    )
+    self.assertTrue(message.endswith(' and others.'))
     self.assertNotIn('fine', message)
 
   @parameterized.parameters('zip', 'tar')

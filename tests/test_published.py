@@ -1,7 +1,11 @@
+import functools
+import hashlib
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+from http import server
 
 import made_archives
 import numpy as np
@@ -9,9 +13,9 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import default
-from proxy_nca_jax import datasets, train
+from proxy_nca_jax import datasets, input_pipeline, train
 from proxy_nca_jax.datasets import __main__ as command
-from proxy_nca_jax.datasets import published
+from proxy_nca_jax.datasets import archives, published
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -296,6 +300,42 @@ class TrustTest(_Test):
     with self.assertRaisesRegex(ValueError, "No folder '/nowhere'.*img.zip"):
       datasets.load(config)
 
+  def test_what_is_not_at_hand_is_downloaded_and_verified(self):
+    served = pathlib.Path(self.create_tempdir().full_path)
+    _write('sop', served)
+    archive = served / 'Stanford_Online_Products.zip'
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    handler = functools.partial(
+      server.SimpleHTTPRequestHandler, directory=str(served)
+    )
+    with server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as http:
+      threading.Thread(target=http.serve_forever, daemon=True).start()
+      base = f'http://127.0.0.1:{http.server_port}'
+      urls = (f'{base}/nothing', f'{base}/{archive.name}')
+      for checksum, message in (
+        ('sha256:' + '0' * 64, f'sha256 is {digest}'), (f'sha256:{digest}', '')
+      ):
+        file = archives.RemoteFile(
+          archive.name, urls, archive.stat().st_size, checksum
+        )
+        with absltest.mock.patch.object(
+          datasets.PUBLISHED['sop'], 'files', ((file,),)
+        ):
+          if message:
+            with self.assertRaisesRegex(ValueError, f'404 .*{message}'):
+              self._load('sop')
+          else:
+            self.assertLen(self._load('sop').train, 12)
+      http.shutdown()
+    self.assertTrue((self.data_dir / 'downloads' / archive.name).exists())
+
+  def test_a_torn_archive_is_named(self):
+    _write('cub200', self.manual_dir)
+    archive = self.manual_dir / 'CUB_200_2011.tgz'
+    archive.write_bytes(archive.read_bytes()[:5000])
+    with self.assertRaisesRegex(ValueError, 'CUB_200_2011.tgz is damaged'):
+      self._load('cub200')
+
   def test_the_second_load_needs_no_archive(self):
     _write('sop', self.manual_dir)
     counts = {'train': (12, 4), 'test': (9, 3)}
@@ -346,6 +386,21 @@ class CacheTest(_Test):
     np.testing.assert_array_equal(
       stored.train.picture(3), picture.resize(size, Image.Resampling.BILINEAR)
     )
+
+  def test_training_sees_the_same_batches(self):
+    _write('sop', self.manual_dir)
+    batches = []
+    for cache_size in (0, 16):
+      config = self._config('sop', image_size=12, cache_size=cache_size)
+      config.batch_size = 8
+      iterator = input_pipeline.train_batches(
+        datasets.load(config).train, config
+      )
+      batches.append([next(iterator) for _ in range(4)])
+      iterator.close()
+    for decoded, stored in zip(*batches):
+      for name in decoded:
+        np.testing.assert_array_equal(stored[name], decoded[name])
 
   def _write_picture(self, encoded):
     path = self.data_dir / 'picture.jpg'

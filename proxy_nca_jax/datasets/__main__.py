@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
       _prepare(arguments)
     else:
       _list(arguments.data_dir, arguments.manual_dir)
+  except KeyboardInterrupt:
+    print('Stopped. The same command starts anew.', file=sys.stderr)
+    sys.exit(130)
   except (ValueError, OSError) as error:
     print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
     sys.exit(2)

@@ -337,7 +337,7 @@ def _extract_one(path: str, folder: str) -> None:
   if not num_members:
     raise EOFError('nothing is in it')
   if offenders:
-    more = ', ...' if len(offenders) > _MAX_NAMED else ''
+    more = ' and others' if len(offenders) > _MAX_NAMED else ''
     raise ValueError(
       f'{path} must not be extracted, {len(offenders)} of its members are at '
       f'fault: {", ".join(offenders[:_MAX_NAMED])}{more}.'
