@@ -22,6 +22,7 @@ class Cub200(published.PublishedBuilder):
         urls=(
           'https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1',
           'https://s3.amazonaws.com/fast-ai-imageclas/CUB_200_2011.tgz',
+          'https://drive.usercontent.google.com/download?export=download&confirm=t&id=1hbzc_P1FuxMkcabkgn9ZKinBwW683j45',
         ),
         size=1150585339,
         checksum='sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081',

@@ -34,7 +34,7 @@ class Market1501(published.PublishedBuilder):
         'Market-1501-v15.09.15.zip',
         urls=(
           'http://188.138.127.15:81/Datasets/Market-1501-v15.09.15.zip',
-          'https://drive.usercontent.google.com/download?id=0B8-rUzbwVRk0c054eEozWG9COHM&export=download&confirm=t',
+          'https://drive.usercontent.google.com/download?export=download&confirm=t&id=0B8-rUzbwVRk0c054eEozWG9COHM',
         ),
         checksum='md5:65005ab7d12ec1c44de4eeafe813e68a',
       ),

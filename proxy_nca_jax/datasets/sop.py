@@ -20,6 +20,7 @@ class Sop(published.PublishedBuilder):
         urls=(
           'http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip',
           'ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip',
+          'https://drive.usercontent.google.com/download?export=download&confirm=t&id=1TclrpQOF_ullUP99wk_gjGN8pKvtErG8',
         ),
         size=3083860082,
         checksum='sha256:b04fa78210e69fab050ce73939550e1cd0f96890bdd98ec9fee732c3b756ef48',
