@@ -1,5 +1,7 @@
 """Slow NumPy definitions, in float64 and loops, to compare with."""
 
+import itertools
+
 import numpy as np
 
 
@@ -90,21 +92,41 @@ def retrieval_scores(
   return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
-def normalized_mutual_information(labels, clusters):
-  """2 I / (H + H) from the probabilities of each pair of values."""
+def entropy(values):
+  shares = [list(values).count(v) / len(values) for v in set(values)]
+  return -sum(p * np.log(p) for p in shares)
+
+
+def information(labels, clusters):
+  """I from the probabilities of each pair of values."""
   labels, clusters = list(labels), list(clusters)
   n = len(labels)
-
-  def entropy(values):
-    shares = [values.count(v) / n for v in set(values)]
-    return -sum(p * np.log(p) for p in shares)
-
-  information = 0.0
+  total = 0.0
   for a in set(labels):
     for b in set(clusters):
       both = sum(x == a and y == b for x, y in zip(labels, clusters)) / n
       if both:
         expected = labels.count(a) / n * clusters.count(b) / n
-        information += both * np.log(both / expected)
+        total += both * np.log(both / expected)
+  return total
+
+
+def normalized_mutual_information(labels, clusters):
+  """2 I / (H + H)."""
   total = entropy(labels) + entropy(clusters)
-  return 2 * information / total if total else 1.0
+  return 2 * information(labels, clusters) / total if total else 1.0
+
+
+def expected_information(labels, clusters):
+  """The mean of I over all distinct orders of the clusters."""
+  orders = set(itertools.permutations(clusters))
+  return sum(information(labels, order) for order in orders) / len(orders)
+
+
+def pair_counts(labels, clusters):
+  """Pairs alike in (both, labels, clusters), and all pairs."""
+  pairs = list(itertools.combinations(range(len(labels)), 2))
+  in_labels = [labels[i] == labels[j] for i, j in pairs]
+  in_clusters = [clusters[i] == clusters[j] for i, j in pairs]
+  both = [a and b for a, b in zip(in_labels, in_clusters)]
+  return sum(both), sum(in_labels), sum(in_clusters), len(pairs)
