@@ -46,7 +46,9 @@ def hold(workdir: str) -> Iterator[None]:
           f'Another run is at work in {workdir!r}: wait for it, or use another '
           'workdir.'
         ) from None
-    _cache_compilations(os.path.join(workdir, 'compilation_cache'))
+    stack.enter_context(
+      _compilations_cached(os.path.join(workdir, 'compilation_cache'))
+    )
     handler = logging.FileHandler(os.path.join(workdir, 'log.txt'))
     handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
     package = logging.getLogger('proxy_nca_jax')
@@ -56,12 +58,27 @@ def hold(workdir: str) -> Iterator[None]:
     yield
 
 
-def _cache_compilations(folder: str) -> None:
-  jax.config.update('jax_compilation_cache_dir', os.path.abspath(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-  # The folder is read once a process; this run may be its second.
-  compilation_cache.reset_cache()
+@contextlib.contextmanager
+def _compilations_cached(folder: str) -> Iterator[None]:
+  """Keeps compiled programs in a folder; then leaves JAX as it was."""
+  wanted = {
+    'jax_compilation_cache_dir': os.path.abspath(folder),
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in wanted}
+
+  def configure(values):
+    for name, value in values.items():
+      jax.config.update(name, value)
+    # JAX looks at the folder once, at its first compilation.
+    compilation_cache.reset_cache()
+
+  configure(wanted)
+  try:
+    yield
+  finally:
+    configure(before)
 
 
 def check_same_run(

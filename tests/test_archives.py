@@ -745,6 +745,14 @@ class ExtractTest(parameterized.TestCase):
     with mock.patch.object(archives, '_MAX_DIRECTORY', 400):
       self._check_fails('asks for too much: a header', self.zip)
 
+  @parameterized.parameters((b'', 'no zip or tar'), (b'x', 'is damaged'))
+  def test_words_for_numbers_in_headers_are_damage(self, first, message):
+    info = tarfile.TarInfo('x')
+    info.pax_headers = {'GNU.sparse.map': 'a,b', 'GNU.sparse.size': '1'}
+    members = [('first', first)] if first else []
+    _make_tar(self.tar, *members, (info, b''))
+    self._check_fails(rf'a\.tgz .*{message}', self.tar)
+
   def test_nested_headers_end(self):
     header = _tar_info('././@LongLink', tarfile.GNUTYPE_LONGNAME, size=1)
     with gzip.open(self.tar, 'wb') as file:

@@ -310,8 +310,9 @@ def extract(paths: Sequence[str], folder: str) -> None:
       except OverflowError as error:
         raise ValueError(f'{path} asks for too much: {error}.') from error
       except _DAMAGED as error:
+        reason = str(error) or 'it ends too early'
         raise ValueError(
-          f'{path} is damaged: {error}; fetch it again.'
+          f'{path} is damaged: {reason}; fetch it again.'
         ) from error
     os.rename(part, folder)
   except BaseException:
@@ -399,7 +400,7 @@ def _members(
     stream = gzip.GzipFile(fileobj=file) if is_gzip else file
     try:
       tar = tarfile.TarFile(fileobj=_Meter(stream, _CHUNK, limit))
-    except tarfile.ReadError:
+    except (tarfile.ReadError, ValueError):
       if not path.lower().endswith(('.mat', '.txt')):
         raise ValueError(f'{path} is no zip or tar archive.') from None
       file.seek(0)
@@ -472,6 +473,8 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple]:
       member = tarfile.TarInfo.fromtarfile(tar)
     except tarfile.EOFHeaderError:
       member = None
+    except ValueError as error:  # Numbers in extended headers.
+      raise tarfile.ReadError(str(error)) from error
   # The checksum of a gzip comes last.
   while file.read(_CHUNK):
     pass
