@@ -1,9 +1,12 @@
 """Exact ranks of every positive by counting, with neither sort nor top-K.
 
-With the rows sorted by class, a query's positives are one band of columns. The
-rank of a positive is 1 + the positives before it + the negatives that are at
-least as near, which takes one comparison a negative; memory is one block of
-similarities.
+The rank of a positive is 1 + the positives before it + the negatives that are
+at least as near. So a query's similarities to its positives are thresholds, and
+counting the negatives that reach a threshold takes one comparison each. Rows
+are sorted by the size of their class, so that a class is one band of rows and
+the queries of a block have about as many thresholds. Where items search among
+themselves, the product of two blocks serves both. Memory is one block of
+similarities, the thresholds and the counts.
 """
 
 import functools
@@ -22,7 +25,7 @@ def positive_ranks(
     *,
     gallery: tuple[chex.Array, np.ndarray] | None = None,
     cameras: tuple[np.ndarray, np.ndarray] | None = None,
-    block_size: int = 256,
+    block_size: int = 1024,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Ranks each query's positives in its gallery, block by block.
 
@@ -41,88 +44,217 @@ def positive_ranks(
 
   Yields:
     (queries, ranks): int64 [at most block_size], rows of `embeddings`; int32
-    [the same, max_positives], the ranks of their positives from 1, ascending,
-    filled with 0. Every query comes once.
+    [the same, most positives of these], the ranks of their positives from 1,
+    ascending, filled with 0. Every query comes once.
   """
   chex.assert_rank([embeddings, labels], [2, 1])
   is_self = gallery is None
-  queries = _sort_by_label(embeddings, labels)
-  items = queries if is_self else _sort_by_label(*gallery)
-  starts = np.searchsorted(items.labels, queries.labels, 'left')
-  ends = np.searchsorted(items.labels, queries.labels, 'right')
-  num_queries, num_items = len(queries.labels), len(items.labels)
-  max_positives = max(int(np.max(ends - starts, initial=1)) - is_self, 1)
-  own = np.arange(num_queries) if is_self else np.full(num_queries, num_items)
+  query_classes, item_classes = _number_by_size(
+    labels, labels if is_self else gallery[1]
+  )
+  queries = _sort(embeddings, query_classes, block_size)
+  items = queries if is_self else _sort(gallery[0], item_classes, block_size)
   if cameras is not None:
-    cameras = cameras[0][queries.order], cameras[1][items.order]
-  # The last block is moved back to full size: one compilation, and no matrix
-  # product of another shape, whose rounding could differ.
-  block_size = min(block_size, num_queries)
-  for start in range(0, num_queries, block_size):
-    first = min(start, num_queries - block_size)
-    block = slice(first, first + block_size)
-    ranks = _block_ranks(
-      jax.lax.dynamic_slice_in_dim(queries.embeddings, first, block_size),
-      items.embeddings,
-      starts[block],
-      ends[block],
-      own[block],
-      None if cameras is None else (cameras[0][block], cameras[1]),
-      max_positives,
+    cameras = (cameras[0][queries.order], cameras[1][items.order])
+  thresholds = [
+    _thresholds(queries, items, first, block_size, cameras, is_self)
+    for first in range(0, len(queries.order), block_size)
+  ]
+  numbers = [len(rows) for rows in thresholds]
+  offsets = np.concatenate([[0], np.cumsum(numbers)]).astype(np.int32)
+  thresholds = jnp.concatenate(thresholds)
+  counts = jnp.zeros(thresholds.shape, jnp.int32)
+  for block in range(len(numbers)):
+    counts = _count(
+      counts,
+      thresholds,
+      offsets,
+      block,
+      queries[:2],
+      items[:2],
+      block_size=block_size,
+      is_self=is_self,
     )
-    new = slice(start - first, None)
-    yield queries.order[block][new], np.asarray(ranks)[new]
+  for block, number in enumerate(numbers):
+    rows = slice(offsets[block], offsets[block + 1])
+    exists = np.asarray(thresholds[rows]).T < np.inf
+    place = np.arange(1, number + 1, dtype=np.int32)
+    ranks = np.where(exists, np.asarray(counts[rows]).T + place, 0)
+    order = queries.order[block * block_size : (block + 1) * block_size]
+    yield order, ranks[: len(order)]
 
 
 class _Sorted(NamedTuple):
-  """Rows sorted by label: a class is one band of them."""
+  """Rows sorted by class, filled up to whole blocks.
+
+  Attributes:
+    embeddings: float32 [num_rows, dim].
+    classes: int32 [num_rows], ascending; in the filling larger than any class.
+    order: int64 [at most num_rows], where the rows come from.
+  """
 
   embeddings: jax.Array
-  labels: np.ndarray
+  classes: np.ndarray
   order: np.ndarray
 
 
-def _sort_by_label(embeddings, labels) -> _Sorted:
-  labels = np.asarray(labels)
-  order = np.argsort(labels, kind='stable')
+_FILLING = np.iinfo(np.int32).max
+
+
+def _number_by_size(
+    query_labels: np.ndarray, item_labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Numbers the classes from the smallest in the gallery to the largest."""
+  query_labels, item_labels = np.asarray(query_labels), np.asarray(item_labels)
+  names, labels = np.unique(
+    np.concatenate([query_labels, item_labels]), return_inverse=True
+  )
+  labels = np.split(labels, [len(query_labels)])
+  sizes = np.bincount(labels[1], minlength=len(names))
+  numbers = np.empty(len(names), np.int32)
+  numbers[np.argsort(sizes, kind='stable')] = np.arange(len(names))
+  return numbers[labels[0]], numbers[labels[1]]
+
+
+def _sort(embeddings, classes: np.ndarray, block_size: int) -> _Sorted:
+  order = np.argsort(classes, kind='stable')
+  # No block is smaller than others: a product of another shape may be rounded
+  # differently.
+  filling = (0, -len(order) % block_size)
+  embeddings = jnp.asarray(embeddings, jnp.float32)[order]
   return _Sorted(
-    jnp.asarray(embeddings, jnp.float32)[order], labels[order], order
+    jnp.pad(embeddings, (filling, (0, 0))),
+    np.pad(classes[order], filling, constant_values=_FILLING),
+    order,
   )
 
 
-@functools.partial(jax.jit, static_argnums=6)
-def _block_ranks(queries, items, starts, ends, own, cameras, max_positives):
-  """Ranks the positives of a block of queries.
+def _thresholds(
+    queries: _Sorted, items: _Sorted, first: int, block_size: int, cameras,
+    is_self: bool,
+) -> jax.Array:
+  """The similarities of a block of queries to their positives.
+
+  Returns:
+    float32 [most positives of these queries, block_size], descending, then
+    infinite.
+  """
+  rows = slice(first, first + block_size)
+  classes = queries.classes[rows]
+  starts = np.searchsorted(items.classes, classes, 'left')
+  ends = np.searchsorted(items.classes, classes, 'right')
+  starts = np.where(classes == _FILLING, starts[0], starts)
+  ends = np.where(classes == _FILLING, starts, ends)
+  own = np.full(block_size, len(items.classes))
+  if is_self:
+    own = np.arange(first, first + block_size)
+  if cameras is not None:
+    mine = cameras[0][rows]
+    cameras = np.pad(mine, (0, block_size - len(mine))), cameras[1]
+  number = max(int(np.max(ends - starts)) - is_self, 1)
+  thresholds = _block_thresholds(
+    jax.lax.dynamic_slice_in_dim(queries.embeddings, first, block_size),
+    items.embeddings,
+    starts,
+    ends,
+    own,
+    cameras,
+    block_size=block_size,
+    # Rounded up, so that few programs are compiled.
+    number=1 << (number - 1).bit_length(),
+  )
+  return thresholds[:number]
+
+
+@functools.partial(jax.jit, static_argnames=('block_size', 'number'))
+def _block_thresholds(
+    queries, items, starts, ends, own, cameras, *, block_size, number
+):
+  """Gathers from the blocks of items that hold the queries' classes."""
+  place = jnp.arange(number)[None, :]
+  columns = starts[:, None] + place
+  columns += columns >= own[:, None]
+  exists = columns < ends[:, None]
+  if cameras is not None:
+    exists &= cameras[1].at[columns].get(mode='clip') != cameras[0][:, None]
+
+  def gather(block, positives):
+    similarities = _similarities(
+      queries,
+      jax.lax.dynamic_slice_in_dim(items, block * block_size, block_size),
+    )
+    local = columns - block * block_size
+    found = jnp.take_along_axis(
+      similarities, jnp.clip(local, 0, block_size - 1), axis=1
+    )
+    is_here = (local >= 0) & (local < block_size)
+    return jnp.where(exists & is_here, found, positives)
+
+  positives = jax.lax.fori_loop(
+    jnp.min(starts) // block_size,
+    (jnp.max(ends) - 1) // block_size + 1,
+    gather,
+    jnp.full(columns.shape, -jnp.inf),
+  )
+  positives = -jnp.sort(-positives, axis=1)
+  # The sort brought those that exist to the front.
+  exists = place < jnp.sum(exists, axis=1, keepdims=True)
+  return jnp.where(exists, positives, jnp.inf).T
+
+
+def _similarities(queries, items):
+  return jnp.dot(queries, items.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(
+  jax.jit, static_argnames=('block_size', 'is_self'), donate_argnames='counts'
+)
+def _count(
+    counts, thresholds, offsets, block, queries, items, *, block_size, is_self
+):
+  """Adds the negatives that reach the thresholds of a block of queries.
 
   Args:
-    queries, items: float32 [block, dim] and [num_items, dim].
-    starts, ends: int [block], the band of each query's class in `items`.
-    own: int [block], the query's own place in `items`, or beyond its end.
-    cameras: None or int [block] and [num_items].
-    max_positives: of any query.
+    counts: int32 [num_thresholds, block_size].
+    thresholds: float32 [num_thresholds, block_size].
+    offsets: int32 [num_blocks + 1], where each block's thresholds begin.
+    block: of the queries.
+    queries, items: (embeddings, classes), whole blocks.
+    block_size: rows of a block.
+    is_self: whether the queries are the items. Then only blocks from `block` on
+      are compared, and each pair adds to the counts of both.
   """
-  starts, ends, own = starts[:, None], ends[:, None], own[:, None]
-  similarities = jnp.dot(
-    queries, items.T, precision=jax.lax.Precision.HIGHEST
-  )
-  columns = jnp.arange(items.shape[0])[None, :]
-  is_negative = (columns < starts) | (columns >= ends)
-  negatives = jnp.where(is_negative, similarities, -jnp.inf)
 
-  place = jnp.arange(max_positives)[None, :]
-  columns = starts + place
-  columns += columns >= own
-  exists = columns < ends
-  columns = jnp.where(exists, columns, 0)
-  if cameras is not None:
-    exists &= cameras[1][columns] != cameras[0][:, None]
-  positives = jnp.take_along_axis(similarities, columns, axis=1)
-  positives = -jnp.sort(-jnp.where(exists, positives, -jnp.inf), axis=1)
+  def slice_block(rows, index):
+    return [
+      jax.lax.dynamic_slice_in_dim(array, index * block_size, block_size)
+      for array in rows
+    ]
 
-  def negatives_before(positive):
-    return jnp.sum(negatives >= positive[:, None], axis=1, dtype=jnp.int32)
+  embeddings, classes = slice_block(queries, block)
 
-  before = jax.lax.map(negatives_before, positives.T).T
-  ranks = before + 1 + place.astype(jnp.int32)
-  # The sort brought those that exist to the front.
-  return jnp.where(place < jnp.sum(exists, axis=1, keepdims=True), ranks, 0)
+  def add_pair(other, counts):
+    other_embeddings, other_classes = slice_block(items, other)
+    similarities = _similarities(embeddings, other_embeddings)
+    is_negative = classes[:, None] != other_classes[None, :]
+    is_negative &= (other_classes != _FILLING)[None, :]
+    similarities = jnp.where(is_negative, similarities, -jnp.inf)
+
+    def add(axis):
+      def add_threshold(index, counts):
+        reached = similarities >= jnp.expand_dims(thresholds[index], axis)
+        return counts.at[index].add(jnp.sum(reached, axis, dtype=jnp.int32))
+
+      return add_threshold
+
+    counts = jax.lax.fori_loop(
+      offsets[block], offsets[block + 1], add(axis=1), counts
+    )
+    if is_self:
+      end = jnp.where(other == block, offsets[other], offsets[other + 1])
+      counts = jax.lax.fori_loop(offsets[other], end, add(axis=0), counts)
+    return counts
+
+  num_blocks = items[0].shape[0] // block_size
+  first = block if is_self else 0
+  return jax.lax.fori_loop(first, num_blocks, add_pair, counts)
