@@ -77,9 +77,12 @@ def positive_ranks(
     )
   for block, number in enumerate(numbers):
     rows = slice(offsets[block], offsets[block + 1])
-    exists = np.asarray(thresholds[rows]).T < np.inf
+    exists = np.asarray(thresholds[rows]).T > -np.inf
     place = np.arange(1, number + 1, dtype=np.int32)
-    ranks = np.where(exists, np.asarray(counts[rows]).T + place, 0)
+    negatives = np.asarray(counts[rows]).T
+    if number > _MAX_COMPARED:
+      negatives = np.cumsum(negatives, axis=1, dtype=np.int32)
+    ranks = np.where(exists, negatives + place, 0)
     order = queries.order[block * block_size : (block + 1) * block_size]
     yield order, ranks[: len(order)]
 
@@ -98,6 +101,9 @@ class _Sorted(NamedTuple):
   order: np.ndarray
 
 
+# Thresholds of a block that are compared one by one; a comparison of all
+# similarities took 0.25 ms on two CPU cores, and a search about 35 ms.
+_MAX_COMPARED = 128
 _FILLING = np.iinfo(np.int32).max
 
 
@@ -137,7 +143,7 @@ def _thresholds(
 
   Returns:
     float32 [most positives of these queries, block_size], descending, then
-    infinite.
+    -infinity.
   """
   rows = slice(first, first + block_size)
   classes = queries.classes[rows]
@@ -197,9 +203,7 @@ def _block_thresholds(
     jnp.full(columns.shape, -jnp.inf),
   )
   positives = -jnp.sort(-positives, axis=1)
-  # The sort brought those that exist to the front.
-  exists = place < jnp.sum(exists, axis=1, keepdims=True)
-  return jnp.where(exists, positives, jnp.inf).T
+  return positives.T
 
 
 def _similarities(queries, items):
@@ -240,21 +244,58 @@ def _count(
     is_negative &= (other_classes != _FILLING)[None, :]
     similarities = jnp.where(is_negative, similarities, -jnp.inf)
 
-    def add(axis):
-      def add_threshold(index, counts):
-        reached = similarities >= jnp.expand_dims(thresholds[index], axis)
-        return counts.at[index].add(jnp.sum(reached, axis, dtype=jnp.int32))
-
-      return add_threshold
-
-    counts = jax.lax.fori_loop(
-      offsets[block], offsets[block + 1], add(axis=1), counts
-    )
+    start, end = offsets[block], offsets[block + 1]
+    add_reached = functools.partial(_add_reached, similarities, thresholds)
+    counts = add_reached(counts, start, end, axis=1)
     if is_self:
-      end = jnp.where(other == block, offsets[other], offsets[other + 1])
-      counts = jax.lax.fori_loop(offsets[other], end, add(axis=0), counts)
+      start, end = offsets[other], offsets[other + 1]
+      end = jnp.where(other == block, start, end)
+      counts = add_reached(counts, start, end, axis=0)
     return counts
 
   num_blocks = items[0].shape[0] // block_size
   first = block if is_self else 0
   return jax.lax.fori_loop(first, num_blocks, add_pair, counts)
+
+
+def _add_reached(similarities, thresholds, counts, start, end, *, axis):
+  """Adds to the counts of the thresholds [start, end) of a block.
+
+  Few thresholds are compared one by one, with all similarities at once. Where
+  there are many, each similarity is sought among them and counted at the first
+  that it reaches; `positive_ranks` adds up, for it reaches those after as well.
+
+  Args:
+    similarities: float32 [block_size, block_size].
+    thresholds: float32 [num_thresholds, block_size], descending in each block.
+    counts: int32 [num_thresholds, block_size].
+    start, end: int32 [].
+    axis: of `similarities` along which the items lie, not the queries.
+  """
+
+  def compare(counts):
+    def add(index, counts):
+      reached = similarities >= jnp.expand_dims(thresholds[index], axis)
+      return counts.at[index].add(jnp.sum(reached, axis, dtype=jnp.int32))
+
+    return jax.lax.fori_loop(start, end, add, counts)
+
+  def search(counts):
+    rows = jax.lax.broadcasted_iota(jnp.int32, similarities.shape, 1 - axis)
+
+    def halve(_, bounds):
+      low, high = bounds
+      middle = (low + high) // 2
+      is_reached = similarities >= thresholds[middle, rows]
+      low = jnp.where(is_reached | (low == high), low, middle + 1)
+      return low, jnp.where(is_reached, middle, high)
+
+    low = jnp.full(similarities.shape, start)
+    low, _ = jax.lax.fori_loop(
+      0, 32 - jax.lax.clz(end - start), halve, (low, jnp.full_like(low, end))
+    )
+    # What reaches no threshold is nowhere.
+    place = jnp.where(low < end, low, counts.shape[0])
+    return counts.at[place, rows].add(1, mode='drop')
+
+  return jax.lax.cond(end - start > _MAX_COMPARED, search, compare, counts)

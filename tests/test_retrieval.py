@@ -79,6 +79,50 @@ class PositiveRanksTest(parameterized.TestCase):
     for name, value in expected.items():
       self.assertAlmostEqual(actual[name], value, 12, name)
 
+  @parameterized.parameters(64, 512)
+  def test_classes_with_many_positives_equal_the_oracle(self, block_size):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2, 3, 4], [200, 150, 3, 1, 40])
+    self.assertGreater(199, retrieval._MAX_COMPARED)
+    embeddings = rng.integers(-4, 5, (len(labels), 3)).astype(np.float64)
+    similarities = embeddings @ embeddings.T
+    expected = oracles.retrieval_scores(similarities, labels, (1, 3))
+    actual = _scores(embeddings, labels, block_size)
+    for name, value in expected.items():
+      self.assertAlmostEqual(actual[name], value, 12, name)
+    is_query = rng.random(len(labels)) < 0.2
+    cameras = rng.integers(1, 3, len(labels))
+    expected = oracles.retrieval_scores(
+      similarities, labels, (1, 3), is_query, cameras
+    )
+    actual = _scores(
+      embeddings[is_query],
+      labels[is_query],
+      block_size,
+      gallery=(embeddings[~is_query], labels[~is_query]),
+      cameras=(cameras[is_query], cameras[~is_query]),
+    )
+    for name, value in expected.items():
+      self.assertAlmostEqual(actual[name], value, 12, name)
+
+  def test_results_do_not_depend_on_the_block_by_a_bit(self):
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(700, 37)).astype(np.float32)
+    # Copies of other classes: ties of products that are not exact.
+    embeddings[350:] = embeddings[:350]
+    labels = rng.integers(0, 90, 700)
+    expected = None
+    for block_size in (16, 96, 128, 1024):
+      ranks = {
+        int(query): row[row > 0].tolist()
+        for queries, rows in retrieval.positive_ranks(
+          embeddings, labels, block_size=block_size
+        )
+        for query, row in zip(queries, rows)
+      }
+      expected = expected or ranks
+      self.assertEqual(ranks, expected)
+
   def test_re_identification_by_hand(self):
     # The query is person 1 by camera 1. Nearest first: the same person and
     # camera (ignored), a distractor, the person by camera 2, another, camera 3.
