@@ -80,6 +80,8 @@ def evaluate(
     queries, items = np.flatnonzero(is_query), np.flatnonzero(~is_query)
     gallery = (embeddings[items], labels[items])
     cameras = None if cameras is None else (cameras[queries], cameras[items])
+  if not len(labels[queries]):
+    raise ValueError('There is no query: nothing can be scored.')
   score_fns = _score_fns(recall_at, is_reidentification=cameras is not None)
   scores = {name: [] for name in score_fns}
   for _, ranks in retrieval.positive_ranks(

@@ -190,14 +190,15 @@ class FetchTest(parameterized.TestCase):
     self.assertEqual(self._ranges(), [None, f'bytes={count}-'])
 
   def test_a_silent_server_is_left_and_its_bytes_are_kept(self):
-    wake = threading.Event()
+    wake, late = threading.Event(), []
     self.addCleanup(wake.set)
 
     def stall(handler):
       handler.reply(200, _CONTENT[:500], Content_Length=len(_CONTENT))
-      wake.wait(20)
+      late.append(wake.wait(10))
 
     self._check(self._fetch([stall, _ranged()], timeout=0.2))
+    self.assertEmpty(late)
     self.assertEqual(self._ranges(), [None, 'bytes=500-'])
 
   def test_a_server_that_ignores_ranges_starts_over(self):
@@ -211,6 +212,13 @@ class FetchTest(parameterized.TestCase):
     )
     # The first brings something, three more bring no more than it did.
     self.assertLen(self.http.seen, 4)
+
+  def test_progress_is_more_than_there_ever_was(self):
+    self.part.write_bytes(_OTHER[:80_000])
+    counts = (70_000, 50_000, 60_000)
+    answers = [_whole(upto=count) for count in counts]
+    self._check_fails('stops after 60000', [*answers, _whole()])
+    self.assertLen(self.http.seen, 3)
 
   def test_attempts_pause_longer_and_longer(self):
     with mock.patch.object(archives.time, 'sleep') as sleep:
@@ -363,6 +371,15 @@ class FetchTest(parameterized.TestCase):
     self.assertEqual(caught.exception.errno, errno.ENOSPC)
     self.assertLen(self.http.seen, 1)
     self.assertEqual(os.listdir(self.folder), ['data.tgz.part'])
+
+  def test_the_bytes_are_on_disk_before_they_are_renamed(self):
+    calls = mock.Mock()
+    calls.replace.side_effect = os.replace
+    with mock.patch.object(os, 'fsync', calls.fsync):
+      with mock.patch.object(os, 'replace', calls.replace):
+        self._check(self._fetch([_whole()]))
+    names = [name for name, _, _ in calls.method_calls]
+    self.assertEqual(names, ['fsync', 'replace'])
 
   def test_a_bare_answer_is_asked_for(self):
     heard = {}
@@ -648,6 +665,12 @@ class ExtractTest(parameterized.TestCase):
     )
     self._check_fails(r"1 of its .*'odd' \(a link or special file\)", self.tar)
 
+  def test_a_file_with_holes_is_refused(self):
+    info = tarfile.TarInfo('holes')
+    info.pax_headers = {'GNU.sparse.map': '0,1', 'GNU.sparse.size': '1000'}
+    _make_tar(self.tar, (info, b'x'))
+    self._check_fails(r"'holes' \(a link or special file\)", self.tar)
+
   @parameterized.parameters(
     stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK
   )
@@ -865,6 +888,25 @@ class ExtractTest(parameterized.TestCase):
     (part / 'stray').write_bytes(b'old')
     _make_tar(self.tar, ('a/x', b'new'))
     self.assertEqual(self._extract(self.tar), {'a/x': b'new'})
+
+  def test_a_full_disk_is_no_fault_of_the_archive(self):
+    _make_tar(self.tar, ('x', b'x'))
+
+    def refuse(path, mode):
+      if mode == 'xb':
+        raise OSError(errno.ENOSPC, 'No space left on device')
+      return open(path, mode)
+
+    with mock.patch.object(archives, 'open', refuse, create=True):
+      with self.assertRaisesRegex(OSError, 'No space left'):
+        self._extract(self.tar)
+    self.assertEmpty(os.listdir(self.out.parent))
+
+  def test_nothing_is_printed_unless_someone_watches(self):
+    _make_tar(self.tar, ('x', b'x'))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+      self._extract(self.tar)
+    self.assertEqual(printed.getvalue(), '')
 
   def test_an_interruption_leaves_nothing(self):
     _make_tar(self.tar, ('x', b'x'), ('y', b'y'))

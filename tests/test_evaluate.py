@@ -92,6 +92,10 @@ class EvaluateTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, 'None of the 3 queries'):
       _evaluate(np.eye(3), [0, 1, 2])
 
+  def test_no_query_at_all_is_an_error(self):
+    with self.assertRaisesRegex(ValueError, 'no query'):
+      _evaluate(np.eye(3), [0, 0, 1], is_query=np.zeros(3, bool))
+
   def test_embeddings_must_be_finite(self):
     with self.assertRaisesRegex(ValueError, 'not finite'):
       _evaluate([[np.nan, 1], [1, 1]], [0, 0])

@@ -6,7 +6,7 @@ from absl.testing import absltest, parameterized
 from proxy_nca_jax import metrics, retrieval
 
 
-def _scores(embeddings, labels, block_size=256, **kwargs):
+def _scores(embeddings, labels, block_size=64, **kwargs):
   scores = {
     'recall@1': [], 'recall@3': [], 'map@r': [], 'r_precision': [], 'map': []
   }
@@ -37,7 +37,7 @@ def _with_ties(seed, num_items=41, num_classes=6):
 
 class PositiveRanksTest(parameterized.TestCase):
 
-  @parameterized.product(seed=(0, 1, 2), block_size=(2, 7, 40, 41, 500))
+  @parameterized.product(seed=(0, 1, 2), block_size=(7, 41, 64))
   def test_equals_the_oracle_with_ties_and_duplicates(self, seed, block_size):
     embeddings, labels = _with_ties(seed)
     expected = oracles.retrieval_scores(
@@ -48,7 +48,7 @@ class PositiveRanksTest(parameterized.TestCase):
       self.assertAlmostEqual(actual[name], value, 12, name)
 
   @parameterized.product(
-    seed=(0, 1, 2), block_size=(2, 7, 500), with_cameras=(False, True)
+    seed=(0, 1, 2), block_size=(7, 64), with_cameras=(False, True)
   )
   def test_a_gallery_equals_the_oracle(self, seed, block_size, with_cameras):
     embeddings, labels = _with_ties(seed, num_items=61)

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import stat
-import struct
 import tarfile
 import time
 import urllib.error
@@ -55,7 +54,6 @@ _DAMAGED = (
   RuntimeError,
   UnicodeDecodeError,
   gzip.BadGzipFile,
-  struct.error,
   tarfile.TarError,
   zipfile.BadZipFile,
   zlib.error,
@@ -463,7 +461,7 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple]:
     if member.size < 0 or tar.offset < file.tell():
       raise tarfile.ReadError('a negative size')
     fault, source = '', None
-    if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.sparse:
+    if member.isreg() and not member.issparse():
       source = tar.extractfile(member)
     elif not member.isdir():
       fault = 'a link or special file'
