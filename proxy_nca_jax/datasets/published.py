@@ -6,6 +6,7 @@ classes there must be; the rest is here. Neither archives nor annotations are
 trusted.
 """
 
+import abc
 import collections
 import dataclasses
 import hashlib
@@ -69,9 +70,9 @@ class PublishedBuilder(records.OrderedBuilder):
   downloads: str
   allow_incomplete: bool
 
+  @abc.abstractmethod
   def read_annotations(self, root: str) -> tuple[list[Example], list[Problem]]:
     """Returns the examples in their order, and what is wrong with the rest."""
-    raise NotImplementedError
 
   def _info(self) -> tfds.core.DatasetInfo:
     return records.make_info(self, side=None, **self.features)
