@@ -35,15 +35,20 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.crop_scale = (0.08, 1.0)  # random_resized: share of the area.
   config.dataset.crop_ratio = (3 / 4, 4 / 3)  # random_resized: width / height.
   config.dataset.flip = True  # Mirror half of the training images.
-  config.dataset.mean = (127.5, 127.5, 127.5)  # Per channel, of 0..255.
-  config.dataset.std = (127.5, 127.5, 127.5)
 
   config.model = ml_collections.ConfigDict()
   config.model.name = 'small_cnn'
-  config.model.width = 64  # Channels of the first stage.
+  config.model.init_from = ''  # A file of weights or a Hugging Face name.
+  config.model.width = 64  # small_cnn: channels of the first stage.
+  config.model.pooling = 'average'  # average, max, average_max, gem or cls.
+  config.model.layer_norm = False  # Of what is pooled, without parameters.
   config.model.embedding_dim = 64  # The paper's.
   config.model.normalize = True  # Embeddings of unit norm.
+  config.model.embedding_stddev = 0.0  # Of the first head weights; 0: LeCun's.
+  config.model.batch_norm_momentum = 0.9  # The share that is kept.
+  config.model.freeze_batch_norm_steps = 0  # The first so many; -1: all.
   config.model.dtype = 'float32'  # Of the backbone: float32 or bfloat16.
+  config.model.remat = False  # Recompute each block in the backward pass.
 
   config.loss = ml_collections.ConfigDict()
   config.loss.name = 'proxy_nca'

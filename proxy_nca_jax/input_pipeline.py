@@ -206,9 +206,18 @@ def check_image_size(split: Split, config: ml_collections.ConfigDict) -> None:
 
 
 def normalize(
-    images_: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]
+    images_: jax.Array,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    is_bgr: bool = False,
 ) -> jax.Array:
-  """Maps uint8 [..., 3] to float32 (x - mean) / std, on the device."""
+  """Maps RGB uint8 [..., 3] to float32 (x - mean) / std, on the device.
+
+  With `is_bgr` blue comes first in the result, and in `mean` and `std`.
+  """
+  if is_bgr:
+    images_ = images_[..., ::-1]
   mean, std = jnp.asarray(mean), jnp.asarray(std)
   shape = (1,) * (images_.ndim - 1) + (3,)
   return (images_ - mean.reshape(shape)) / std.reshape(shape)

@@ -1,10 +1,13 @@
 """Training: the step, and the run around it."""
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import inspect
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -70,11 +73,13 @@ def make_train_step(
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step: (state, batch) -> (state, metrics).
 
+  With `freeze_batch_norm=True` the stored statistics are used and kept.
+
   The mean of the loss, the batch statistics and the metrics are those of the
   global batch, however many devices share it. The given state is donated.
   """
 
-  def train_step(state, batch):
+  def train_step(state, batch, *, freeze_batch_norm=False):
     images = normalize(batch['image'])
 
     def mean_loss(params):
@@ -83,7 +88,8 @@ def make_train_step(
       embeddings, model_state = model.apply(
         {'params': params, **state.model_state},
         images,
-        train=True,
+        # Nothing but batch normalisation differs in training.
+        train=not freeze_batch_norm,
         mutable=list(state.model_state),
       )
       loss = loss_fn(embeddings, points, batch['label'], where=batch['mask'])
@@ -114,7 +120,22 @@ def make_train_step(
     )
     return state, metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  return jax.jit(
+    train_step, donate_argnums=0, static_argnames='freeze_batch_norm'
+  )
+
+
+def make_normalize(
+    config: ml_collections.ConfigDict,
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns the map from uint8 images to what the backbone's weights expect."""
+  backbone = models.BACKBONES[config.model.name]
+  return functools.partial(
+    input_pipeline.normalize,
+    mean=backbone.mean,
+    std=backbone.std,
+    is_bgr=backbone.is_bgr,
+  )
 
 
 def make_embed_fn(model, normalize, mesh) -> Callable[..., jax.Array]:
@@ -138,10 +159,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   for field, least in (
     ('num_steps', 1), ('batch_size', 1), ('log_every', 1), ('save_every', 1),
     ('eval_every', 0), ('keep_checkpoints', 1),
+    ('model.freeze_batch_norm_steps', -1),
   ):
-    if config[field] < least:
+    value = operator.attrgetter(field)(config)
+    if value < least:
       raise ValueError(
-        f'config.{field} ({config[field]}) must be at least {least}.'
+        f'config.{field} ({value}) must be at least {least}.'
       )
   if not config.evaluation.recall_at or min(config.evaluation.recall_at) < 1:
     raise ValueError(
@@ -223,20 +246,18 @@ def train_and_evaluate(
         'The data set has changed since this run began (other classes, '
         'records or split). Restore it, or use another workdir.'
       )
+    weights_digest = _digest_weights(config, saved)
     workdir_lib.write_json(
       os.path.join(workdir, 'run.json'),
       {
         'config': workdir_lib.as_json(config),
         'dataset_digest': data.digest,
+        'weights_digest': weights_digest,
       },
     )
     mesh = mesh_lib.make_mesh()
     process = (jax.process_index(), jax.process_count())
-    normalize = functools.partial(
-      input_pipeline.normalize,
-      mean=config.dataset.mean,
-      std=config.dataset.std,
-    )
+    normalize = make_normalize(config)
     score = functools.partial(
       _score_state, make_embed_fn(model, normalize, mesh), config, process
     )
@@ -260,6 +281,8 @@ def train_and_evaluate(
 
     baselines = _read_baselines(workdir)
     is_new = not baselines
+    if config.model.init_from and (is_new or not checkpoints.steps):
+      state = _load_weights(config, state, weights_digest)
     if is_new:
       _logger.info('Scoring raw pixels and the untrained network')
       pixels = input_pipeline.raw_pixels(data.test)
@@ -307,6 +330,7 @@ def train_and_evaluate(
       **baselines,
       'step': config.num_steps,
       'dataset': _summary(data),
+      'weights': {'from': config.model.init_from, 'sha256': weights_digest},
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
       'versions': versions(),
     }
@@ -337,7 +361,9 @@ def _fit(
         batch = next(run.batches)
         losses.check_labels(batch['label'], run.data.train.num_classes)
         state, metrics = run.train_step(
-          state, mesh_lib.shard_batch(batch, run.mesh)
+          state,
+          mesh_lib.shard_batch(batch, run.mesh),
+          freeze_batch_norm=_is_batch_norm_frozen(config, done),
         )
         done += 1
         progress.add(done, metrics)
@@ -375,6 +401,47 @@ def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:
   data = datasets.load(config) if jax.process_index() == 0 else None
   multihost_utils.sync_global_devices('process 0 has prepared the data set')
   return data or datasets.load(config)
+
+
+def _is_batch_norm_frozen(config, done: int) -> bool:
+  steps = config.model.freeze_batch_norm_steps
+  return steps < 0 or done < steps
+
+
+def _digest_weights(config, saved: Mapping | None) -> str | None:
+  """The SHA-256 of the weights to begin with; a run that began knows its own.
+
+  Raises:
+    ValueError: if they cannot be had.
+  """
+  if saved:
+    return saved.get('weights_digest')
+  if not config.model.init_from:
+    return None
+  path = models.find_weights(config.model.init_from, config.model.name)
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _load_weights(
+    config, state: state_lib.TrainState, digest: str
+) -> state_lib.TrainState:
+  """Puts the weights to begin with into a state.
+
+  Raises:
+    ValueError: if they cannot be had, do not fit, or are others than before.
+  """
+  if _digest_weights(config, None) != digest:
+    raise ValueError(
+      f'{config.model.init_from!r} (config.model.init_from) has changed since '
+      'this run began. Restore it, or use another workdir.'
+    )
+  path = models.find_weights(config.model.init_from, config.model.name)
+  params, model_state = models.load_weights(
+    path, config.model.name, state.params, state.model_state
+  )
+  _logger.info('Beginning with the weights of %s', path)
+  return dataclasses.replace(state, params=params, model_state=model_state)
 
 
 def _is_evaluated(config, step: int) -> bool:

@@ -1,12 +1,11 @@
-import functools
 
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from configs import default
-from proxy_nca_jax import input_pipeline, models, proxies, train
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax import models, proxies, train
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
@@ -42,9 +41,7 @@ def _run(config, *, num_steps, devices=None, change=lambda batch: batch):
   mesh = mesh_lib.make_mesh(devices)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
-  normalize = functools.partial(
-    input_pipeline.normalize, mean=config.dataset.mean, std=config.dataset.std
-  )
+  normalize = train.make_normalize(config)
   step = train.make_train_step(
     model, optimizer, train.make_loss(config), normalize
   )

@@ -1,5 +1,7 @@
 """A small convolutional network for images of 32 to 64 pixels."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,7 +16,8 @@ class SmallCNN(nn.Module):
   """
 
   width: int
-  dtype: jnp.dtype
+  make_norm: Callable[..., nn.Module]
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -29,9 +32,5 @@ class SmallCNN(nn.Module):
           use_bias=False,
           dtype=self.dtype,
         )(x)
-        # The statistics and the shift stay in float32 in both dtypes.
-        x = nn.BatchNorm(
-          use_running_average=not train, momentum=0.9, dtype=jnp.float32
-        )(x)
-        x = nn.relu(x).astype(self.dtype)
+        x = nn.relu(self.make_norm()(x, train=train))
     return x

@@ -1,0 +1,460 @@
+"""How far the backbones are from their torch originals, which run beside them.
+
+python benchmarks/parity.py [models] [--models=resnet18,vit_s16]
+python benchmarks/parity.py trajectory [--models=resnet18] [--steps=50]
+python benchmarks/parity.py originals [--models=resnet18]
+
+needs torch, torchvision, timm, pretrainedmodels (with munch and six), in an
+environment of its own beside this project's requirements.
+
+`models` builds each original with random weights, writes them to a file as its
+authors publish theirs, imports the file, and compares embeddings in evaluation,
+and embeddings, running statistics and gradients of all parameters of a training
+step. A tensor's difference is max|a - b| over the larger of max|b| and 1/1000
+of the largest such value in the model.
+
+A rectifier whose input is 0 but for rounding, or a pool with two values that
+are equal but for it, passes the gradient in one library and not in the other,
+and one of the millions in a network changes a gradient by percents. So
+gradients are compared in both: `gradients` of the same float32 weights computed
+in float64 by both libraries, `in float32`, and `torch itself`, which is torch
+in float32 against torch in float64. The gradients of biases that batch
+normalisation takes off again are 0 in theory and stand apart: `of zeros` is the
+size of ours in float32, relative to the model's largest gradient.
+
+`trajectory` trains both from the same weights, proxies and pictures by the
+recipe of dichotomies/proxy-nca (Adam with epsilon 1, label smoothing, its
+rates), and compares losses and nearest proxies.
+
+`originals` writes tests/originals/NAME.npz: the names and shapes of the tensors
+that an original publishes and, of a small picture and weights that
+tests/made_weights.py makes, its pooled features in evaluation and in training,
+the running variance after it that lies deepest, and the gradient of the
+features' sum for one early tensor; and small files of torch's two formats. A
+change of these files means that an original changed, or what it is given.
+"""
+
+import argparse
+import collections
+import copy
+import functools
+import math
+import pathlib
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pretrainedmodels
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch.nn import functional
+
+_ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(_ROOT), str(_ROOT / 'tests')]
+
+import made_weights  # noqa: E402
+
+from configs import default  # noqa: E402
+from proxy_nca_jax import mesh as mesh_lib  # noqa: E402
+from proxy_nca_jax import models, proxies, train  # noqa: E402
+from proxy_nca_jax import optimizer as optimizer_lib  # noqa: E402
+from proxy_nca_jax import state as state_lib  # noqa: E402
+from proxy_nca_jax.models import (  # noqa: E402
+  backbones,
+  embedding,
+  pretrained,
+)
+
+_BATCH = 4
+_DIM = 64
+_TIMM = {
+  'vit_s16': 'vit_small_patch16_224',
+  'vit_b16': 'vit_base_patch16_224',
+  'dino_s16': 'vit_small_patch16_224',
+  'dino_b16': 'vit_base_patch16_224',
+  'dinov2_s14': 'vit_small_patch14_dinov2',
+  'dinov2_b14': 'vit_base_patch14_dinov2',
+}
+_CONVOLUTIONAL = ('bn_inception', 'resnet18', 'resnet50', 'resnet101')
+
+
+class _Original(torch.nn.Module):
+  """An original's features, pooled, and a linear layer."""
+
+  def __init__(self, name: str, size: int):
+    super().__init__()
+    self.name = name
+    if name in _TIMM:
+      self.backbone = timm.create_model(
+        _TIMM[name], num_classes=0, img_size=size
+      )
+      width = self.backbone.num_features
+    elif name == 'bn_inception':
+      self.backbone = pretrainedmodels.bninception(pretrained=None)
+      width = 1024
+    else:
+      self.backbone = getattr(torchvision.models, name)(weights=None)
+      width = self.backbone.fc.in_features
+    self.embedding = torch.nn.Linear(width, _DIM)
+
+  def features(self, images):
+    if self.name in _TIMM:
+      return self.backbone.forward_features(images)[:, 0]
+    if self.name == 'bn_inception':
+      return self.backbone.features(images).mean((2, 3))
+    net = self.backbone
+    x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+      x = stage(x)
+    return x.mean((2, 3))
+
+  def forward(self, images):
+    return self.embedding(self.features(images))
+
+
+def _randomize(net: torch.nn.Module) -> None:
+  """Draws what starts as 0 or 1, or so small that nothing would show."""
+  generator = torch.Generator().manual_seed(0)
+  for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+    low, high = -0.1, 0.1
+    if name.endswith(('weight', 'running_var', 'gamma')):
+      low, high = 0.5, 1.5
+    is_vector = tensor.ndim == 1 and tensor.is_floating_point()
+    if is_vector or name.endswith(('pos_embed', 'cls_token')):
+      tensor.data.uniform_(low, high, generator=generator)
+
+
+def _write(original: _Original, folder: str) -> str:
+  """Writes the backbone's weights as its authors do, and returns the path."""
+  name, state = original.name, original.backbone.state_dict()
+  path = f'{folder}/{name}'
+  if name in ('vit_s16', 'resnet101'):
+    safetensors.torch.save_file(state, f'{path}.safetensors')
+    return f'{path}.safetensors'
+  if name == 'bn_inception':
+    state = {k: v[None] if v.ndim == 1 else v for k, v in state.items()}
+  # The first ResNets were published before torch wrote zip archives.
+  is_zip = name != 'resnet18'
+  torch.save(state, f'{path}.pth', _use_new_zipfile_serialization=is_zip)
+  return f'{path}.pth'
+
+
+def _make_model(name: str, size: int, dtype: jnp.dtype):
+  """Returns our model and variables to fill; no config asks for float64."""
+  make_backbone = functools.partial(
+    backbones.make_backbone, name, dtype=jnp.dtype(dtype), remat=False,
+    batch_norm_momentum=0.9, width=1,
+  )
+  make_head = functools.partial(
+    embedding.Head, pooling='cls' if name in _TIMM else 'average',
+    layer_norm=False, embedding_dim=_DIM, normalize=False, stddev=0.0,
+  )
+  model = embedding.EmbeddingModel(make_backbone, make_head)
+  init = functools.partial(model.init, train=False)
+  shapes = jax.eval_shape(
+    init, jax.random.key(0), jnp.zeros((1, size, size, 3))
+  )
+  return model, jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.float32), shapes
+  )
+
+
+def _share_weights(name, size, variables, folder):
+  """Returns an original with random weights, and our variables with them."""
+  torch.manual_seed(0)
+  published = 518 if name.startswith('dinov2') else 224
+  original = _Original(name, published if name in _TIMM else size)
+  _randomize(original.backbone)
+  path = _write(original, folder)
+  if name in _TIMM and published != size:
+    original = _regrid(original, size)
+  variables = dict(variables)
+  params, model_state = models.load_weights(
+    path, name, variables.pop('params'), variables
+  )
+  head = original.embedding
+  params['head'] = {'embedding': {
+    'kernel': jnp.asarray(head.weight.detach().numpy().T),
+    'bias': jnp.asarray(head.bias.detach().numpy()),
+  }}
+  return original, params, model_state
+
+
+def _regrid(original: _Original, size: int) -> _Original:
+  """Moves an original to another size, by its authors' interpolation."""
+  name, state = original.name, original.state_dict()
+  moved = _Original(name, size)
+  positions = state['backbone.pos_embed']
+  old = math.isqrt(positions.shape[1] - 1)
+  new = size // original.backbone.patch_embed.patch_size[0]
+  grid = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+  if name.startswith('vit'):
+    grid = functional.interpolate(
+      grid, size=(new, new), mode='bicubic', antialias=True
+    )
+  else:
+    scale = (new + 0.1) / old
+    grid = functional.interpolate(
+      grid, scale_factor=(scale, scale), mode='bicubic'
+    )
+  grid = grid.permute(0, 2, 3, 1).reshape(1, new**2, -1)
+  state['backbone.pos_embed'] = torch.cat([positions[:, :1], grid], dim=1)
+  moved.load_state_dict(state)
+  return moved
+
+
+def _difference(actual, expected, floor: float = 0.0) -> float:
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  scale = max(np.abs(expected).max(), floor)
+  return float(np.abs(actual - expected).max() / scale)
+
+
+def _step_ours(name, size, params, model_state, images, weights):
+  """Returns (gradients and statistics, embeddings) of a training step."""
+  model, _ = _make_model(name, size, images.dtype)
+
+  @jax.jit
+  def step(params, model_state, images, weights):
+    def loss_fn(params):
+      embeddings, state = model.apply(
+        {'params': params, **model_state}, images, train=True,
+        mutable=['batch_stats'],
+      )
+      return jnp.sum(embeddings * weights), (embeddings, state)
+
+    return jax.grad(loss_fn, has_aux=True)(params)
+
+  gradients, (embeddings, state) = step(params, model_state, images, weights)
+  tree = {
+    'params': gradients['backbone'] | gradients['head'],
+    'batch_stats': state.get('batch_stats', {}).get('backbone', {}),
+  }
+  return _flatten(tree), np.asarray(embeddings)
+
+
+def _step_original(original, images, weights, params, model_state):
+  """The same of an original, brought into our trees on the weights' way in."""
+  original.zero_grad()
+  original.train()
+  images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+  embeddings = original(images)
+  (embeddings * torch.from_numpy(weights)).sum().backward()
+  net = original.backbone
+  tensors = {
+    key: value.grad.numpy()
+    for key, value in net.named_parameters() if value.grad is not None
+  } | {key: value.numpy() for key, value in net.named_buffers()}
+  like = {
+    'params': params['backbone'],
+    'batch_stats': model_state.get('batch_stats', {}).get('backbone', {}),
+  }
+  tree = pretrained.import_tensors(tensors, like, original.name)
+  tree['params'] = tree['params'] | {'embedding': {
+    'kernel': original.embedding.weight.grad.numpy().T,
+    'bias': original.embedding.bias.grad.numpy(),
+  }}
+  return _flatten(tree), embeddings.detach().numpy()
+
+
+def _compare(name: str, size: int) -> dict[str, float]:
+  model, variables = _make_model(name, size, jnp.float32)
+  rng = np.random.default_rng(1)
+  images = rng.normal(size=(_BATCH, size, size, 3)).astype(np.float32)
+  weights = rng.normal(size=(_BATCH, _DIM)).astype(np.float32)
+  with tempfile.TemporaryDirectory() as folder:
+    original, params, model_state = _share_weights(
+      name, size, variables, folder
+    )
+  trees = (params, model_state)
+
+  original.eval()
+  with torch.no_grad():
+    expected = original(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+  evaluated = jax.jit(functools.partial(model.apply, train=False))(
+    {'params': params, **model_state}, images
+  )
+  result = {'embeddings': _difference(evaluated, expected)}
+
+  # Statistics are those after one step: the later one starts from a copy.
+  exact_original = copy.deepcopy(original).double()
+  theirs, expected = _step_original(original, images, weights, *trees)
+  ours, trained = _step_ours(name, size, *trees, images, weights)
+  result['trained'] = _difference(trained, expected)
+  result['statistics'] = _largest(ours, theirs, 'batch_stats')
+  result['in float32'] = _largest(ours, theirs, 'params')
+  result['of zeros'] = _size_of_zeros(ours)
+
+  images, weights = images.astype(np.float64), weights.astype(np.float64)
+  exact, _ = _step_original(exact_original, images, weights, *trees)
+  with jax.enable_x64(True):
+    ours, _ = _step_ours(name, size, *trees, images, weights)
+  result['gradients'] = _largest(ours, exact, 'params')
+  result['torch itself'] = _largest(theirs, exact, 'params')
+  return result
+
+
+def _is_cancelled(key: tuple[str, ...], tree) -> bool:
+  """Whether batch normalisation takes this bias off again."""
+  return key[-1] == 'bias' and ('params', f'{key[1]}_bn', 'bias') in tree
+
+
+def _largest(ours, theirs, group: str) -> float:
+  """The largest difference of a group's tensors; NaN if it has none."""
+  keys = [
+    key for key in theirs
+    if key[0] == group and not _is_cancelled(key, theirs)
+  ]
+  largest = max((np.abs(theirs[key]).max() for key in keys), default=0)
+  return max((
+    _difference(ours[key], theirs[key], floor=1e-3 * largest) for key in keys
+  ), default=math.nan)
+
+
+def _size_of_zeros(tree) -> float:
+  sizes = {
+    key: float(np.abs(value).max())
+    for key, value in tree.items() if key[0] == 'params'
+  }
+  zeros = [x for key, x in sizes.items() if _is_cancelled(key, tree)]
+  return max(zeros, default=math.nan) / max(sizes.values())
+
+
+def _flatten(tree) -> dict[tuple[str, ...], np.ndarray]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {tuple(k.key for k in path): np.asarray(x) for path, x in leaves}
+
+
+def _sizes(name: str) -> tuple[int, ...]:
+  if name in _CONVOLUTIONAL:
+    return 224, 227, 256
+  return (224, 252) if name.startswith('dinov2') else (224, 256)
+
+
+def compare_models(names: list[str]) -> None:
+  asked = ('embeddings', 'trained', 'statistics', 'gradients')
+  titles = (*asked, 'in float32', 'torch itself', 'of zeros')
+  print(f'{"largest difference":18}' + ''.join(f'{t:>13}' for t in titles))
+  worst = 0.0
+  for name in names:
+    for size in _sizes(name):
+      result = _compare(name, size)
+      worst = max(worst, *(result[t] for t in asked if result[t] == result[t]))
+      print(f'{name:14}{size:4}' + ''.join(
+        ' ' * 13 if math.isnan(result[t]) else f'{result[t]:13.1e}'
+        for t in titles
+      ), flush=True)
+      jax.clear_caches()
+  print(f'worst of the first four: {worst:.1e}; asked: below 1e-4')
+
+
+_EARLY = {
+  'bn_inception': 'conv1_7x7_s2_bn.weight',
+  'resnet18': 'bn1.weight',
+  'resnet50': 'bn1.weight',
+  'resnet101': 'bn1.weight',
+}
+_DEEP = {
+  'bn_inception': 'inception_5b_pool_proj_bn.running_var',
+  'resnet18': 'layer4.1.bn2.running_var',
+  'resnet50': 'layer4.2.bn3.running_var',
+  'resnet101': 'layer4.2.bn3.running_var',
+}
+
+
+def store_original(name: str) -> None:
+  """Writes what the test of an architecture compares with."""
+  is_vit = name in _TIMM
+  patch = 14 if name.startswith('dinov2') else 16
+  size = 2 * patch if is_vit else 64
+  original = _Original(name, (518 if patch == 14 else 224) if is_vit else size)
+  shapes = {
+    key: tuple(value.shape)
+    for key, value in original.backbone.state_dict().items()
+  }
+  original.backbone.load_state_dict({
+    key: torch.from_numpy(made_weights.make_tensor(key, shape))
+    for key, shape in shapes.items()
+  })
+  if is_vit:
+    original = _regrid(original, size)
+  images = made_weights.make_images(size).transpose(0, 3, 1, 2)
+  images = torch.from_numpy(images.copy())
+  original.eval()
+  evaluated = original.features(images).detach()
+  original.train()
+  trained = original.features(images)
+  trained.sum().backward()
+  tensors = dict(original.backbone.named_parameters())
+  early = tensors[_EARLY.get(name, 'cls_token')].grad
+  result = {
+    'names': list(shapes),
+    'shapes': [str(shape) for shape in shapes.values()],
+    'size': size,
+    'evaluated': evaluated.numpy(),
+    'trained': trained.detach().numpy(),
+    'early_gradient': early.numpy(),
+  }
+  if name in _DEEP:
+    result['deep_variance'] = original.backbone.state_dict()[_DEEP[name]]
+  np.savez_compressed(_ROOT / 'tests' / 'originals' / f'{name}.npz', **result)
+
+
+def store_files() -> None:
+  """Writes small files of both of torch's formats, and what they hold."""
+  square = torch.arange(12.0).reshape(3, 4)
+  state = {
+    'module.weight': torch.nn.Parameter(square[:, 1:].T),
+    'module.bias': square[1],
+    'module.half': torch.tensor([1.5, -2], dtype=torch.float16),
+    'module.bfloat16': torch.tensor([1.5, -2], dtype=torch.bfloat16),
+    'module.count': torch.tensor(7),
+    'module.empty': torch.zeros(0, 3),
+  }
+  folder = _ROOT / 'tests' / 'originals'
+  for kind, is_zip in (('zip', True), ('stream', False)):
+    torch.save(
+      {'epoch': 3, 'state_dict': collections.OrderedDict(state)},
+      folder / f'{kind}.pth',
+      _use_new_zipfile_serialization=is_zip,
+    )
+  np.savez(folder / 'tensors.npz', **{
+    name.removeprefix('module.'): tensor.detach().float().numpy()
+    for name, tensor in state.items()
+  })
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    'part', nargs='?', default='models',
+    choices=('models', 'trajectory', 'originals'),
+  )
+  parser.add_argument('--models', default='')
+  parser.add_argument('--steps', type=int, default=50)
+  parser.add_argument('--size', type=int, default=112)
+  arguments = parser.parse_args()
+  torch.set_num_threads(2)
+  print(
+    f'jax {jax.__version__} and torch {torch.__version__}, '
+    f'{jax.devices()[0].device_kind}'
+  )
+  names = [name for name in arguments.models.split(',') if name]
+  if arguments.part == 'models':
+    compare_models(names or [*_CONVOLUTIONAL, *_TIMM])
+  elif arguments.part == 'originals':
+    for name in names or [*_CONVOLUTIONAL, *_TIMM]:
+      store_original(name)
+    store_files()
+  else:
+    for name in names or ['resnet18', 'bn_inception']:
+      compare_trajectories(name, arguments.steps, arguments.size)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,169 @@
+"""The backbones by name: how to build each, and what its weights expect."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from proxy_nca_jax.models.batch_norm import BatchNorm
+from proxy_nca_jax.models.bn_inception import BNInception
+from proxy_nca_jax.models.resnet import ResNet
+from proxy_nca_jax.models.small_cnn import SmallCNN
+from proxy_nca_jax.models.vit import ViT
+
+_IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+_IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+  """An architecture with the conventions of its published weights.
+
+  Attributes:
+    make: builds the module, given `dtype` and what the flags below ask for.
+    mean, std: of the input, per channel of 0..255, in the order it is fed.
+    is_bgr: whether blue comes first.
+    has_batch_norm: whether `make` takes `make_norm`.
+    has_blocks: whether `make` takes `remat`.
+    patch_size: what divides the image's sides; 1 for convolutions.
+    unused: tensors of the published files that an embedding does without: the
+      classifier, and what only its own training needed.
+    resampling: how published position embeddings are brought to another grid:
+      'antialiased', or 'offset' (see `pretrained.resample`); None without.
+    weights: where weights are published.
+  """
+
+  make: Callable[..., nn.Module]
+  mean: tuple[float, float, float] = _IMAGENET_MEAN
+  std: tuple[float, float, float] = _IMAGENET_STD
+  is_bgr: bool = False
+  has_batch_norm: bool = False
+  has_blocks: bool = True
+  patch_size: int = 1
+  unused: tuple[str, ...] = ()
+  resampling: str | None = None
+  weights: str = ''
+
+
+def _resnet(name, stages, is_bottleneck):
+  return Backbone(
+    functools.partial(ResNet, stages, is_bottleneck),
+    has_batch_norm=True,
+    unused=('fc.weight', 'fc.bias'),
+    weights=(
+      f"torchvision's {name}, a .pth from https://download.pytorch.org/models, "
+      f'or model.safetensors of https://huggingface.co/timm/{name}.tv_in1k'
+    ),
+  )
+
+
+def _vit(dim, *, published, patch_size=16, layer_scale=False, **kwargs):
+  return Backbone(
+    functools.partial(
+      ViT, patch_size, dim, num_heads=dim // 64, layer_scale=layer_scale
+    ),
+    patch_size=patch_size,
+    # DINOv2's mask token replaces patches in its own training.
+    unused=(
+      'head.weight', 'head.bias', 'pre_logits/kernel', 'pre_logits/bias',
+      'mask_token',
+    ),
+    weights=published,
+    **kwargs,
+  )
+
+
+def _augreg(dim, name, letter):
+  return _vit(
+    dim,
+    mean=(127.5,) * 3,
+    std=(127.5,) * 3,
+    resampling='antialiased',
+    published=(
+      f'an .npz of https://storage.googleapis.com/vit_models/augreg ({letter}'
+      f'_16-i21k-...), or model.safetensors of '
+      f'https://huggingface.co/timm/{name}_patch16_224.augreg_in21k'
+    ),
+  )
+
+
+def _dino(dim, name, file):
+  return _vit(
+    dim,
+    resampling='offset',
+    published=(
+      f'{file}_pretrain.pth from https://dl.fbaipublicfiles.com/dino, or '
+      'model.safetensors of '
+      f'https://huggingface.co/timm/{name}_patch16_224.dino'
+    ),
+  )
+
+
+def _dinov2(dim, name, file):
+  return _vit(
+    dim,
+    patch_size=14,
+    layer_scale=True,
+    resampling='offset',
+    published=(
+      f'{file}_pretrain.pth from https://dl.fbaipublicfiles.com/dinov2, or '
+      'model.safetensors of '
+      f'https://huggingface.co/timm/{name}_patch14_dinov2.lvd142m'
+    ),
+  )
+
+
+BACKBONES = {
+  'small_cnn': Backbone(
+    SmallCNN,
+    mean=(127.5,) * 3,
+    std=(127.5,) * 3,
+    has_batch_norm=True,
+    has_blocks=False,
+  ),
+  'bn_inception': Backbone(
+    BNInception,
+    mean=(104.0, 117.0, 128.0),
+    std=(1.0, 1.0, 1.0),
+    is_bgr=True,
+    has_batch_norm=True,
+    unused=('last_linear.weight', 'last_linear.bias'),
+    weights=(
+      'bn_inception-52deb4733.pth from '
+      'http://data.lip6.fr/cadene/pretrainedmodels'
+    ),
+  ),
+  'resnet18': _resnet('resnet18', (2, 2, 2, 2), False),
+  'resnet50': _resnet('resnet50', (3, 4, 6, 3), True),
+  'resnet101': _resnet('resnet101', (3, 4, 23, 3), True),
+  'vit_s16': _augreg(384, 'vit_small', 'S'),
+  'vit_b16': _augreg(768, 'vit_base', 'B'),
+  'dino_s16': _dino(384, 'vit_small', 'dino_deitsmall16'),
+  'dino_b16': _dino(768, 'vit_base', 'dino_vitbase16'),
+  'dinov2_s14': _dinov2(384, 'vit_small', 'dinov2_vits14'),
+  'dinov2_b14': _dinov2(768, 'vit_base', 'dinov2_vitb14'),
+}
+
+
+def make_backbone(
+    name: str,
+    *,
+    dtype: jnp.dtype,
+    remat: bool,
+    batch_norm_momentum: float,
+    width: int,
+) -> nn.Module:
+  """Builds a backbone, from those arguments that its architecture knows."""
+  backbone = BACKBONES[name]
+  kwargs = {'dtype': dtype}
+  if backbone.has_batch_norm:
+    kwargs['make_norm'] = functools.partial(
+      BatchNorm, momentum=batch_norm_momentum, dtype=dtype
+    )
+  if backbone.has_blocks:
+    kwargs['remat'] = remat
+  if name == 'small_cnn':
+    kwargs['width'] = width
+  return backbone.make(**kwargs)

@@ -1,0 +1,286 @@
+"""Weights of a backbone from a file, or from Hugging Face by name.
+
+Every tensor of a file must have its place and every parameter its tensor, but
+for the classifier, which an embedding does without. Modules bear the names of
+their torch originals, so that the table here is of the leaves alone: their
+names and layouts.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+
+import huggingface_hub
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+from scipy import ndimage
+
+from proxy_nca_jax.models import flax_vit, torch_files
+from proxy_nca_jax.models.backbones import BACKBONES
+
+_LEAVES = {
+  'kernel': 'weight',
+  'scale': 'weight',
+  'mean': 'running_mean',
+  'var': 'running_var',
+}
+
+# torch's kernel [out, in, height, width] or [out, in] to Flax's.
+_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
+
+def load_weights(
+    path: str, name: str, params: dict, model_state: dict
+) -> tuple[dict, dict]:
+  """Puts the weights of a file into the backbone.
+
+  Args:
+    path: of a .pth (.pt, .bin), .safetensors or .npz file.
+    name: of the backbone.
+    params: {'backbone', ...}, the parameters as initialised.
+    model_state: {'batch_stats': {'backbone'}} or {}.
+
+  Returns:
+    (params, model_state) with the backbone's replaced, of the same structure,
+    shapes, dtypes and shardings.
+
+  Raises:
+    ValueError: if the file cannot be read or does not fit.
+  """
+  tensors = read_weights(path)
+  statistics = model_state.get('batch_stats', {}).get('backbone', {})
+  backbone = {'params': params['backbone'], 'batch_stats': statistics}
+  try:
+    # Google's files come with Google's way.
+    resampling = 'corners' if path.endswith('.npz') else None
+    filled = import_tensors(tensors, backbone, name, resampling=resampling)
+  except ValueError as error:
+    raise ValueError(f'{path!r} (config.model.init_from): {error}') from error
+  if statistics:
+    model_state = model_state | {
+      'batch_stats': {'backbone': filled['batch_stats']}
+    }
+  return params | {'backbone': filled['params']}, model_state
+
+
+def find_weights(init_from: str, name: str) -> str:
+  """Returns the path of a file, or of what Hugging Face's hub gives.
+
+  Args:
+    init_from: a path, or a name on the hub, as timm/resnet50.tv_in1k.
+    name: of the backbone.
+
+  Raises:
+    ValueError: if there is neither; it says what to fetch.
+  """
+  path = os.path.expanduser(init_from)
+  if os.path.isfile(path):
+    return path
+  published = BACKBONES[name].weights or 'nowhere'
+  help_ = (
+    f'Weights for {name} are published as {published}: fetch them on a machine '
+    'that is online, and give the path of the file with '
+    '--config.model.init_from=FILE. --config.model.init_from= starts from '
+    'random weights.'
+  )
+  is_name = re.fullmatch(r'[\w-]+/[\w.-]+', init_from)
+  if not is_name or os.path.splitext(init_from)[1] in _READERS:
+    raise ValueError(
+      f'There is no file {init_from!r} (config.model.init_from). {help_}'
+    )
+  try:
+    return huggingface_hub.hf_hub_download(init_from, 'model.safetensors')
+  # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors as well.
+  except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+    reason = str(error).split('\n')[0]
+    raise ValueError(
+      f'model.safetensors of {init_from!r} (config.model.init_from) could not '
+      f'be had from Hugging Face ({type(error).__name__}: {reason}). {help_}'
+    ) from error
+
+
+def read_weights(path: str) -> dict[str, np.ndarray]:
+  """Reads the tensors of a file, in torch's names and layouts.
+
+  Raises:
+    ValueError: if its kind is unknown or it is damaged.
+  """
+  kind = os.path.splitext(path)[1]
+  if kind not in _READERS:
+    raise ValueError(
+      f'{path!r} (config.model.init_from) must end with one of '
+      f'{", ".join(_READERS)}.'
+    )
+  return _READERS[kind](path)
+
+
+def _read_safetensors(path: str) -> dict[str, np.ndarray]:
+  try:
+    return safetensors_numpy.load_file(path)
+  except (SafetensorError, ValueError, KeyError) as error:
+    raise ValueError(
+      f'{path!r} is not a whole safetensors file ({error}): fetch it again.'
+    ) from error
+
+
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path) as file:
+      arrays = dict(file)
+  except Exception as error:  # zipfile's, zlib's and NumPy's, of many types.
+    raise ValueError(
+      f'{path!r} is not a whole .npz file ({error}): fetch it again.'
+    ) from error
+  return flax_vit.to_torch(arrays)
+
+
+_READERS = {
+  '.pth': torch_files.read_tensors,
+  '.pt': torch_files.read_tensors,
+  '.bin': torch_files.read_tensors,
+  '.safetensors': _read_safetensors,
+  '.npz': _read_npz,
+}
+
+
+def import_tensors(
+    tensors: Mapping[str, np.ndarray],
+    variables: dict,
+    name: str,
+    *,
+    resampling: str | None = None,
+) -> dict:
+  """Fills a backbone's variables from tensors in torch's names and layouts.
+
+  Args:
+    tensors: {name: array}.
+    variables: {'params', 'batch_stats'} of the backbone.
+    name: of the backbone.
+    resampling: of position embeddings, see `resample`; None is the backbone's.
+
+  Returns:
+    The variables, each replaced by its tensor as float32 and placed alike.
+
+  Raises:
+    ValueError: if tensors are missing, left over or of another shape; it lists
+      all of them.
+  """
+  backbone = BACKBONES[name]
+  leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
+  wanted = {_torch_name(path): leaf for path, leaf in leaves}
+  # BatchNorm2d counts its batches; no arithmetic uses the count.
+  given = {
+    key: np.asarray(value, np.float32)
+    for key, value in tensors.items()
+    if key not in backbone.unused and not key.endswith('.num_batches_tracked')
+  }
+  if 'pos_embed' in given and 'pos_embed' in wanted:
+    given['pos_embed'] = resample(
+      given['pos_embed'],
+      wanted['pos_embed'].shape,
+      resampling or backbone.resampling,
+    )
+  given = {
+    key: _to_flax(value, wanted[key]) if key in wanted else value
+    for key, value in given.items()
+  }
+  _check_same_names(given, wanted)
+  filled = [
+    jax.device_put(given[key], leaf.sharding)
+    for key, leaf in wanted.items()
+  ]
+  return jax.tree.unflatten(structure, filled)
+
+
+def _torch_name(path) -> str:
+  """('params', 'layer1.0', 'conv1', 'kernel') is layer1.0.conv1.weight."""
+  *modules, leaf = [key.key for key in path[1:]]
+  return '.'.join([*modules, _LEAVES.get(leaf, leaf)])
+
+
+def _to_flax(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
+  if tensor.ndim == leaf.ndim and leaf.ndim in _AXES:
+    return tensor.transpose(_AXES[leaf.ndim])
+  # The port of BN-Inception stores vectors as [1, channels].
+  if tensor.ndim == 2 and leaf.ndim == 1 and tensor.shape[0] == 1:
+    return tensor[0]
+  return tensor
+
+
+def _check_same_names(given: Mapping, wanted: Mapping) -> None:
+  missing = [key for key in wanted if key not in given]
+  extra = [key for key in given if key not in wanted]
+  mis_shaped = [
+    f'{key} {given[key].shape} instead of {leaf.shape}'
+    for key, leaf in wanted.items()
+    if key in given and given[key].shape != leaf.shape
+  ]
+  problems = [
+    f'{len(keys)} tensors {what}: {", ".join(keys)}'
+    for keys, what in (
+      (missing, 'are missing'),
+      (extra, 'have no place'),
+      (mis_shaped, 'have another shape (in the order of Flax)'),
+    )
+    if keys
+  ]
+  if problems:
+    raise ValueError(
+      f'the weights do not fit the architecture. {"; ".join(problems)}. Choose '
+      'the config.model.name that they are of.'
+    )
+
+
+def resample(
+    positions: np.ndarray, shape: tuple[int, ...], method: str | None
+) -> np.ndarray:
+  """Brings the position embeddings of square images to another grid.
+
+  * 'antialiased': bicubic, as timm for the weights of augreg. Here torch's
+    cubic has a = -0.5, as JAX's.
+  * 'offset': bicubic without antialiasing, a = -0.75 and edges repeated, at the
+    scale (new + 0.1) / old, as DINO and DINOv2 themselves.
+  * 'corners': linear between the outer positions, as Google's own code.
+
+  Args:
+    positions: float32 [1, 1 + old^2, dim], the class token's first.
+    shape: (1, 1 + new^2, dim).
+    method: see above.
+
+  Returns:
+    float32 of `shape`, or the positions as they are if they fit or are not of
+    a square.
+  """
+  old, new = (math.isqrt(size - 1) for size in (positions.shape[1], shape[1]))
+  if positions.shape == shape or positions.shape[1] != 1 + old**2:
+    return positions
+  grid = positions[0, 1:].reshape(old, old, -1)
+  if method == 'antialiased':
+    size = (new, new, grid.shape[-1])
+    grid = np.asarray(jax.image.resize(grid, size, 'cubic', antialias=True))
+  elif method == 'offset':
+    weights = _cubic_weights(old, new)
+    grid = np.einsum('ia,jb,abd->ijd', weights, weights, grid, optimize=True)
+  elif method == 'corners':
+    grid = ndimage.zoom(grid, (new / old, new / old, 1), order=1)
+  else:
+    raise ValueError(f'Unknown resampling {method!r}.')
+  grid = grid.reshape(1, new**2, -1).astype(np.float32)
+  return np.concatenate([positions[:, :1], grid], axis=1)
+
+
+def _cubic_weights(old: int, new: int) -> np.ndarray:
+  """The [new, old] weights of torch's bicubic interpolation at DINO's scale."""
+  a = -0.75
+  place = (np.arange(new) + 0.5) * (old / (new + 0.1)) - 0.5
+  first = np.floor(place).astype(int)
+  weights = np.zeros((new, old))
+  for offset in range(-1, 3):
+    x = np.abs(place - (first + offset))
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    column = np.clip(first + offset, 0, old - 1)
+    np.add.at(weights, (np.arange(new), column), np.where(x <= 1, near, far))
+  return weights

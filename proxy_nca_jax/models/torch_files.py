@@ -1,0 +1,209 @@
+"""Reads tensors out of torch's .pth files, without torch and without trust.
+
+A .pth is a pickle, and unpickling runs whatever code the file names. Here only
+the few names that make up tensors are known, each to a function of this file;
+any other name ends the reading. Both formats are read: the zip archive of torch
+1.6 and later, and the pickled stream before it.
+"""
+
+import collections
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+# https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
+_STREAM_MAGIC = 0x1950A86A20F9469CFC6C
+_STREAM_PROTOCOL = 1001
+
+_STORAGE_TYPES = {
+  'DoubleStorage': np.float64,
+  'FloatStorage': np.float32,
+  'HalfStorage': np.float16,
+  'BFloat16Storage': ml_dtypes.bfloat16,
+  'LongStorage': np.int64,
+  'IntStorage': np.int32,
+  'ShortStorage': np.int16,
+  'CharStorage': np.int8,
+  'ByteStorage': np.uint8,
+  'BoolStorage': np.bool_,
+}
+
+# Where training code keeps the weights in a checkpoint that holds more.
+_WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'teacher')
+
+
+class _Storage(NamedTuple):
+  """Names the numbers behind tensors: a key of the file, and their type."""
+
+  key: str
+  dtype: np.dtype
+  size: int
+
+
+class _Tensor(NamedTuple):
+  """A view of a storage, in elements."""
+
+  storage: _Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+def read_tensors(path: str) -> dict[str, np.ndarray]:
+  """Returns the tensors of a state dict that `torch.save` wrote.
+
+  A checkpoint that holds its state dict under 'state_dict', 'model_state_dict',
+  'model' or 'teacher' gives that one, and the prefix 'module.' of data-parallel
+  training is taken off.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    {name: array}, of the types in the file.
+
+  Raises:
+    ValueError: if the file is damaged, or needs more than tensors.
+  """
+  try:
+    if zipfile.is_zipfile(path):
+      tree, read = _read_zip(path)
+    else:
+      tree, read = _read_stream(path)
+    tensors = _find_state_dict(tree)
+    return {name: _view(tensor, read) for name, tensor in tensors.items()}
+  except ValueError as error:
+    raise ValueError(f'{path!r} cannot be read: {error}') from error
+  # What damaged bytes raise in pickle, zipfile and struct.
+  except (
+    pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, IndexError,
+    TypeError, AttributeError, struct.error, OverflowError, MemoryError,
+  ) as error:
+    raise ValueError(
+      f'{path!r} is not a whole file of torch.save ({error or "torn"}): fetch '
+      'it again.'
+    ) from error
+
+
+def _read_zip(path: str):
+  archive = zipfile.ZipFile(path)
+  names = {name.split('/', 1)[-1]: name for name in archive.namelist()}
+  if 'data.pkl' not in names:
+    raise ValueError('it is a zip archive without data.pkl, not of torch.save.')
+  if 'byteorder' in names and archive.read(names['byteorder']) != b'little':
+    raise ValueError('its numbers are not little-endian.')
+  with archive.open(names['data.pkl']) as file:
+    tree = _Unpickler(file).load()
+
+  def read(storage):
+    content = archive.read(names[f'data/{storage.key}'])
+    return np.frombuffer(content, storage.dtype, storage.size)
+
+  return tree, read
+
+
+def _read_stream(path: str):
+  with open(path, 'rb') as file:
+    # A tar archive, torch's first format, fails here as any other file.
+    if _Unpickler(file).load() != _STREAM_MAGIC:
+      raise ValueError('it is not of torch.save.')
+    if _Unpickler(file).load() != _STREAM_PROTOCOL:
+      raise ValueError('its protocol is unknown.')
+    if not _Unpickler(file).load().get('little_endian', True):
+      raise ValueError('its numbers are not little-endian.')
+    unpickler = _Unpickler(file)
+    tree = unpickler.load()
+    storages = {}
+    for key in _Unpickler(file).load():
+      storage = unpickler.storages[key]
+      (size,) = struct.unpack('<q', file.read(8))
+      if size != storage.size:
+        raise ValueError(f'its storage {key} has {size} numbers.')
+      content = file.read(size * np.dtype(storage.dtype).itemsize)
+      storages[key] = np.frombuffer(content, storage.dtype, size)
+  return tree, lambda storage: storages[storage.key]
+
+
+class _Unpickler(pickle.Unpickler):
+  """Knows the names that tensors are made of, and refuses any other."""
+
+  def __init__(self, file: BinaryIO):
+    # Python 2 wrote some files: its byte strings are names.
+    super().__init__(file, encoding='latin1')
+    self.storages: dict[str, _Storage] = {}
+
+  def find_class(self, module: str, name: str) -> Callable:
+    if module == 'torch' and name in _STORAGE_TYPES:
+      return _STORAGE_TYPES[name]
+    known = _KNOWN.get((module, name))
+    if known is None:
+      raise ValueError(
+        f'it holds {module}.{name}, and only tensors are taken from a pickle, '
+        'for anything else could run code. Save the state_dict alone, or use '
+        'safetensors.'
+      )
+    return known
+
+  def persistent_load(self, identity: tuple) -> _Storage:
+    # The device, and a view of older files, follow.
+    kind, dtype, key, _, size, *_ = identity
+    if kind != 'storage' or dtype not in _STORAGE_TYPES.values():
+      raise ValueError(f'it refers to {kind!r}, not to a storage.')
+    storage = _Storage(str(key), np.dtype(dtype), int(size))
+    return self.storages.setdefault(storage.key, storage)
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
+  return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor, *_) -> _Tensor:
+  return tensor
+
+
+_KNOWN = {
+  ('collections', 'OrderedDict'): collections.OrderedDict,
+  ('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
+  ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
+  ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
+}
+
+
+def _find_state_dict(tree) -> Mapping[str, _Tensor]:
+  while isinstance(tree, Mapping):
+    if tree and all(isinstance(value, _Tensor) for value in tree.values()):
+      prefix = 'module.'
+      if all(name.startswith(prefix) for name in tree):
+        return {name[len(prefix):]: value for name, value in tree.items()}
+      return tree
+    inside = [name for name in _WRAPPERS if name in tree]
+    if not inside:
+      break
+    tree = tree[inside[0]]
+  raise ValueError(
+    'it holds no state dict, neither itself nor under '
+    f'{", ".join(_WRAPPERS)}.'
+  )
+
+
+def _view(tensor: _Tensor, read) -> np.ndarray:
+  flat = read(tensor.storage)
+  last = tensor.offset + sum(
+    (length - 1) * stride
+    for length, stride in zip(tensor.shape, tensor.strides, strict=True)
+  )
+  least = min(tensor.offset, *tensor.shape, *tensor.strides, 0)
+  if least < 0 or (np.prod(tensor.shape) and last >= flat.size):
+    raise ValueError('a tensor reaches beyond its numbers.')
+  return np.lib.stride_tricks.as_strided(
+    flat[tensor.offset :],
+    tensor.shape,
+    [stride * flat.itemsize for stride in tensor.strides],
+    writeable=False,
+  )
+

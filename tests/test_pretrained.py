@@ -1,0 +1,519 @@
+"""Files in tests/originals are by `benchmarks/parity.py originals`, of torch."""
+
+import functools
+import os
+import pathlib
+import pickle
+import zipfile
+from unittest import mock
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import made_weights
+import numpy as np
+from absl.testing import absltest, parameterized
+from safetensors import numpy as safetensors_numpy
+from scipy import ndimage
+
+from proxy_nca_jax.models import (
+  backbones,
+  flax_vit,
+  pretrained,
+  torch_files,
+)
+
+_ORIGINALS = pathlib.Path(__file__).parent / 'originals'
+_PUBLISHED = sorted(set(backbones.BACKBONES) - {'small_cnn'})
+
+
+def _load_original(name):
+  with np.load(_ORIGINALS / f'{name}.npz') as file:
+    original = dict(file)
+  original['tensors'] = {
+    str(key): made_weights.make_tensor(str(key), _shape(shape))
+    for key, shape in zip(original['names'], original['shapes'])
+  }
+  return original
+
+
+def _shape(text):
+  return tuple(int(x) for x in str(text).strip('()').split(',') if x.strip())
+
+
+def _make_backbone(name, **kwargs):
+  defaults = dict(
+    dtype=jnp.dtype('float32'), remat=False, batch_norm_momentum=0.9, width=4
+  )
+  return backbones.make_backbone(name, **defaults | kwargs)
+
+
+def _variables(module, size):
+  images = jnp.zeros((1, size, size, 3))
+  shapes = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), images, train=False)
+  )
+  variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return {'params': {}, 'batch_stats': {}} | dict(variables)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(module, variables, images):
+  """Pooled features in evaluation and training, statistics and gradients."""
+
+  def pool(features):
+    if features.ndim == 3:
+      return features[:, 0]
+    return jnp.mean(features, axis=(1, 2))
+
+  def features_sum(params):
+    features, state = module.apply(
+      variables | {'params': params}, images, train=True,
+      mutable=['batch_stats'],
+    )
+    return jnp.sum(features := pool(features)), (features, state)
+
+  evaluated = pool(module.apply(variables, images, train=False))
+  gradients, (trained, state) = jax.grad(features_sum, has_aux=True)(
+    variables['params']
+  )
+  return evaluated, trained, state.get('batch_stats', {}), gradients
+
+
+class BackboneTest(parameterized.TestCase):
+
+  @parameterized.parameters(*_PUBLISHED)
+  def test_backbone_equals_its_torch_original(self, name):
+    original = _load_original(name)
+    size = int(original['size'])
+    module = _make_backbone(name)
+    variables = pretrained.import_tensors(
+      original['tensors'], _variables(module, size), name
+    )
+    images = made_weights.make_images(size)
+    evaluated, trained, statistics, gradients = _run(module, variables, images)
+    self._assert_close(evaluated, original['evaluated'], 1e-4)
+    self._assert_close(trained, original['trained'], 1e-4)
+    early = {
+      'bn_inception': ('conv1_7x7_s2_bn', 'scale'),
+      'resnet18': ('bn1', 'scale'),
+      'resnet50': ('bn1', 'scale'),
+      'resnet101': ('bn1', 'scale'),
+    }.get(name, ('cls_token',))
+    early = functools.reduce(lambda tree, key: tree[key], early, gradients)
+    # A rectifier at 0 may pass a gradient here and not there.
+    tolerance = 1e-3 if 'cls_token' in gradients else 2e-2
+    self._assert_close(early, original['early_gradient'], tolerance)
+    deep = {
+      'bn_inception': ('inception_5b_pool_proj_bn',),
+      'resnet18': ('layer4.1', 'bn2'),
+      'resnet50': ('layer4.2', 'bn3'),
+      'resnet101': ('layer4.2', 'bn3'),
+    }.get(name)
+    if deep:
+      deep = functools.reduce(lambda tree, key: tree[key], deep, statistics)
+      self._assert_close(deep['var'], original['deep_variance'], 1e-4)
+
+  def _assert_close(self, actual, expected, tolerance):
+    scale = np.abs(expected).max()
+    self.assertGreater(scale, 0)
+    np.testing.assert_allclose(actual, expected, atol=tolerance * scale)
+
+  @parameterized.parameters('resnet18', 'bn_inception', 'vit_s16')
+  def test_remat_changes_no_gradient(self, name):
+    size = 32
+    plain, remat = (_make_backbone(name, remat=x) for x in (False, True))
+    variables = jax.tree.map(
+      lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 10 + 0.05,
+      _variables(plain, size),
+    )
+    images = made_weights.make_images(size)
+
+    def traced(module):
+      text = jax.make_jaxpr(_run, static_argnums=0)(module, variables, images)
+      return str(text)
+
+    self.assertIn('remat', traced(remat))
+    self.assertNotIn('remat', traced(plain))
+    self.assertEqual(
+      jax.tree.map(jnp.shape, _variables(plain, size)),
+      jax.tree.map(jnp.shape, _variables(remat, size)),
+    )
+    if name == 'vit_s16':
+      for a, b in zip(
+        jax.tree.leaves(_run(plain, variables, images)),
+        jax.tree.leaves(_run(remat, variables, images)),
+      ):
+        scale = np.abs(b).max() + 1e-6
+        np.testing.assert_allclose(a, b, atol=1e-4 * scale)
+
+  def test_bgr_and_means_are_those_of_the_caffe_models(self):
+    backbone = backbones.BACKBONES['bn_inception']
+    self.assertTrue(backbone.is_bgr)
+    self.assertEqual(backbone.mean, (104, 117, 128))
+
+
+class ImportTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.tensors = _load_original('resnet18')['tensors']
+    self.variables = _variables(_make_backbone('resnet18'), 32)
+
+  def _import(self, name='resnet18'):
+    return pretrained.import_tensors(self.tensors, self.variables, name)
+
+  def test_each_tensor_lands_in_its_place(self):
+    filled = self._import()
+    kernel = filled['params']['layer2.0']['downsample.0']['kernel']
+    torch_kernel = self.tensors['layer2.0.downsample.0.weight']
+    np.testing.assert_array_equal(kernel[0, 0, 3, 5], torch_kernel[5, 3, 0, 0])
+    np.testing.assert_array_equal(
+      filled['batch_stats']['layer4.1']['bn2']['var'],
+      self.tensors['layer4.1.bn2.running_var'],
+    )
+
+  def test_every_misfit_is_listed(self):
+    del self.tensors['conv1.weight'], self.tensors['layer1.0.bn1.bias']
+    self.tensors['extra.one'] = self.tensors['extra.two'] = np.zeros(3)
+    self.tensors['bn1.weight'] = np.zeros(65)
+    with self.assertRaises(ValueError) as raised:
+      self._import()
+    for text in (
+      '2 tensors are missing: ', 'conv1.weight', 'layer1.0.bn1.bias',
+      '2 tensors have no place: extra.one, extra.two', '(65,) instead of (64,)',
+    ):
+      self.assertIn(text, str(raised.exception))
+
+  def test_another_architecture_is_refused(self):
+    self.tensors = _load_original('resnet50')['tensors']
+    with self.assertRaisesRegex(ValueError, 'config.model.name'):
+      self._import()
+
+  def test_a_missing_classifier_is_no_misfit(self):
+    del self.tensors['fc.weight'], self.tensors['fc.bias']
+    self._import()
+
+  def test_vectors_of_bn_inception_may_lie_in_a_row(self):
+    name = 'bn_inception'
+    self.variables = _variables(_make_backbone(name), 32)
+    self.tensors = _load_original(name)['tensors']
+    expected = self._import(name)
+    self.tensors = {
+      key: value[None] if value.ndim == 1 else value
+      for key, value in self.tensors.items()
+    }
+    actual = self._import(name)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+  def test_half_precision_becomes_float32(self):
+    self.tensors = {
+      key: value.astype(np.float16) for key, value in self.tensors.items()
+    }
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(self._import())}
+    self.assertEqual(dtypes, {jnp.dtype('float32')})
+
+
+class PositionsTest(parameterized.TestCase):
+
+  def _positions(self, grid):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(1, 1 + grid**2, 3)).astype(np.float32)
+
+  @parameterized.parameters('antialiased', 'offset', 'corners')
+  def test_a_grid_that_fits_stays_as_it_is(self, method):
+    positions = self._positions(4)
+    actual = pretrained.resample(positions, (1, 17, 3), method)
+    np.testing.assert_array_equal(actual, positions)
+
+  @parameterized.product(
+    method=('antialiased', 'offset', 'corners'), new=(2, 7)
+  )
+  def test_a_constant_stays_constant_and_the_class_token_itself(
+      self, method, new
+  ):
+    positions = self._positions(4)
+    positions[0, 1:] = [1, -2, 3]
+    actual = pretrained.resample(positions, (1, 1 + new**2, 3), method)
+    np.testing.assert_array_equal(actual[:, 0], positions[:, 0])
+    np.testing.assert_allclose(
+      actual[0, 1:], np.tile([1, -2, 3], (new**2, 1)), rtol=1e-5
+    )
+
+  def test_offset_by_the_definition(self):
+    """Keys' cubic with a = -3/4 at (i + 1/2) / ((new + 0.1) / old) - 1/2."""
+    positions, old, new = self._positions(5), 5, 3
+    grid = positions[0, 1:].reshape(old, old, 3).astype(np.float64)
+
+    def cubic(x, a=-0.75):
+      x = abs(x)
+      if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+      return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+    def taps(i):
+      place = (i + 0.5) / ((new + 0.1) / old) - 0.5
+      first = int(np.floor(place))
+      return [
+        (min(max(t, 0), old - 1), cubic(place - t))
+        for t in range(first - 1, first + 3)
+      ]
+
+    expected = [
+      sum(w * v * grid[a, b] for a, w in taps(i) for b, v in taps(j))
+      for i in range(new) for j in range(new)
+    ]
+    actual = pretrained.resample(positions, (1, 10, 3), 'offset')
+    np.testing.assert_allclose(actual[0, 1:], expected, atol=1e-6)
+
+  def test_corners_keep_the_outer_positions(self):
+    positions = self._positions(4)
+    actual = pretrained.resample(positions, (1, 37, 3), 'corners')
+    grid = actual[0, 1:].reshape(6, 6, 3)
+    old = positions[0, 1:].reshape(4, 4, 3)
+    np.testing.assert_allclose(grid[[0, -1], [0, -1]], old[[0, -1], [0, -1]])
+    expected = ndimage.zoom(old[:, 0, 0], 1.5, order=1)
+    np.testing.assert_allclose(grid[:, 0, 0], expected, rtol=1e-5)
+
+
+class FlaxViTTest(parameterized.TestCase):
+
+  def _arrays(self, prefix, is_big_vision):
+    """A ViT of one block, 8 dimensions in 2 heads, in Google's names."""
+    rng = np.random.default_rng(0)
+    attention, norm2, mlp = (
+      ('MultiHeadDotProductAttention_0', 'LayerNorm_1', 'MlpBlock_0')
+      if is_big_vision
+      else ('MultiHeadDotProductAttention_1', 'LayerNorm_2', 'MlpBlock_3')
+    )
+    block = 'Transformer/encoderblock_0/'
+    shapes = {
+      'cls': (1, 1, 8), 'embedding/kernel': (2, 2, 3, 8),
+      'embedding/bias': (8,), 'Transformer/encoder_norm/scale': (8,),
+      'Transformer/encoder_norm/bias': (8,), 'head/kernel': (8, 5),
+      'head/bias': (5,), f'{block}LayerNorm_0/scale': (8,),
+      f'{block}LayerNorm_0/bias': (8,), f'{block}{norm2}/scale': (8,),
+      f'{block}{norm2}/bias': (8,), f'{block}{mlp}/Dense_0/kernel': (8, 32),
+      f'{block}{mlp}/Dense_0/bias': (32,),
+      f'{block}{mlp}/Dense_1/kernel': (32, 8),
+      f'{block}{mlp}/Dense_1/bias': (8,),
+      f'{block}{attention}/out/kernel': (2, 4, 8),
+      f'{block}{attention}/out/bias': (8,),
+    }
+    for part in ('query', 'key', 'value'):
+      shapes[f'{block}{attention}/{part}/kernel'] = (8, 2, 4)
+      shapes[f'{block}{attention}/{part}/bias'] = (2, 4)
+    positions = 'pos_embedding'
+    if not is_big_vision:
+      positions = f'Transformer/posembed_input/{positions}'
+    shapes[positions] = (1, 5, 8)
+    return {
+      prefix + name: rng.normal(size=shape).astype(np.float32)
+      for name, shape in shapes.items()
+    }
+
+  @parameterized.parameters(
+    ('', False), ('opt/target/', False), ('', True), ('params/', True),
+  )
+  def test_attention_of_the_torch_tensors_is_that_of_flax(self, prefix, is_big):
+    arrays = self._arrays(prefix, is_big)
+    tensors = flax_vit.to_torch(arrays)
+    self.assertLen(tensors, 18)
+    x = np.random.default_rng(1).normal(size=(3, 8))
+    attention = f'{prefix}Transformer/encoderblock_0/MultiHeadDotProduct'
+    attention += f'Attention_{0 if is_big else 1}'
+    # Flax: a matrix a head. torch: rows of the three parts, heads in turn.
+    qkv = x @ tensors['blocks.0.attn.qkv.weight'].T
+    qkv = (qkv + tensors['blocks.0.attn.qkv.bias']).reshape(3, 3, 2, 4)
+    for index, part in enumerate(('query', 'key', 'value')):
+      expected = np.einsum(
+        'nd,dhe->nhe', x, arrays[f'{attention}/{part}/kernel']
+      ) + arrays[f'{attention}/{part}/bias']
+      np.testing.assert_allclose(qkv[:, index], expected, rtol=1e-5)
+    heads = np.random.default_rng(2).normal(size=(3, 2, 4))
+    expected = np.einsum(
+      'nhe,hed->nd', heads, arrays[f'{attention}/out/kernel']
+    )
+    actual = heads.reshape(3, 8) @ tensors['blocks.0.attn.proj.weight'].T
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+  def test_an_augreg_file_fills_a_vit(self):
+    name, size = 'vit_s16', 32
+    original = _load_original(name)
+    arrays = _as_augreg(original['tensors'])
+    path = os.path.join(self.create_tempdir().full_path, 'x.npz')
+    np.savez(path, **arrays)
+    variables = _variables(_make_backbone(name), size)
+    tensors = pretrained.read_weights(path)
+    actual = pretrained.import_tensors(tensors, variables, name)
+    expected = pretrained.import_tensors(original['tensors'], variables, name)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def _as_augreg(tensors):
+  """Renames timm's tensors as the published .npz has them."""
+  arrays = {
+    'cls': tensors['cls_token'],
+    'Transformer/posembed_input/pos_embedding': tensors['pos_embed'],
+    'embedding/kernel': tensors['patch_embed.proj.weight'].transpose(2, 3, 1, 0),
+    'embedding/bias': tensors['patch_embed.proj.bias'],
+    'Transformer/encoder_norm/scale': tensors['norm.weight'],
+    'Transformer/encoder_norm/bias': tensors['norm.bias'],
+    'head/kernel': tensors['head.weight'].T,
+    'head/bias': tensors['head.bias'],
+  }
+  for i in range(12):
+    source, target = f'blocks.{i}.', f'Transformer/encoderblock_{i}/'
+    attention = f'{target}MultiHeadDotProductAttention_1/'
+    qkv = tensors[f'{source}attn.qkv.weight'].reshape(3, 6, 64, 384)
+    bias = tensors[f'{source}attn.qkv.bias'].reshape(3, 6, 64)
+    for index, part in enumerate(('query', 'key', 'value')):
+      arrays[f'{attention}{part}/kernel'] = qkv[index].transpose(2, 0, 1)
+      arrays[f'{attention}{part}/bias'] = bias[index]
+    out = tensors[f'{source}attn.proj.weight'].T.reshape(6, 64, 384)
+    arrays[f'{attention}out/kernel'] = out
+    arrays[f'{attention}out/bias'] = tensors[f'{source}attn.proj.bias']
+    for mine, theirs in (('norm1', 'LayerNorm_0'), ('norm2', 'LayerNorm_2')):
+      arrays[f'{target}{theirs}/scale'] = tensors[f'{source}{mine}.weight']
+      arrays[f'{target}{theirs}/bias'] = tensors[f'{source}{mine}.bias']
+    for mine, theirs in (('mlp.fc1', 'Dense_0'), ('mlp.fc2', 'Dense_1')):
+      layer = f'{target}MlpBlock_3/{theirs}'
+      arrays[f'{layer}/kernel'] = tensors[f'{source}{mine}.weight'].T
+      arrays[f'{layer}/bias'] = tensors[f'{source}{mine}.bias']
+  return arrays
+
+
+class _Call:
+  """Pickles as a call of a function."""
+
+  def __init__(self, function, *arguments):
+    self._call = (function, arguments)
+
+  def __reduce__(self):
+    return self._call
+
+
+class TorchFilesTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = self.create_tempdir().full_path
+
+  def _write_zip(self, tree, **members):
+    path = os.path.join(self.folder, 'made.pth')
+    with zipfile.ZipFile(path, 'w') as archive:
+      archive.writestr('made/data.pkl', pickle.dumps(tree, protocol=2))
+      for name, content in members.items():
+        archive.writestr(f'made/{name}', content)
+    return path
+
+  @parameterized.parameters('zip', 'stream')
+  def test_torchs_own_files_read_as_torch_reads_them(self, kind):
+    tensors = torch_files.read_tensors(str(_ORIGINALS / f'{kind}.pth'))
+    with np.load(_ORIGINALS / 'tensors.npz') as file:
+      expected = dict(file)
+    self.assertEqual(set(tensors), set(expected))
+    for name, value in expected.items():
+      self.assertEqual(tensors[name].shape, value.shape)
+      np.testing.assert_array_equal(tensors[name].astype(np.float32), value)
+    self.assertEqual(tensors['count'].dtype, np.int64)
+    self.assertEqual(tensors['half'].dtype, np.float16)
+
+  def test_code_in_a_pickle_is_refused_by_name_and_not_run(self):
+    mark = os.path.join(self.folder, 'mark')
+    path = self._write_zip({'a': _Call(os.mkdir, mark)})
+    with self.assertRaisesRegex(ValueError, r'posix\.mkdir'):
+      torch_files.read_tensors(path)
+    stream = os.path.join(self.folder, 'made_stream.pth')
+    with open(stream, 'wb') as file:
+      file.write(pickle.dumps(_Call(os.mkdir, mark)))
+    with self.assertRaisesRegex(ValueError, r'posix\.mkdir'):
+      torch_files.read_tensors(stream)
+    self.assertFalse(os.path.exists(mark))
+
+  @parameterized.parameters(
+    (dict(a=3), 'no state dict'),
+    ([1, 2], 'no state dict'),
+    ({}, 'no state dict'),
+  )
+  def test_a_pickle_without_tensors_is_refused(self, tree, message):
+    with self.assertRaisesRegex(ValueError, message):
+      torch_files.read_tensors(self._write_zip(tree))
+
+  @parameterized.parameters('zip', 'stream')
+  def test_a_torn_file_is_refused(self, kind):
+    content = (_ORIGINALS / f'{kind}.pth').read_bytes()
+    for length in range(0, len(content) - 1, len(content) // 23):
+      path = os.path.join(self.folder, f'{length}.pth')
+      pathlib.Path(path).write_bytes(content[:length])
+      with self.assertRaisesRegex(ValueError, f'{length}.pth'):
+        torch_files.read_tensors(path)
+
+  @parameterized.parameters('zip', 'stream')
+  def test_changed_bytes_read_as_tensors_or_are_refused(self, kind):
+    content = (_ORIGINALS / f'{kind}.pth').read_bytes()
+    rng = np.random.default_rng(0)
+    path = os.path.join(self.folder, 'changed.pth')
+    for place in rng.choice(len(content), 300):
+      changed = bytearray(content)
+      changed[place] ^= 1 << rng.integers(8)
+      pathlib.Path(path).write_bytes(bytes(changed))
+      try:
+        tensors = torch_files.read_tensors(path)
+      except ValueError:
+        continue
+      for value in tensors.values():
+        self.assertEqual(value.size, np.prod(value.shape))
+        value.astype(np.float32)
+
+  def test_big_endian_numbers_are_refused(self):
+    path = self._write_zip({}, byteorder=b'big')
+    with self.assertRaisesRegex(ValueError, 'little-endian'):
+      torch_files.read_tensors(path)
+
+
+class FindWeightsTest(parameterized.TestCase):
+
+  def test_a_missing_file_says_what_to_fetch(self):
+    with self.assertRaisesRegex(ValueError, 'bn_inception-52deb4733.pth from'):
+      pretrained.find_weights('nowhere/x.pth', 'bn_inception')
+
+  def test_without_the_hub_it_says_what_to_fetch(self):
+    error = huggingface_hub.errors.LocalEntryNotFoundError('offline')
+    with mock.patch.object(
+      huggingface_hub, 'hf_hub_download', side_effect=error
+    ):
+      with self.assertRaisesRegex(ValueError, 'offline.*torchvision'):
+        pretrained.find_weights('timm/resnet50.tv_in1k', 'resnet50')
+
+  def test_the_hub_is_asked_for_safetensors_alone(self):
+    with mock.patch.object(
+      huggingface_hub, 'hf_hub_download', return_value='x.safetensors'
+    ) as download:
+      path = pretrained.find_weights('timm/resnet50.tv_in1k', 'resnet50')
+    self.assertEqual(path, 'x.safetensors')
+    download.assert_called_once_with(
+      'timm/resnet50.tv_in1k', 'model.safetensors'
+    )
+
+  @parameterized.parameters('.safetensors', '.npz', '.pth', '.bin')
+  def test_a_damaged_file_is_named(self, kind):
+    path = os.path.join(self.create_tempdir().full_path, f'x{kind}')
+    pathlib.Path(path).write_bytes(b'<html>404</html>')
+    with self.assertRaisesRegex(ValueError, f'x{kind}'):
+      pretrained.read_weights(path)
+
+  def test_an_unknown_kind_names_those_that_are_read(self):
+    with self.assertRaisesRegex(ValueError, '.safetensors, .npz'):
+      pretrained.read_weights('x.h5')
+
+  def test_safetensors_are_read(self):
+    path = os.path.join(self.create_tempdir().full_path, 'x.safetensors')
+    tensors = {'a': np.arange(6, dtype=np.float32).reshape(2, 3)}
+    safetensors_numpy.save_file(tensors, path)
+    actual = pretrained.read_weights(path)
+    np.testing.assert_array_equal(actual['a'], tensors['a'])
+
+
+if __name__ == '__main__':
+  absltest.main()
