@@ -22,11 +22,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.test_fraction = 0.5  # Of the classes.
   config.dataset.validation = ''  # Train classes to select by: 2/2, 1/4, ...
   config.dataset.split_seed = 0  # Not `seed`: seeds compare on one split.
+  config.dataset.images_per_class = 0  # Of a class in a batch; 0: any.
   config.dataset.num_workers = 0  # Reading processes; 0 is threads.
 
   # Resized, cropped and flipped as uint8 on the host, normalised on the device.
   config.dataset.resize = 0  # Before the crop, to so many pixels; 0: not.
   config.dataset.resize_mode = 'square'  # Or shorter: of the shorter side.
+  config.dataset.interpolation = 'bilinear'  # Or bicubic, of every resize.
   config.dataset.cache_size = 0  # Store what is resized: `resize`, or 0: not.
   config.dataset.allow_resized_source = False  # Even if a crop is of originals.
   config.dataset.image_size = 32  # Side of the crop that the network sees.
@@ -35,15 +37,24 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.crop_scale = (0.08, 1.0)  # random_resized: share of the area.
   config.dataset.crop_ratio = (3 / 4, 4 / 3)  # random_resized: width / height.
   config.dataset.flip = True  # Mirror half of the training images.
+  # Brightness, contrast, saturation and hue, as torchvision's ColorJitter.
+  config.dataset.color_jitter = (0.0, 0.0, 0.0, 0.0)
+  config.dataset.erasing = 0.0  # Of so many images, a random rectangle.
   config.dataset.mean = (127.5, 127.5, 127.5)  # Per channel, of 0..255.
   config.dataset.std = (127.5, 127.5, 127.5)
 
   config.model = ml_collections.ConfigDict()
   config.model.name = 'small_cnn'
-  config.model.width = 64  # Channels of the first stage.
+  config.model.init_from = ''  # Weights: a file or a Hugging Face name; '': random.
+  config.model.width = 64  # small_cnn: channels of the first stage.
+  config.model.pooling = 'average'  # average, max, average_max, gem or cls.
+  config.model.layer_norm = False  # Of what is pooled, without parameters.
   config.model.embedding_dim = 64  # The paper's.
   config.model.normalize = True  # Embeddings of unit norm.
+  config.model.batch_norm_momentum = 0.9  # Share kept; torch's is one less this.
+  config.model.freeze_batch_norm_steps = 0  # Stored statistics so long; -1: always.
   config.model.dtype = 'float32'  # Of the backbone: float32 or bfloat16.
+  config.model.remat = False  # Recompute each block in the backward pass.
 
   config.loss = ml_collections.ConfigDict()
   config.loss.name = 'proxy_nca'

@@ -218,6 +218,7 @@ def train_and_evaluate(
     data = _load_in_turn(config)
     _describe(data)
     input_pipeline.check_image_size(data.test, config.dataset)
+    input_pipeline.check_train_batches(data.train, config)
     if saved and saved['dataset_digest'] != data.digest:
       raise ValueError(
         'The data set has changed since this run began (other classes, '
