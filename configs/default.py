@@ -63,27 +63,40 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.kwargs.positive_in_denominator = False  # The paper's form.
   config.loss.kwargs.label_smoothing = 0.0
 
+  config.proxies = ml_collections.ConfigDict()
+  config.proxies.init_norm = 1.0  # About the norm of each proxy at first.
+
   config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = 'adam'  # adam, rmsprop or sgd.
+  config.optimizer.name = 'adam'  # adam, adamw, rmsprop or sgd.
   config.optimizer.eps = 1e-8  # Of adam and rmsprop.
-  config.optimizer.momentum = 0.9  # Adam's b1, and sgd's.
+  config.optimizer.momentum = 0.9  # Adam's b1; of sgd and rmsprop.
+  config.optimizer.rms_decay = 0.9  # rmsprop: share kept of the squares.
   config.optimizer.clip_norm = 0.0  # Largest norm of all gradients; 0: any.
+  config.optimizer.decay_vectors = False  # Weight decay of biases and norms.
+  # All rates are multiplied so when `plateau_patience` validation scores in a
+  # row, and one more, are not better than the best; 1 is never.
+  config.optimizer.plateau_factor = 1.0
+  config.optimizer.plateau_patience = 4  # ProxyNCA++'s, whose factor is 0.1.
   for group in ('backbone', 'head', 'proxies'):
     config.optimizer[group] = ml_collections.ConfigDict(
       dict(
         learning_rate=1e-3,
-        warmup_steps=0,  # Linear from 0.
-        schedule='constant',  # constant, cosine (to 0) or exponential.
-        decay_rate=0.94,  # Of `exponential`, the paper's ...
-        decay_every=1000,  # ... each so many steps.
-        weight_decay=0.0,  # Decoupled from the gradient.
+        freeze_steps=0,  # First steps without an update; then the warm-up ...
+        warmup_steps=0,  # ... linear from 0; then the schedule begins.
+        schedule='constant',  # constant, cosine (to 0), exponential or step.
+        decay_rate=0.94,  # The paper's. Of `exponential` ...
+        decay_every=1000,  # ... each so many steps ...
+        decay_at=(),  # ... and of `step`, at each of these.
+        weight_decay=0.0,  # In the gradient; adamw's is decoupled from it.
+        clip_value=0.0,  # Largest entry of a gradient, in size; 0: any.
       )
     )
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.batch_size = 256
   config.evaluation.recall_at = (1, 2, 4, 8)  # K of Recall@K, or of CMC@K.
-  config.evaluation.select_by = 'recall@1'  # On the validation classes.
+  # On the validation classes; harmonic_mean is of nmi and recall@1.
+  config.evaluation.select_by = 'recall@1'
   config.evaluation.kmeans_iterations = 20  # FAISS's, as the peers use it.
 
   config.log_every = 50
