@@ -73,8 +73,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.rms_decay = 0.9  # rmsprop: share kept of the squares.
   config.optimizer.clip_norm = 0.0  # Largest norm of all gradients; 0: any.
   config.optimizer.decay_vectors = False  # Weight decay of biases and norms.
-  # All rates are multiplied so when `plateau_patience` validation scores in a
-  # row, and one more, are not better than the best; 1 is never.
+  # All rates are multiplied by it when more than `plateau_patience` validation
+  # scores in a row are not better than the best; 1: never.
   config.optimizer.plateau_factor = 1.0
   config.optimizer.plateau_patience = 4  # ProxyNCA++'s, whose factor is 0.1.
   for group in ('backbone', 'head', 'proxies'):

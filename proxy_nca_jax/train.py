@@ -467,8 +467,8 @@ def _rate_scale(config, workdir: str) -> float:
 
 def _validation_scores(config, workdir: str) -> dict[int, float]:
   """Returns the score to select by of each step evaluated so far."""
-  name = config.evaluation.select_by
-  names = _AVERAGED if name == 'harmonic_mean' else (name,)
+  select_by = config.evaluation.select_by
+  names = _AVERAGED if select_by == 'harmonic_mean' else (select_by,)
   values = {
     row['step']: [row[f'validation.{name}'] for name in names]
     for row in metric_writer.read_metrics(workdir)

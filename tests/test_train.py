@@ -38,7 +38,9 @@ def _batches(config, num_batches):
     }
 
 
-def _run(config, *, num_steps, devices=None, change=lambda batch: batch):
+def _run(
+    config, *, num_steps, devices=None, change=lambda batch: batch, **step_args
+):
   mesh = mesh_lib.make_mesh(devices)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
@@ -57,7 +59,8 @@ def _run(config, *, num_steps, devices=None, change=lambda batch: batch):
   )
   history = []
   for batch in _batches(config, num_steps):
-    state, metrics = step(state, mesh_lib.shard_batch(change(batch), mesh))
+    batch = mesh_lib.shard_batch(change(batch), mesh)
+    state, metrics = step(state, batch, **step_args)
     history.append(jax.device_get(metrics))
   embed = train.make_embed_fn(model, normalize, mesh)
   return state, history, embed
@@ -88,6 +91,17 @@ class TrainStepTest(parameterized.TestCase):
       )
       self.assertTrue(all(jax.tree.leaves(changed)), group)
     self.assertEqual(after.step, 1)
+
+  def test_the_step_scales_all_learning_rates(self):
+    config = _config(**{'optimizer.name': 'sgd'})
+    before, _, _ = _run(config, num_steps=0)
+    whole, _, _ = _run(config, num_steps=1)
+    half, _, _ = _run(config, num_steps=1, rate_scale=0.5)
+    for group in optimizer_lib.GROUPS:
+      for a, b, c in zip(
+        *(jax.tree.leaves(s.params[group]) for s in (before, whole, half))
+      ):
+        np.testing.assert_allclose(2 * (c - a), b - a, rtol=1e-3, atol=1e-6)
 
   def test_one_device_equals_eight(self):
     config = _config(**{'optimizer.name': 'sgd'})
@@ -125,6 +139,17 @@ class ConfigTest(parameterized.TestCase):
     ({'num_steps': 0}, 'config.num_steps .0.'),
     ({'save_every': 0}, 'config.save_every'),
     ({'evaluation.recall_at': (0, 1)}, 'recall_at'),
+    ({'proxies.init_norm': 0.0}, 'proxies.init_norm .0.0. must be positive'),
+    ({'optimizer.plateau_factor': 1.5}, 'plateau_factor .1.5. must be in'),
+    ({'optimizer.plateau_patience': -1}, 'plateau_patience .-1. not negative'),
+    (
+      {'optimizer.plateau_factor': 0.1, 'eval_every': 5},
+      'plateau_factor .0.1. follows .* set config.dataset.validation',
+    ),
+    (
+      {'optimizer.plateau_factor': 0.1, 'dataset.validation': '2/2'},
+      'plateau_factor .0.1. follows .* config.eval_every',
+    ),
   )
   def test_impossible_numbers_are_refused(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
