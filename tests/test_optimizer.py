@@ -141,18 +141,20 @@ class OptimizerTest(parameterized.TestCase):
 
   def test_values_are_clipped_in_the_groups_that_ask_for_it(self):
     config = _config(**{
-      'name': 'sgd', 'momentum': 0.0, 'backbone.learning_rate': 1.0,
+      'name': 'sgd', 'momentum': 0.5, 'backbone.learning_rate': 1.0,
       'backbone.clip_value': 2.0, 'proxies.learning_rate': 1.0,
     })
     gradients = _params() | {
       'backbone': {'kernel': jnp.array([[3.0, 2.0], [-5.0, 1.0]])},
       'proxies': jnp.full((3, 2), 7.0),
     }
-    params = _step(config, gradients)
+    params = _step(config, gradients, num_steps=2)
+    # The second step is one and a half times the first: what is clipped comes
+    # before the momentum.
     np.testing.assert_allclose(
-      1 - params['backbone']['kernel'], [[2, 2], [-2, 1]]
+      (1 - params['backbone']['kernel']) / 2.5, [[2, 2], [-2, 1]]
     )
-    np.testing.assert_allclose(1 - params['proxies'], 7)
+    np.testing.assert_allclose((1 - params['proxies']) / 2.5, 7)
 
   @parameterized.parameters(
     (False, {'backbone': 0.95, 'head': 1, 'proxies': 1}),
