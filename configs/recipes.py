@@ -221,8 +221,8 @@ def vit(config, *, num_images, num_classes):
   and hier/train.py of tjddus9597/HIER-CVPR23: bicubic, class token, LayerNorm
   without parameters, 90 classes of two images, AdamW at 5e-6 with proxies at
   10,000 times that, new layers alone in the first epochs. There the loss is a
-  hyperbolic Proxy-Anchor with a regulariser and gradients are of float16; the
-  first layer of the network, which is trained here, stays frozen.
+  hyperbolic Proxy-Anchor with a regulariser, gradients are of float16 with an
+  eps of 1e-4 to match, and the network's first layer, trained here, is frozen.
 
   384 dimensions are those of its table; the scripts have 128. The temperature
   is ProxyNCA++'s; there is no source for one with a transformer.

@@ -6,8 +6,8 @@ split. The order of the records and each record's augmentation are functions of
 the seed and the position in training: a step is all that a resumed run needs to
 know. Each process reads its own rows of every global batch.
 
-Pictures are augmented as uint8 by Pillow, as torchvision augments Pillow's
-images, with the same ranges and distributions; only the random numbers differ.
+Pictures are augmented as uint8 by Pillow. Crops and colours have the ranges and
+distributions of torchvision's transforms of the same names, and its pixels.
 """
 
 import functools
