@@ -87,7 +87,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
   # A config file is the user's code, and may raise anything.
   except Exception as error:
-    _fail(_unknown_field(argv) or ' '.join(str(error).split()))
+    text = str(error).strip()
+    if 'Traceback' in text:
+      text = text.splitlines()[-1].removeprefix('ValueError: ')
+    _fail(_unknown_field(argv) or ' '.join(text.split()))
 
 
 def _unknown_field(argv: list[str]) -> str | None:

@@ -37,6 +37,7 @@ change of these files means that an original changed, or what it is given.
 import argparse
 import collections
 import copy
+import dataclasses
 import functools
 import math
 import pathlib
@@ -58,7 +59,7 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / 'tests')]
 
 import made_weights  # noqa: E402
 
-from configs import default  # noqa: E402
+from configs import cub200  # noqa: E402
 from proxy_nca_jax import mesh as mesh_lib  # noqa: E402
 from proxy_nca_jax import models, proxies, train  # noqa: E402
 from proxy_nca_jax import optimizer as optimizer_lib  # noqa: E402
@@ -100,6 +101,14 @@ class _Original(torch.nn.Module):
       self.backbone = getattr(torchvision.models, name)(weights=None)
       width = self.backbone.fc.in_features
     self.embedding = torch.nn.Linear(width, _DIM)
+
+  def used_parameters(self):
+    """All but the classifier that some originals bring."""
+    unused = backbones.BACKBONES[self.name].unused
+    return [
+      value for key, value in self.named_parameters()
+      if key.removeprefix('backbone.') not in unused
+    ]
 
   def features(self, images):
     if self.name in _TIMM:
@@ -349,6 +358,106 @@ def compare_models(names: list[str]) -> None:
       ), flush=True)
       jax.clear_caches()
   print(f'worst of the first four: {worst:.1e}; asked: below 1e-4')
+
+
+def _make_batches(steps: int, size: int):
+  """Yields uint8 pictures of 20 classes, each a pattern under noise."""
+  rng = np.random.default_rng(0)
+  patterns = rng.integers(0, 128, (20, size, size, 3))
+  for _ in range(steps):
+    labels = rng.integers(0, 20, 32)
+    noise = rng.integers(0, 128, (32, size, size, 3))
+    yield (patterns[labels] + noise).astype(np.uint8), labels
+
+
+def _torch_loss(embeddings, points, labels, smoothing: float):
+  """Label-smoothed softmax over squared distances of vectors of norm 3."""
+  x = 3 * functional.normalize(embeddings)
+  p = 3 * functional.normalize(points)
+  logs = functional.log_softmax(-torch.cdist(x, p) ** 2, dim=1)
+  others = smoothing / (len(points) - 1)
+  targets = torch.full_like(logs, others)
+  targets[torch.arange(len(labels)), labels] = 1 - smoothing
+  return -(targets * logs).sum(dim=1).mean()
+
+
+def compare_trajectories(name: str, steps: int, size: int) -> None:
+  config = cub200.get_config('dichotomies')
+  config.model.name, config.model.init_from = name, ''
+  config.dataset.image_size, config.num_steps = size, steps
+  for group in ('backbone', 'head', 'proxies'):
+    # An epoch of 10 steps, so that the rates decay within the run.
+    config.optimizer[group].decay_every = 10
+  mesh = mesh_lib.make_mesh()
+  model = models.create_model(config)
+  optimizer = optimizer_lib.make_optimizer(config)
+  state = state_lib.create(
+    config, model, optimizer, num_classes=20,
+    sharding=mesh_lib.replicated(mesh),
+  )
+  torch.manual_seed(0)
+  original = _Original(name, size)
+  with tempfile.TemporaryDirectory() as folder:
+    params, model_state = models.load_weights(
+      _write(original, folder), name, state.params, state.model_state
+    )
+  state = dataclasses.replace(state, params=params, model_state=model_state)
+  head = params['head']['embedding']
+  original.embedding.weight.data = torch.tensor(np.asarray(head['kernel']).T)
+  original.embedding.bias.data = torch.tensor(np.asarray(head['bias']))
+  points = torch.nn.Parameter(torch.tensor(np.asarray(params['proxies'])))
+  for module in original.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+      module.momentum = 1 - config.model.batch_norm_momentum
+  rates = config.optimizer
+  torch_optimizer = torch.optim.Adam([
+    {'params': original.used_parameters(), 'lr': rates.head.learning_rate},
+    {'params': [points], 'lr': rates.proxies.learning_rate},
+  ], eps=rates.eps)
+  schedule = torch.optim.lr_scheduler.StepLR(torch_optimizer, 10, 0.94)
+  normalize = train.make_normalize(config)
+  step = train.make_train_step(
+    model, optimizer, train.make_loss(config), normalize
+  )
+  embed = train.make_embed_fn(model, normalize, mesh)
+
+  def to_torch(images):
+    return torch.tensor(np.asarray(normalize(images)).transpose(0, 3, 1, 2))
+
+  losses, original_losses = [], []
+  for images, labels in _make_batches(steps, size):
+    batch = {
+      'image': images, 'label': labels.astype(np.int32),
+      'mask': np.ones(len(labels), bool),
+    }
+    state, metrics = step(state, mesh_lib.shard_batch(batch, mesh))
+    losses.append(float(metrics['loss']))
+    original.train()
+    torch_optimizer.zero_grad()
+    loss = _torch_loss(
+      original(to_torch(images)), points, torch.tensor(labels),
+      config.loss.kwargs.label_smoothing,
+    )
+    loss.backward()
+    torch_optimizer.step()
+    schedule.step()
+    original_losses.append(float(loss))
+  ours = embed(state, {'image': images})
+  original.eval()
+  with torch.no_grad():
+    theirs = jnp.asarray(original(to_torch(images)).numpy())
+  their_points = jnp.asarray(points.detach().numpy())
+  same = np.mean(
+    proxies.nearest_proxies(ours, state.params['proxies'])
+    == proxies.nearest_proxies(theirs, their_points)
+  )
+  losses, original_losses = np.array(losses), np.array(original_losses)
+  worst = np.max(np.abs(losses / original_losses - 1))
+  print(
+    f'{name}, {steps} steps at {size} pixels: loss {losses[0]:.4f} to '
+    f'{losses[-1]:.4f}; largest relative difference {worst:.1e}, asked: '
+    f'below 1e-3; {100 * same:.0f}% of the last batch nearest to the same proxy'
+  )
 
 
 _EARLY = {

@@ -22,11 +22,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.test_fraction = 0.5  # Of the classes.
   config.dataset.validation = ''  # Train classes to select by: 2/2, 1/4, ...
   config.dataset.split_seed = 0  # Not `seed`: seeds compare on one split.
+  config.dataset.images_per_class = 0  # Of a class in a batch; 0: any.
   config.dataset.num_workers = 0  # Reading processes; 0 is threads.
 
   # Resized, cropped and flipped as uint8 on the host, normalised on the device.
   config.dataset.resize = 0  # Before the crop, to so many pixels; 0: not.
   config.dataset.resize_mode = 'square'  # Or shorter: of the shorter side.
+  config.dataset.interpolation = 'bilinear'  # Or bicubic, of every resize.
   config.dataset.cache_size = 0  # Store what is resized: `resize`, or 0: not.
   config.dataset.allow_resized_source = False  # Even if a crop is of originals.
   config.dataset.image_size = 32  # Side of the crop that the network sees.
@@ -35,6 +37,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.crop_scale = (0.08, 1.0)  # random_resized: share of the area.
   config.dataset.crop_ratio = (3 / 4, 4 / 3)  # random_resized: width / height.
   config.dataset.flip = True  # Mirror half of the training images.
+  # Brightness, contrast, saturation and hue, as torchvision's ColorJitter.
+  config.dataset.color_jitter = (0.0, 0.0, 0.0, 0.0)
+  config.dataset.erasing = 0.0  # Of so many images, a random rectangle.
 
   config.model = ml_collections.ConfigDict()
   config.model.name = 'small_cnn'
@@ -57,27 +62,40 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.kwargs.positive_in_denominator = False  # The paper's form.
   config.loss.kwargs.label_smoothing = 0.0
 
+  config.proxies = ml_collections.ConfigDict()
+  config.proxies.init_norm = 1.0  # About the norm of each proxy at first.
+
   config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = 'adam'  # adam, rmsprop or sgd.
+  config.optimizer.name = 'adam'  # adam, adamw, rmsprop or sgd.
   config.optimizer.eps = 1e-8  # Of adam and rmsprop.
-  config.optimizer.momentum = 0.9  # Adam's b1, and sgd's.
+  config.optimizer.momentum = 0.9  # Adam's b1; of sgd and rmsprop.
+  config.optimizer.rms_decay = 0.9  # rmsprop: share kept of the squares.
   config.optimizer.clip_norm = 0.0  # Largest norm of all gradients; 0: any.
+  config.optimizer.decay_vectors = False  # Weight decay of biases and norms.
+  # All rates are multiplied by it when more than `plateau_patience` validation
+  # scores in a row are not better than the best; 1: never.
+  config.optimizer.plateau_factor = 1.0
+  config.optimizer.plateau_patience = 4  # ProxyNCA++'s, whose factor is 0.1.
   for group in ('backbone', 'head', 'proxies'):
     config.optimizer[group] = ml_collections.ConfigDict(
       dict(
         learning_rate=1e-3,
-        warmup_steps=0,  # Linear from 0.
-        schedule='constant',  # constant, cosine (to 0) or exponential.
-        decay_rate=0.94,  # Of `exponential`, the paper's ...
-        decay_every=1000,  # ... each so many steps.
-        weight_decay=0.0,  # Decoupled from the gradient.
+        freeze_steps=0,  # First steps without an update; then the warm-up ...
+        warmup_steps=0,  # ... linear from 0; then the schedule begins.
+        schedule='constant',  # constant, cosine (to 0), exponential or step.
+        decay_rate=0.94,  # The paper's. Of `exponential` ...
+        decay_every=1000,  # ... each so many steps ...
+        decay_at=(),  # ... and of `step`, at each of these.
+        weight_decay=0.0,  # In the gradient; adamw's is decoupled from it.
+        clip_value=0.0,  # Largest entry of a gradient, in size; 0: any.
       )
     )
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.batch_size = 256
   config.evaluation.recall_at = (1, 2, 4, 8)  # K of Recall@K, or of CMC@K.
-  config.evaluation.select_by = 'recall@1'  # On the validation classes.
+  # On the validation classes; harmonic_mean is of nmi and recall@1.
+  config.evaluation.select_by = 'recall@1'
   config.evaluation.kmeans_iterations = 20  # FAISS's, as the peers use it.
 
   config.log_every = 50

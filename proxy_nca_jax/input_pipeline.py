@@ -1,10 +1,13 @@
-"""From records to batches: decoding, cropping, flipping, normalising.
+"""From records to batches: sampling, augmentation, normalisation.
 
 A batch is {'image': uint8 [batch, height, width, 3], 'label': int32 [batch],
 'mask': bool [batch], 'id': int32 [batch]}, `id` the record's index in its
 split. The order of the records and each record's augmentation are functions of
 the seed and the position in training: a step is all that a resumed run needs to
 know. Each process reads its own rows of every global batch.
+
+Pictures are augmented as uint8 by Pillow. Crops and colours have the ranges and
+distributions of torchvision's transforms of the same names, and its pixels.
 """
 
 import functools
@@ -15,11 +18,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
-from proxy_nca_jax.datasets import Split
+from proxy_nca_jax.datasets import Split, images
 
 Batch = dict[str, np.ndarray]
+
+_ENHANCERS = (
+  ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+)
 
 
 def train_batches(
@@ -34,16 +41,15 @@ def train_batches(
   Close it in the end: it may hold worker processes.
 
   Args:
-    split: the records, each seen once an epoch in an order of its own.
+    split: the records. Each is seen once an epoch in an order of its own, or as
+      `balanced_position` draws them with `config.dataset.images_per_class`.
     config: of the run.
     first_step: steps that came before.
     process: this process's index and their number.
   """
   index, count = process
   read = functools.partial(_read_train, split, config.dataset)
-  records = grain.MapDataset.range(len(split)).seed(config.seed)
-  # As good as endless, and no index of a slice of it overflows.
-  records = records.shuffle().repeat(2**40 // len(split)).random_map(read)
+  records = _positions(split, config).random_map(read)
   batches = records.batch(config.batch_size // count)
   # Batch s of process p is the piece s * count + p of the record stream.
   batches = batches[first_step * count + index :: count]
@@ -55,6 +61,112 @@ def train_batches(
       grain.MultiprocessingOptions(num_workers=config.dataset.num_workers)
     )
   return iter(dataset)
+
+
+def _positions(split, config) -> grain.MapDataset:
+  """Returns the stream of positions in the split, batch after batch."""
+  # As good as endless, and no index of a slice of it overflows.
+  length = 2**40
+  if not config.dataset.images_per_class:
+    positions = grain.MapDataset.range(len(split)).seed(config.seed)
+    return positions.shuffle().repeat(length // len(split))
+  sizes = np.bincount(split.labels, minlength=split.num_classes)
+  members = np.split(
+    np.argsort(split.labels, kind='stable'), np.cumsum(sizes)[:-1]
+  )
+  position = functools.partial(
+    balanced_position,
+    members=members,
+    batch_size=config.batch_size,
+    images_per_class=config.dataset.images_per_class,
+    seed=config.seed,
+  )
+  return grain.MapDataset.range(length).seed(config.seed).map(position)
+
+
+def balanced_position(
+    index: int,
+    *,
+    members: list[np.ndarray],
+    batch_size: int,
+    images_per_class: int,
+    seed: int,
+) -> int:
+  """Returns the record at a place of the stream of class-balanced batches.
+
+  A batch has `batch_size / images_per_class` classes and `images_per_class`
+  images of each, as ProxyNCA++ samples (https://arxiv.org/abs/2004.01113). All
+  classes take their turn in a random order, and so do the images of a class; a
+  rest of an order too small for a batch is left out, another each time. An
+  image comes twice in a batch only if its class has too few.
+
+  Args:
+    index: of the record, in [step * batch_size, (step + 1) * batch_size).
+    members: the records of each class, int [num_images].
+    batch_size: divisible by `images_per_class`.
+    images_per_class: K, positive.
+    seed: of the orders.
+  """
+  step, slot = divmod(int(index), batch_size)
+  num_classes = batch_size // images_per_class
+  classes, turn = _draw(
+    step, size=num_classes, total=len(members), key=(seed, 0)
+  )
+  label = int(classes[slot // images_per_class])
+  # A class is drawn at most once in a turn of all classes.
+  positions, _ = _draw(
+    turn,
+    size=images_per_class,
+    total=len(members[label]),
+    key=(seed, 1 + label),
+  )
+  return int(members[label][positions[slot % images_per_class]])
+
+
+def _draw(number, *, size, total, key) -> tuple[np.ndarray, int]:
+  """Returns the `number`-th draw of `size` out of `total`, and its turn.
+
+  The draws of a turn are disjoint; with a small total they wrap around.
+  """
+  turn, place = divmod(number, max(total // size, 1))
+  order = _permutation(*key, turn, total)
+  chosen = np.arange(place * size, (place + 1) * size)
+  return order.take(chosen, mode='wrap'), turn
+
+
+@functools.lru_cache(maxsize=1024)
+def _permutation(seed, stream, turn, total) -> np.ndarray:
+  return np.random.default_rng((seed, stream, turn)).permutation(total)
+
+
+def check_train_batches(
+    split: Split, config: ml_collections.ConfigDict
+) -> None:
+  """Raises ValueError if the batches cannot be drawn or augmented so."""
+  fields = config.dataset
+  each = fields.images_per_class
+  if each < 0 or (each and config.batch_size % each):
+    raise ValueError(
+      f'config.batch_size ({config.batch_size}) must be divisible by '
+      f'config.dataset.images_per_class ({each}); 0 draws from any class.'
+    )
+  if each and config.batch_size // each > split.num_classes:
+    raise ValueError(
+      f'A batch of {config.batch_size} with {each} images of a class needs '
+      f'{config.batch_size // each} classes, and {split.num_classes} are '
+      'trained on: lower config.batch_size, or raise '
+      'config.dataset.images_per_class.'
+    )
+  jitter = fields.color_jitter
+  if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+    raise ValueError(
+      f'config.dataset.color_jitter ({jitter}) must be four numbers, of '
+      'brightness, contrast, saturation and hue, not negative; hue at most 0.5.'
+    )
+  if not 0 <= fields.erasing <= 1:
+    raise ValueError(
+      f'config.dataset.erasing ({fields.erasing}) must be in [0, 1].'
+    )
 
 
 def evaluation_batches(
@@ -100,6 +212,7 @@ def _read_train(split, config, position, rng) -> Batch:
       config.image_size,
       scale=config.crop_scale,
       ratio=config.crop_ratio,
+      interpolation=config.interpolation,
       rng=rng,
     )
   else:
@@ -107,6 +220,10 @@ def _read_train(split, config, position, rng) -> Batch:
   if config.flip and rng.random() < 0.5:
     # Twice as fast as a copy of a view with negative strides.
     image = image.take(np.arange(image.shape[1])[::-1], axis=1)
+  if any(config.color_jitter):
+    image = color_jitter(image, config.color_jitter, rng)
+  if config.erasing and rng.random() < config.erasing:
+    image = random_erasing(image, rng)
   return _row(image, split.labels[position], position, True)
 
 
@@ -148,12 +265,13 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
+    interpolation: str = 'bilinear',
 ) -> np.ndarray:
   """Crops a random rectangle and resizes it to a square.
 
-  The area is uniform and the aspect log-uniform. A rectangle that does not fit
-  is drawn again, up to ten times; then the largest central one of an allowed
-  aspect is taken, as in torchvision's RandomResizedCrop.
+  The area is uniform and the aspect log-uniform. If ten rectangles do not fit,
+  the largest central one of an allowed aspect is taken, as in torchvision's
+  RandomResizedCrop.
 
   Args:
     image: uint8 [height, width, 3].
@@ -161,27 +279,108 @@ def random_resized_crop(
     scale: least and largest area, as shares of the image's.
     ratio: least and largest width / height.
     rng: of the rectangle.
+    interpolation: 'bilinear' or 'bicubic', averaging when it shrinks.
 
   Returns:
     uint8 [size, size, 3].
   """
   height, width = image.shape[:2]
-  for _ in range(10):
-    area = height * width * rng.uniform(*scale)
-    aspect = np.exp(rng.uniform(*np.log(ratio)))
-    crop_width = round(np.sqrt(area * aspect))
-    crop_height = round(np.sqrt(area / aspect))
-    if 1 <= crop_width <= width and 1 <= crop_height <= height:
-      left = rng.integers(width - crop_width + 1)
-      top = rng.integers(height - crop_height + 1)
-      break
-  else:
+  box = _random_box(height, width, scale=scale, ratio=ratio, rng=rng)
+  if box is None:
     crop_width = min(width, max(round(height * ratio[1]), 1))
     crop_height = min(height, max(round(width / ratio[0]), 1))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
-  box = (left, top, left + crop_width, top + crop_height)
+    box = (left, top, left + crop_width, top + crop_height)
   picture = Image.fromarray(image).crop(box)
-  return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+  return np.asarray(picture.resize((size, size), images.FILTERS[interpolation]))
+
+
+def _random_box(
+    height, width, *, scale, ratio, rng
+) -> tuple[int, int, int, int] | None:
+  """Draws (left, top, right, bottom); None if ten boxes do not fit."""
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    aspect = np.exp(rng.uniform(*np.log(ratio)))
+    box_width = round(np.sqrt(area * aspect))
+    box_height = round(np.sqrt(area / aspect))
+    if 1 <= box_width <= width and 1 <= box_height <= height:
+      left = rng.integers(width - box_width + 1)
+      top = rng.integers(height - box_height + 1)
+      return left, top, left + box_width, top + box_height
+  return None
+
+
+def color_jitter(
+    image: np.ndarray,
+    strengths: tuple[float, float, float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+  """Changes brightness, contrast, saturation and hue, in a random order.
+
+  As torchvision's ColorJitter on a Pillow image: the first three are multiplied
+  by a factor from [max(0, 1 - strength), 1 + strength], and hue turns by a
+  share of the circle from [-strength, strength].
+
+  Args:
+    image: uint8 [height, width, 3].
+    strengths: of brightness, contrast, saturation and hue; 0 leaves one out.
+    rng: of the order and the factors.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  picture = Image.fromarray(image)
+  for kind in rng.permutation(4):
+    strength = strengths[kind]
+    if not strength:
+      continue
+    if kind == 3:
+      picture = _turn_hue(picture, rng.uniform(-strength, strength))
+    else:
+      factor = rng.uniform(max(0, 1 - strength), 1 + strength)
+      picture = _ENHANCERS[kind](picture).enhance(factor)
+  return np.asarray(picture)
+
+
+def _turn_hue(picture: Image.Image, share: float) -> Image.Image:
+  hue, saturation, value = picture.convert('HSV').split()
+  # 256 hues are the circle, and torchvision turns by 255 times the share.
+  hue = hue.point([(i + int(share * 255)) % 256 for i in range(256)])
+  return Image.merge('HSV', (hue, saturation, value)).convert('RGB')
+
+
+def random_erasing(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.02, 0.33),
+    ratio: tuple[float, float] = (1 / 3.3, 1 / 0.3),
+) -> np.ndarray:
+  """Fills a random rectangle with random pixels.
+
+  Zhong et al., https://arxiv.org/abs/1708.04896: pixels are uniform in 0..255.
+  The ranges are the defaults of torchvision's RandomErasing, whose ratio is of
+  height to width. If ten rectangles do not fit, nothing is erased.
+
+  Args:
+    image: uint8 [height, width, 3].
+    rng: of the rectangle and its pixels.
+    scale: least and largest area, as shares of the image's.
+    ratio: least and largest width / height.
+
+  Returns:
+    uint8 [height, width, 3], another array.
+  """
+  height, width = image.shape[:2]
+  image = image.copy()
+  box = _random_box(height, width, scale=scale, ratio=ratio, rng=rng)
+  if box is not None:
+    left, top, right, bottom = box
+    image[top:bottom, left:right] = rng.integers(
+      256, size=(bottom - top, right - left, 3), dtype=np.uint8
+    )
+  return image
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:

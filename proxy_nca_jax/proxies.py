@@ -6,15 +6,15 @@ import jax.numpy as jnp
 
 
 def init_proxies(
-    key: chex.PRNGKey, num_proxies: int, dim: int
+    key: chex.PRNGKey, num_proxies: int, dim: int, *, norm: float = 1.0
 ) -> jax.Array:
-  """Draws float32 [num_proxies, dim] from N(0, 1/dim): norms of about 1.
+  """Draws float32 [num_proxies, dim] from N(0, norm^2/dim): norms of about so.
 
   The paper names no scale. The loss projects proxies to the unit sphere, where
-  a gradient is inverse to the norm: norms near 1 keep the proxies' learning
-  rate independent of the dimension.
+  a gradient is inverse to the norm, so that the norm and the proxies' learning
+  rate belong together: norms near 1 keep the rate independent of the dimension.
   """
-  return jax.random.normal(key, (num_proxies, dim)) / jnp.sqrt(dim)
+  return jax.random.normal(key, (num_proxies, dim)) * norm / jnp.sqrt(dim)
 
 
 def nearest_proxies(embeddings: chex.Array, proxies: chex.Array) -> jax.Array:

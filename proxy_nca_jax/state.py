@@ -53,7 +53,10 @@ def create(
     variables = model.init(model_key, images, train=False)
     params = variables.pop('params')
     params['proxies'] = proxies.init_proxies(
-      proxy_key, num_classes, config.model.embedding_dim
+      proxy_key,
+      num_classes,
+      config.model.embedding_dim,
+      norm=config.proxies.init_norm,
     )
     return TrainState(
       step=jnp.int32(0),

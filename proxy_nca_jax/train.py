@@ -9,6 +9,7 @@ import inspect
 import logging
 import operator
 import os
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax import workdir as workdir_lib
+
+# The scores whose harmonic mean ProxyNCA++ selects by.
+_AVERAGED = ('nmi', 'recall@1')
 
 _logger = logging.getLogger(__name__)
 
@@ -71,15 +75,15 @@ def make_train_step(
     loss_fn: Callable[..., jax.Array],
     normalize: Callable[[jax.Array], jax.Array],
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
-  """Returns the jitted step: (state, batch) -> (state, metrics).
+  """Returns the jitted step: (state, batch, rate_scale) -> (state, metrics).
 
-  With `freeze_batch_norm=True` the stored statistics are used and kept.
-
-  The mean of the loss, the batch statistics and the metrics are those of the
-  global batch, however many devices share it. The given state is donated.
+  `rate_scale` multiplies all learning rates; it is 1 by default. With
+  `freeze_batch_norm=True` the stored statistics are used and kept. The mean of
+  the loss, the batch statistics and the metrics are those of the global batch,
+  however many devices share it. The given state is donated.
   """
 
-  def train_step(state, batch, *, freeze_batch_norm=False):
+  def train_step(state, batch, rate_scale=1.0, *, freeze_batch_norm=False):
     images = normalize(batch['image'])
 
     def mean_loss(params):
@@ -114,7 +118,9 @@ def make_train_step(
     )
     state = state_lib.TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=optax.apply_updates(
+        state.params, optax.tree.scale(rate_scale, updates)
+      ),
       model_state=model_state,
       opt_state=opt_state,
     )
@@ -166,6 +172,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f'config.{field} ({value}) must be at least {least}.'
       )
+  factor = config.optimizer.plateau_factor
+  if not 0 < factor <= 1 or config.optimizer.plateau_patience < 0:
+    raise ValueError(
+      f'config.optimizer.plateau_factor ({factor}) must be in (0, 1], and '
+      f'plateau_patience ({config.optimizer.plateau_patience}) not negative.'
+    )
+  if factor < 1 and not (config.dataset.validation and config.eval_every):
+    raise ValueError(
+      f'config.optimizer.plateau_factor ({factor}) follows the validation '
+      'scores: set config.dataset.validation, as 2/2, and config.eval_every.'
+    )
+  if not config.proxies.init_norm > 0:
+    raise ValueError(
+      f'config.proxies.init_norm ({config.proxies.init_norm}) must be positive.'
+    )
   if not config.evaluation.recall_at or min(config.evaluation.recall_at) < 1:
     raise ValueError(
       f'config.evaluation.recall_at ({config.evaluation.recall_at}) must hold '
@@ -241,6 +262,7 @@ def train_and_evaluate(
     data = _load_in_turn(config)
     _describe(data)
     input_pipeline.check_image_size(data.test, config.dataset)
+    input_pipeline.check_train_batches(data.train, config)
     if saved and saved['dataset_digest'] != data.digest:
       raise ValueError(
         'The data set has changed since this run began (other classes, '
@@ -356,6 +378,7 @@ def _fit(
     # A run that was stopped just before an evaluation makes up for it.
     if done and _is_evaluated(config, done) and not _is_written(done, run):
       _evaluate(config, state, run)
+    rate_scale = _rate_scale(config, run.workdir)
     while done < last:
       with run.signals.deferred():
         batch = next(run.batches)
@@ -363,6 +386,7 @@ def _fit(
         state, metrics = run.train_step(
           state,
           mesh_lib.shard_batch(batch, run.mesh),
+          rate_scale,
           freeze_batch_norm=_is_batch_norm_frozen(config, done),
         )
         done += 1
@@ -373,6 +397,7 @@ def _fit(
       if _is_evaluated(config, done):
         progress.check()
         _evaluate(config, state, run)
+        rate_scale = _rate_scale(config, run.workdir)
         progress.restart_clock()
       with run.signals.deferred():
         if done == last or done % config.save_every == 0:
@@ -486,10 +511,40 @@ def _is_written(step: int, run: _Run) -> bool:
 
 def _select(config, workdir: str) -> tuple[int, float]:
   """Returns the first step with the best validation score, and that score."""
-  name = f'validation.{config.evaluation.select_by}'
-  rows = [r for r in metric_writer.read_metrics(workdir) if name in r]
-  best = max(rows, key=lambda row: row[name])
-  return best['step'], best[name]
+  scores = _validation_scores(config, workdir)
+  best = max(scores, key=scores.get)
+  return best, scores[best]
+
+
+def _rate_scale(config, workdir: str) -> float:
+  """Returns what the validation scores so far multiply all rates by."""
+  if config.optimizer.plateau_factor == 1:
+    return 1.0
+  scores = _validation_scores(config, workdir)
+  scale = optimizer_lib.plateau_scale(
+    # The last step of a run that was made longer is in no straight run.
+    [score for step, score in scores.items() if step % config.eval_every == 0],
+    patience=config.optimizer.plateau_patience,
+    factor=config.optimizer.plateau_factor,
+  )
+  if scale < 1:
+    _logger.info('All learning rates are multiplied by %g', scale)
+  return scale
+
+
+def _validation_scores(config, workdir: str) -> dict[int, float]:
+  """Returns the score to select by of each step evaluated so far."""
+  select_by = config.evaluation.select_by
+  names = _AVERAGED if select_by == 'harmonic_mean' else (select_by,)
+  values = {
+    row['step']: [row[f'validation.{name}'] for name in names]
+    for row in metric_writer.read_metrics(workdir)
+    if all(f'validation.{name}' in row for name in names)
+  }
+  return {
+    step: statistics.harmonic_mean(scores) if len(scores) > 1 else scores[0]
+    for step, scores in values.items()
+  }
 
 
 def _score_selected(config, state: state_lib.TrainState, run: _Run) -> dict:
@@ -524,6 +579,8 @@ def _check_select_by(config, scores: Mapping[str, float]) -> None:
       'set config.eval_every to a number of steps.'
     )
   names = [name for name, value in scores.items() if isinstance(value, float)]
+  if set(_AVERAGED) <= set(names):
+    names.append('harmonic_mean')
   if config.evaluation.select_by not in names:
     raise ValueError(
       f'config.evaluation.select_by ({config.evaluation.select_by!r}) must be '

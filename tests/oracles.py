@@ -130,3 +130,42 @@ def pair_counts(labels, clusters):
   in_clusters = [clusters[i] == clusters[j] for i, j in pairs]
   both = [a and b for a, b in zip(in_labels, in_clusters)]
   return sum(both), sum(in_labels), sum(in_clusters), len(pairs)
+
+
+def resize(image, size, interpolation):
+  """Antialiased resizing of uint8 [height, width, 3], columns before rows.
+
+  Each new pixel is the mean of the old ones around its centre, weighted by the
+  filter, which is as much wider as the image gets smaller. Each pass is rounded
+  and clipped to 0..255.
+  """
+  reach, weigh = {
+    'bilinear': (1, lambda x: max(0, 1 - abs(x))),
+    'bicubic': (2, _bicubic),
+  }[interpolation]
+  pixels = np.asarray(image, np.float64)
+  for axis, length in ((1, size[1]), (0, size[0])):
+    old = pixels.shape[axis]
+    step = old / length
+    wide = max(step, 1)
+    rows = np.moveaxis(pixels, axis, 0)
+    result = []
+    for i in range(length):
+      centre = (i + 0.5) * step
+      first = max(int(centre - reach * wide + 0.5), 0)
+      last = min(int(centre + reach * wide + 0.5), old)
+      weights = [
+        weigh((j + 0.5 - centre) / wide) for j in range(first, last)
+      ]
+      total = sum(w * rows[j] for w, j in zip(weights, range(first, last)))
+      result.append(np.clip(np.floor(total / sum(weights) + 0.5), 0, 255))
+    pixels = np.moveaxis(np.array(result), 0, axis)
+  return pixels
+
+
+def _bicubic(x, a=-0.5):
+  """Keys' cubic convolution, https://doi.org/10.1109/TASSP.1981.1163711."""
+  x = abs(x)
+  if x < 1:
+    return (a + 2) * x**3 - (a + 3) * x**2 + 1
+  return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0

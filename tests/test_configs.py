@@ -2,32 +2,51 @@
 
 import importlib
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from absl.testing import absltest, parameterized
+from ml_collections import config_flags
 
-from configs import default
-from proxy_nca_jax import models, train, workdir
+from configs import default, recipes
+from proxy_nca_jax import losses, models, train, workdir
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
+_ROOT = pathlib.Path(__file__).parent.parent
+_WITH_RECIPES = ('cub200', 'cars196', 'sop', 'inshop')
 _CONFIGS = [
-  path.stem
-  for path in (pathlib.Path(__file__).parent.parent / 'configs').glob('*.py')
-]
+  (path.stem, None)
+  for path in (_ROOT / 'configs').glob('*.py')
+  if path.stem != 'recipes'
+] + [(name, recipe) for name in _WITH_RECIPES for recipe in recipes.RECIPES]
 
 
-def _load(name):
-  return importlib.import_module(f'configs.{name}').get_config()
+def _load(name, recipe=None):
+  get_config = importlib.import_module(f'configs.{name}').get_config
+  return get_config(recipe) if recipe else get_config()
+
+
+def _parse(*arguments):
+  """Returns the config that the command line gives."""
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', None, flag_values=values)
+  # Overrides are looked up there.
+  argv = ['main.py', *arguments]
+  with absltest.mock.patch.object(sys, 'argv', argv):
+    values(argv)
+  return values.config
 
 
 class ConfigsTest(parameterized.TestCase):
 
   @parameterized.parameters(*_CONFIGS)
-  def test_config_loads_and_its_shapes_evaluate(self, name):
-    config = _load(name)
-    train.check_config(config)
+  def test_config_loads_and_its_shapes_evaluate(self, name, recipe):
+    config = _load(name, recipe)
+    if config.loss.name not in losses.LOSSES:
+      self.skipTest(f'There is no {config.loss.name} yet.')
     train.make_loss(config)
     model = models.create_model(config)
     optimizer = optimizer_lib.make_optimizer(config)
@@ -50,15 +69,96 @@ class ConfigsTest(parameterized.TestCase):
     self.assertEqual(embeddings.dtype, jnp.float32)
 
   @parameterized.parameters(*_CONFIGS)
-  def test_config_has_no_field_beside_the_defaults(self, name):
-    def fields(config):
-      return set(workdir.flatten(config.to_dict()))
+  def test_its_numbers_can_be_and_its_groups_train(self, name, recipe):
+    config = _load(name, recipe)
+    # Proxy-Anchor's 180 cannot be divided by the eight devices of the tests.
+    with absltest.mock.patch.object(jax, 'device_count', return_value=1):
+      train.check_config(config)
+    optimizer_lib.make_optimizer(config)
+    for group in optimizer_lib.GROUPS:
+      rate = optimizer_lib.make_schedule(
+        config.optimizer, group, config.num_steps
+      )
+      self.assertGreater(rate(config.optimizer[group].warmup_steps), 0)
+      self.assertLess(
+        config.optimizer[group].freeze_steps, config.num_steps / 2
+      )
+    images_per_class = config.dataset.images_per_class
+    self.assertEqual(config.batch_size % (images_per_class or 1), 0)
 
-    self.assertEqual(fields(_load(name)), fields(default.get_config()))
+  @parameterized.parameters(*_CONFIGS)
+  def test_config_has_no_field_beside_the_defaults(self, name, recipe):
+    def fields(config):
+      names = workdir.flatten(config.to_dict())
+      # Another loss has other arguments.
+      return {name for name in names if not name.startswith('loss.kwargs.')}
+
+    config = _load(name, recipe)
+    self.assertEqual(fields(config), fields(default.get_config()))
 
   def test_a_misspelled_field_is_refused(self):
     with self.assertRaisesRegex(AttributeError, 'num_stepz'):
       default.get_config().num_stepz = 3
+    config = _load('cub200', 'proxy_anchor')
+    with self.assertRaisesRegex(AttributeError, 'alhpa'):
+      config.loss.kwargs.alhpa = 3.0
+
+
+class RecipesTest(parameterized.TestCase):
+
+  @parameterized.parameters(*_WITH_RECIPES)
+  def test_the_paper_is_the_default(self, name):
+    config = _load(name)
+    self.assertEqual(config, _load(name, 'paper'))
+    self.assertEqual(
+      (config.batch_size, config.dataset.resize, config.dataset.image_size),
+      (32, 256, 227),
+    )
+    self.assertNotEqual(config, _load(name, 'vit'))
+
+  @parameterized.parameters(*_WITH_RECIPES)
+  def test_an_unknown_recipe_lists_the_choices(self, name):
+    with self.assertRaisesRegex(ValueError, "'papr'.*paper, dichotomies"):
+      _load(name, 'papr')
+
+  def test_the_command_line_takes_a_recipe_and_changes_it(self):
+    config = _parse(
+      f'--config={_ROOT}/configs/cars196.py:proxy_anchor',
+      '--config.loss.kwargs.alpha=16.0',
+      '--config.optimizer.head.decay_at=(10, 20)',
+    )
+    self.assertEqual(config.dataset.name, 'cars196')
+    self.assertEqual(
+      config.loss.kwargs.to_dict(), {'alpha': 16.0, 'margin': 0.1}
+    )
+    self.assertEqual(config.optimizer.head.decay_at, (10, 20))
+
+  def test_fast_proxies_wait_for_no_one(self):
+    # 5,864 images are 183 batches of 32, and five epochs warm up.
+    config = _load('cub200', 'proxynca_pp')
+    self.assertEqual(config.num_steps, 45 * 183)
+    self.assertEqual(config.optimizer.backbone.freeze_steps, 915)
+    self.assertEqual(config.optimizer.proxies.freeze_steps, 0)
+    ratio = (
+      config.optimizer.proxies.learning_rate
+      / config.optimizer.backbone.learning_rate
+    )
+    self.assertAlmostEqual(ratio, 1e5)
+
+  def test_rates_of_all_groups_fall_at_once(self):
+    # 8,054 images are 44 batches of 180, and rates halve each 20 epochs.
+    config = _load('cars196', 'proxy_anchor')
+    for step, expected in ((879, 1), (880, 0.5), (1759, 0.5), (1760, 0.25)):
+      for group in optimizer_lib.GROUPS:
+        fields = config.optimizer[group]
+        rate = optimizer_lib.make_schedule(
+          config.optimizer, group, config.num_steps
+        )
+        self.assertAlmostEqual(
+          float(rate(step - fields.freeze_steps)) / fields.learning_rate,
+          expected,
+          places=5,
+        )
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ import shutil
 
 import matplotlib
 import numpy as np
+import oracles
 from absl.testing import absltest, parameterized
 from PIL import Image
 
@@ -186,9 +187,28 @@ class ResizeTest(parameterized.TestCase):
     small = images.resize(Image.fromarray(stripes), side=2, mode='square')
     self.assertBetween(int(np.min(small)), 80, 100)
 
-  def test_an_unknown_mode_lists_the_choices(self):
+  @parameterized.product(
+    interpolation=('bilinear', 'bicubic'), side=(7, 20, 33)
+  )
+  def test_the_filters_are_the_antialiased_ones(self, interpolation, side):
+    picture = _noise(size=(20, 26))
+    resized = images.resize(
+      picture, side=side, mode='square', interpolation=interpolation
+    )
+    filters = Image.Resampling
+    expected = picture.resize((side, side), filters[interpolation.upper()])
+    np.testing.assert_array_equal(resized, expected)
+    defined = oracles.resize(picture, (side, side), interpolation)
+    difference = np.abs(np.asarray(resized, np.float64) - defined)
+    # Pillow's weights have 22 bits: what ends in a half may round either way.
+    self.assertLessEqual(difference.max(), 1)
+    self.assertLess(np.mean(difference > 0), 0.03)
+
+  def test_unknown_names_list_the_choices(self):
     with self.assertRaisesRegex(ValueError, 'square or shorter'):
       images.resize(_noise(), side=4, mode='longer')
+    with self.assertRaisesRegex(ValueError, 'bilinear or bicubic'):
+      images.resize(_noise(), side=4, mode='square', interpolation='cubic')
 
 
 class GlyphsTest(absltest.TestCase):
@@ -326,6 +346,14 @@ class ImageFolderTest(absltest.TestCase):
     records = self._records(self._load())
     (record,) = [r for r in records if r['name'] == 'b/1.png']
     expected = _noise(101).resize((24, 24), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(images.decode(record['image']), expected)
+
+  def test_another_filter_makes_another_data_set(self):
+    self._write_classes('abcd')
+    self._load()
+    records = self._records(self._load(interpolation='bicubic'))
+    (record,) = [r for r in records if r['name'] == 'b/1.png']
+    expected = _noise(101).resize((24, 24), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(images.decode(record['image']), expected)
 
   def test_bad_files_are_named_and_the_rest_is_used(self):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -139,6 +140,223 @@ class TrainBatchesTest(parameterized.TestCase):
         np.testing.assert_array_equal(image, whole[index])
 
 
+class BalancedBatchesTest(parameterized.TestCase):
+
+  # Classes of 1 to 7 images; the smallest have fewer than a batch asks for.
+  _MEMBERS = tuple(
+    np.arange(first, first + size)
+    for first, size in zip(np.cumsum([0, 1, 2, 3, 5, 6]), [1, 2, 3, 5, 6, 7])
+  )
+  _LABELS = np.repeat(range(6), [1, 2, 3, 5, 6, 7])
+
+  def _batches(self, number, seed=0, batch_size=12, images_per_class=3):
+    positions = [
+      input_pipeline.balanced_position(
+        index,
+        members=self._MEMBERS,
+        batch_size=batch_size,
+        images_per_class=images_per_class,
+        seed=seed,
+      )
+      for index in range(number * batch_size)
+    ]
+    return np.reshape(positions, (number, -1, images_per_class))
+
+  def test_a_batch_has_as_many_images_of_each_of_its_classes(self):
+    for batch in self._batches(50):
+      labels = self._LABELS[batch]
+      np.testing.assert_array_equal(labels, labels[:, :1].repeat(3, 1))
+      self.assertLen(set(labels[:, 0]), 4)
+
+  def test_an_image_repeats_only_where_its_class_has_too_few(self):
+    for images_per_class in (2, 3, 6):
+      for batch in self._batches(50, images_per_class=images_per_class):
+        for label, row in zip(self._LABELS[batch][:, 0], batch):
+          size = len(self._MEMBERS[label])
+          _, counts = np.unique(row, return_counts=True)
+          self.assertLen(counts, min(size, images_per_class))
+          self.assertLessEqual(np.ptp(counts), 1)
+
+  def test_every_class_and_every_image_of_a_class_comes_as_often(self):
+    batches = self._batches(3000)
+    classes = np.bincount(self._LABELS[batches[..., 0]].ravel())
+    # Four of six classes a turn of one batch: 2,000 turns each, give or take
+    # five standard deviations of sqrt(3000 * 2/3 * 1/3) = 26.
+    np.testing.assert_allclose(classes, 2000, atol=130)
+    images_ = np.bincount(batches.ravel())
+    for members in self._MEMBERS:
+      mean = 6000 / len(members)
+      np.testing.assert_allclose(images_[members], mean, rtol=0.15)
+
+  def test_classes_take_their_turn(self):
+    # Two of six classes a batch: three batches show each class once.
+    labels = self._LABELS[self._batches(30, batch_size=6)[..., 0]]
+    for turn in labels.reshape(10, 6):
+      self.assertLen(set(turn), 6)
+    self.assertGreater(len({tuple(turn) for turn in labels.reshape(10, 6)}), 5)
+
+  def test_so_do_the_images_of_a_class(self):
+    # Every batch has all classes; of 6 images, 3 and then the other 3.
+    batches = self._batches(20, batch_size=18)
+    rows = [row for batch in batches for row in batch if 11 <= row[0] < 17]
+    for first, second in zip(rows[::2], rows[1::2]):
+      self.assertLen(set(first) | set(second), 6)
+
+  @parameterized.parameters((0, 1), (3, 2))
+  def test_a_batch_is_a_function_of_the_seed_and_its_step(self, first, count):
+    config = _config(images_per_class=2)
+    whole = _take(6, config)
+    for batch in whole:
+      np.testing.assert_array_equal(batch['label'][::2], batch['label'][1::2])
+      self.assertLen(set(batch['label']), 2)
+    parts = [
+      _take(3, config, first_step=first, process=(index, count))
+      for index in range(count)
+    ]
+    for step, expected in enumerate(whole[first : first + 3]):
+      rows = [part[step] for part in parts]
+      _assert_equal(
+        {name: np.concatenate([r[name] for r in rows]) for name in expected},
+        expected,
+      )
+    config.seed = 1
+    ids = [batch['id'].tolist() for batch in _take(6, config)]
+    self.assertNotEqual(ids, [batch['id'].tolist() for batch in whole])
+
+  @parameterized.parameters(
+    (dict(images_per_class=3), r'batch_size \(4\).*divisible.*class \(3\)'),
+    (dict(images_per_class=-2), 'divisible'),
+    (dict(images_per_class=1), 'needs 4 classes, and 3 are trained on'),
+    (dict(color_jitter=(0.1, 0.1, 0.1)), 'color_jitter.*four numbers'),
+    (dict(color_jitter=(0.1, 0.1, 0.1, 0.6)), 'hue at most 0.5'),
+    (dict(erasing=1.5), 'erasing .1.5. must be in'),
+  )
+  def test_batches_that_cannot_be_are_errors(self, fields, message):
+    split = _split()
+    few = dataclasses.replace(split, class_names=('a', 'b', 'c'))
+    with self.assertRaisesRegex(ValueError, message):
+      input_pipeline.check_train_batches(few, _config(**fields))
+    input_pipeline.check_train_batches(split, _config(images_per_class=1))
+
+
+class ColorJitterTest(parameterized.TestCase):
+
+  def _image(self):
+    return np.random.default_rng(0).integers(0, 256, (9, 8, 3), np.uint8)
+
+  def _jitter(self, strengths, seed=0, image=None):
+    image = self._image() if image is None else image
+    return input_pipeline.color_jitter(
+      image, strengths, np.random.default_rng(seed)
+    )
+
+  def test_no_strength_changes_nothing(self):
+    image = self._image()
+    np.testing.assert_array_equal(self._jitter((0, 0, 0, 0)), image)
+
+  def test_each_change_is_a_blend_with_the_image_without_it(self):
+    # With black, the mean gray of the image, and each pixel's own gray.
+    image = self._image().astype(float)
+    gray = image @ [0.299, 0.587, 0.114]
+    mean = np.full_like(gray, np.round(gray.mean()))
+    ends = (np.zeros_like(gray), mean, gray)
+    for kind, end in enumerate(ends):
+      strengths = [0.0] * 4
+      strengths[kind] = 0.5
+      factors = []
+      for seed in range(40):
+        actual = self._jitter(tuple(strengths), seed).astype(float)
+        offset = image - end[..., None]
+        # Fitted to what was not clipped.
+        kept = (actual > 0) & (actual < 255)
+        factor = np.sum((actual - end[..., None])[kept] * offset[kept])
+        factor /= np.sum(offset[kept] ** 2)
+        expected = np.clip(end[..., None] + factor * offset, 0, 255)
+        np.testing.assert_allclose(actual, expected, atol=2.5)
+        factors.append(factor)
+      self.assertBetween(min(factors), 0.48, 0.6)
+      self.assertBetween(max(factors), 1.4, 1.52)
+
+  def test_a_large_strength_stops_at_zero(self):
+    # A factor below it would make the image black; these are from 0 to 4.
+    jittered = [self._jitter((3, 0, 0, 0), seed) for seed in range(60)]
+    self.assertLess(min(image.mean() for image in jittered), 20)
+    self.assertTrue(all(image.any() for image in jittered))
+
+  def test_hue_turns_and_keeps_value_and_saturation(self):
+    image = np.full((2, 2, 3), (200, 50, 50), np.uint8)
+    turned = {
+      tuple(self._jitter((0, 0, 0, 0.5), seed, image)[0, 0])
+      for seed in range(50)
+    }
+    self.assertGreater(len(turned), 30)
+    for colour in turned:
+      self.assertEqual(max(colour), 200)
+      self.assertBetween(min(colour), 49, 51)
+    greenest = max(turned, key=lambda colour: int(colour[1]) - int(colour[0]))
+    self.assertGreater(greenest[1], 150)
+
+  def test_the_order_is_random(self):
+    # Brightness clips; saturation before or after it makes a difference.
+    image = np.full((4, 4, 3), (250, 120, 10), np.uint8)
+    rng = absltest.mock.Mock()
+    rng.uniform.side_effect = lambda low, high: high
+    results = []
+    for order in ([0, 1, 2, 3], [2, 0, 1, 3]):
+      rng.permutation.return_value = order
+      results.append(
+        input_pipeline.color_jitter(image, (0.9, 0, 0.9, 0), rng).tolist()
+      )
+    self.assertNotEqual(*results)
+
+
+class RandomErasingTest(absltest.TestCase):
+
+  def test_areas_and_aspects_have_the_asked_distribution(self):
+    image = np.zeros((200, 200, 3), np.uint8)
+    areas, aspects, pixels = [], [], []
+    for seed in range(1000):
+      erased = input_pipeline.random_erasing(image, np.random.default_rng(seed))
+      rows, columns = np.nonzero(erased.any(axis=2))
+      height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+      areas.append(height * width / 200**2)
+      aspects.append(np.log(width / height))
+      pixels.append(erased[rows, columns].mean())
+    self.assertBetween(np.min(areas), 0.019, 0.03)
+    self.assertBetween(np.max(areas), 0.31, 0.34)
+    self.assertBetween(np.mean(areas), 0.16, 0.185)
+    self.assertBetween(np.max(np.abs(aspects)), 1.1, 1.25)
+    self.assertBetween(np.mean(aspects), -0.08, 0.08)
+    self.assertBetween(np.mean(pixels), 126, 129)
+    self.assertFalse(image.any())
+
+  def test_what_cannot_fit_is_left_alone(self):
+    image = np.ones((4, 400, 3), np.uint8)
+    erased = input_pipeline.random_erasing(
+      image, np.random.default_rng(0), scale=(0.9, 0.9), ratio=(1.0, 1.0)
+    )
+    np.testing.assert_array_equal(erased, image)
+
+  def test_training_erases_the_asked_share_of_images(self):
+    split = _split()
+    whole = [np.asarray(images.decode(r['image'])) for r in split.source]
+    config = _config(image_size=12, flip=False, erasing=0.25)
+    changed = [
+      not np.array_equal(image, whole[index])
+      for batch in _take(60, config)
+      for index, image in zip(batch['id'], batch['image'])
+    ]
+    self.assertBetween(np.mean(changed), 0.15, 0.35)
+
+  def test_training_changes_colours_as_asked(self):
+    split = _split()
+    whole = [np.asarray(images.decode(r['image'])) for r in split.source]
+    config = _config(image_size=12, flip=False, color_jitter=(0.5, 0, 0, 0))
+    (batch,) = _take(1, config)
+    for index, image in zip(batch['id'], batch['image']):
+      self.assertFalse(np.array_equal(image, whole[index]))
+
+
 class CropTest(absltest.TestCase):
 
   def test_random_crops_reach_every_place_and_the_padding_is_black(self):
@@ -186,6 +404,13 @@ class RandomResizedCropTest(parameterized.TestCase):
     actual = self._crop(image, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     np.testing.assert_array_equal(actual, expected)
 
+  def test_the_filter_is_the_asked_one(self):
+    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    expected = Image.fromarray(image).resize((8, 8), Image.Resampling.BICUBIC)
+    whole = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    actual = self._crop(image, interpolation='bicubic', **whole)
+    np.testing.assert_array_equal(actual, expected)
+
   @parameterized.parameters((10, 90), (90, 10))
   def test_of_what_fits_nowhere_the_centre_is_taken(self, *shape):
     # Coordinates as colours; the whole area never fits an allowed aspect.
@@ -220,6 +445,9 @@ class RandomResizedCropTest(parameterized.TestCase):
     for actual, expected in zip(first, again):
       self.assertEqual(actual['image'].shape, (4, 6, 6, 3))
       _assert_equal(actual, expected)
+    config.dataset.interpolation = 'bicubic'
+    (other,) = _take(1, config)
+    self.assertTrue(np.any(other['image'] != first[0]['image']))
 
 
 class EvaluationBatchesTest(parameterized.TestCase):

@@ -17,16 +17,21 @@ from proxy_nca_jax import state as state_lib
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
-# Twenty steps of a tenth of a second: time to stop in between.
+# Twenty steps of a tenth of a second: time to stop in between. The score falls
+# at the second evaluation, and with it the rates.
 _SMALL = {
   'num_steps': 20,
   'batch_size': 64,
   'log_every': 1,
   'save_every': 4,
-  'eval_every': 10,
+  'eval_every': 5,
+  'evaluation.select_by': 'harmonic_mean',
   'dataset.num_classes': 40,
   'dataset.validation': '2/2',
+  'dataset.images_per_class': 8,
   'model.width': 16,
+  'optimizer.plateau_factor': 0.5,
+  'optimizer.plateau_patience': 0,
 }
 
 
@@ -133,6 +138,7 @@ class MainTest(parameterized.TestCase):
       self.output, r'step 12/20  loss .* images/s  0:00:\d\d left'
     )
     self.assertRegex(self.output, r'trained +\d+\.\d\d')
+    self.assertRegex(self.output, r'rates are multiplied by 0.5\nstep 11/20')
     results = _results(self.straight)
     for title in ('selected', 'trained', 'untrained', 'raw_pixels'):
       for name in (
@@ -144,15 +150,16 @@ class MainTest(parameterized.TestCase):
 
   def test_the_validation_classes_select_the_step(self):
     rows = {
-      row['step']: row['validation.recall@1']
+      row['step']: 2
+      / (1 / row['validation.nmi'] + 1 / row['validation.recall@1'])
       for row in metric_writer.read_metrics(self.straight)
-      if 'validation.recall@1' in row
+      if 'validation.nmi' in row
     }
-    self.assertEqual(list(rows), [10, 20])
+    self.assertEqual(list(rows), [5, 10, 15, 20])
     results = _results(self.straight)
     best = max(rows, key=lambda step: (rows[step], -step))
     self.assertEqual(results['selected_step'], best)
-    self.assertEqual(results['selected_by'], {'recall@1': rows[best]})
+    self.assertAlmostEqual(results['selected_by']['harmonic_mean'], rows[best])
     is_last = best == 20
     self.assertEqual(results['selected'] == results['trained'], is_last)
     sizes = results['dataset']
@@ -259,13 +266,30 @@ class MainTest(parameterized.TestCase):
     ({'dataset.num_classes': 9999}, '9999 classes were asked for'),
     ({'dataset.fonts_dir': '/nowhere'}, 'No folder'),
     ({'dataset.validation': '3/2'}, 'dataset.validation'),
-    ({'eval_every': 0}, 'dataset.validation.*config.eval_every'),
-    ({'evaluation.select_by': 'f1'}, 'select_by.*one of.*recall@1'),
+    (
+      {'eval_every': 0, 'optimizer.plateau_factor': 1.0},
+      'dataset.validation.*config.eval_every',
+    ),
+    (
+      {'evaluation.select_by': 'f1'},
+      'select_by.*one of.*recall@1.*harmonic_mean',
+    ),
+    ({'dataset.images_per_class': 7}, 'batch_size .64.*divisible'),
   )
   def test_wrong_input_is_one_clear_line(self, fields, message):
     workdir = self._workdir()
     code, output = _run(workdir, self.data_dir, **fields)
     self._assert_refused(code, output, message)
+
+  def test_an_unknown_recipe_is_one_clear_line(self):
+    command = _command(self._workdir(), self.data_dir, config='cub200')
+    command[2] += ':papr'
+    process = subprocess.run(
+      command, env=_environment(), capture_output=True, text=True, check=False
+    )
+    self._assert_refused(
+      process.returncode, process.stderr, "^Error: Unknown recipe 'papr'.*paper"
+    )
 
   def test_a_missing_or_empty_root_is_one_clear_line(self):
     workdir = self._workdir()

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,6 +35,31 @@ def _step(config, gradients, num_steps=1):
   return params
 
 
+def _by_definition(
+    name, x, gradients, *, rates, eps, momentum=0.8, rms_decay=0.7, decay=0.1
+):
+  """The rules as PyTorch's documentation prints them."""
+  m, v = np.zeros_like(x), np.zeros_like(x)
+  for t, (g, rate) in enumerate(zip(gradients, rates), start=1):
+    if name == 'adamw':
+      x = x - rate * decay * x
+    else:
+      g = g + decay * x
+    if name in ('adam', 'adamw'):
+      m = momentum * m + (1 - momentum) * g
+      v = 0.999 * v + 0.001 * g**2
+      root = np.sqrt(v / (1 - 0.999**t))
+      x = x - rate * m / (1 - momentum**t) / (root + eps)
+    elif name == 'rmsprop':
+      v = rms_decay * v + (1 - rms_decay) * g**2
+      m = momentum * m + g / (np.sqrt(v) + eps)
+      x = x - rate * m
+    else:
+      m = momentum * m + g
+      x = x - rate * m
+  return x
+
+
 class OptimizerTest(parameterized.TestCase):
 
   def test_each_group_has_its_own_learning_rate(self):
@@ -46,10 +72,29 @@ class OptimizerTest(parameterized.TestCase):
     np.testing.assert_array_equal(params['head']['kernel'], 1)
     np.testing.assert_allclose(params['proxies'], -9, rtol=1e-6)
 
-  @parameterized.parameters('adam', 'rmsprop', 'sgd')
-  def test_proxies_move_against_their_gradient(self, name):
-    params = _step(_config(name=name), _params())
-    self.assertLess(jnp.max(params['proxies']), 1)
+  @parameterized.product(
+    name=('adam', 'adamw', 'rmsprop', 'sgd'), eps=(1e-8, 1.0)
+  )
+  def test_rules_are_those_of_their_definitions(self, name, eps):
+    config = _config(**{
+      'name': name, 'eps': eps, 'momentum': 0.8, 'rms_decay': 0.7,
+      'head.weight_decay': 0.1, 'head.schedule': 'exponential',
+      'head.decay_every': 2, 'head.learning_rate': 0.05,
+    })
+    optimizer = optimizer_lib.make_optimizer(config)
+    params = _params() | {'head': {'kernel': jnp.ones((2, 3))}}
+    state = optimizer.init(params)
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(6, 2, 3))
+    for gradient in gradients:
+      given = params | {'head': {'kernel': jnp.asarray(gradient, jnp.float32)}}
+      updates, state = optimizer.update(given, state, params)
+      params = optax.apply_updates(params, updates)
+    expected = _by_definition(
+      name, np.ones((2, 3)), gradients, eps=eps,
+      rates=0.05 * 0.94 ** np.array([0, 0, 1, 1, 2, 2]),
+    )
+    np.testing.assert_allclose(params['head']['kernel'], expected, rtol=2e-5)
 
   def test_schedules_by_hand(self):
     def rate(step, **fields):
@@ -72,6 +117,15 @@ class OptimizerTest(parameterized.TestCase):
       0.25,
       places=6,
     )
+    for step, expected in ((9, 1), (10, 0.5), (29, 0.5), (30, 0.25)):
+      fields = dict(learning_rate=1.0, schedule='step', decay_rate=0.5)
+      self.assertAlmostEqual(rate(step, decay_at=(10, 30), **fields), expected)
+      # Counted from the end of the warm-up.
+      later = rate(step + 5, decay_at=(10, 30), warmup_steps=5, **fields)
+      self.assertAlmostEqual(later, expected)
+    # Half of the steps that are neither frozen nor warm-up.
+    fields = dict(schedule='cosine', freeze_steps=20, warmup_steps=10)
+    self.assertAlmostEqual(rate(45, learning_rate=2.0, **fields), 1, places=6)
 
   def test_clipping_is_by_the_norm_of_all_groups(self):
     config = _config(**{
@@ -85,23 +139,79 @@ class OptimizerTest(parameterized.TestCase):
       params['proxies'], 1 - 1 / np.sqrt(12), rtol=1e-6
     )
 
-  def test_weight_decay_is_decoupled(self):
+  def test_values_are_clipped_in_the_groups_that_ask_for_it(self):
     config = _config(**{
-      'backbone.weight_decay': 0.5, 'backbone.learning_rate': 0.1,
+      'name': 'sgd', 'momentum': 0.5, 'backbone.learning_rate': 1.0,
+      'backbone.clip_value': 2.0, 'proxies.learning_rate': 1.0,
     })
-    gradients = {
-      'backbone': {'kernel': jnp.zeros((2, 2))},
-      'head': {'kernel': jnp.zeros((2,))},
-      'proxies': jnp.zeros((3, 2)),
+    gradients = _params() | {
+      'backbone': {'kernel': jnp.array([[3.0, 2.0], [-5.0, 1.0]])},
+      'proxies': jnp.full((3, 2), 7.0),
     }
-    params = _step(config, gradients)
-    np.testing.assert_allclose(params['backbone']['kernel'], 0.95, rtol=1e-6)
-    np.testing.assert_array_equal(params['proxies'], 1)
+    params = _step(config, gradients, num_steps=2)
+    # The second step is one and a half times the first: what is clipped comes
+    # before the momentum.
+    np.testing.assert_allclose(
+      (1 - params['backbone']['kernel']) / 2.5, [[2, 2], [-2, 1]]
+    )
+    np.testing.assert_allclose((1 - params['proxies']) / 2.5, 7)
+
+  @parameterized.parameters(
+    (False, {'backbone': 0.95, 'head': 1, 'proxies': 1}),
+    (True, {'backbone': 0.95, 'head': 0.9, 'proxies': 1}),
+  )
+  def test_weight_decay_spares_proxies_and_vectors(self, vectors, expected):
+    config = _config(**{
+      'name': 'adamw', 'decay_vectors': vectors,
+      'backbone.weight_decay': 0.5, 'backbone.learning_rate': 0.1,
+      'head.weight_decay': 1.0, 'head.learning_rate': 0.1,
+    })
+    params = _step(config, jax.tree.map(jnp.zeros_like, _params()))
+    for group, value in expected.items():
+      for leaf in jax.tree.leaves(params[group]):
+        np.testing.assert_allclose(leaf, value, rtol=1e-6)
+
+  def test_a_frozen_group_starts_later_as_if_it_started_then(self):
+    fields = {
+      'backbone.learning_rate': 0.1, 'backbone.warmup_steps': 2,
+      'backbone.schedule': 'exponential', 'backbone.decay_every': 1,
+      'backbone.weight_decay': 0.5,
+    }
+    rng = np.random.default_rng(0)
+    gradients = [
+      jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), _params())
+      for _ in range(8)
+    ]
+
+    def train(gradients, **more):
+      optimizer = optimizer_lib.make_optimizer(_config(**fields, **more))
+      update = jax.jit(optimizer.update)
+      params = _params()
+      state, history = optimizer.init(params), []
+      for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        history.append(params)
+      return history
+
+    frozen = train(gradients, **{'backbone.freeze_steps': 3})
+    later, straight = train(gradients[3:]), train(gradients)
+    for step, params in enumerate(frozen):
+      kernel = params['backbone']['kernel']
+      if step < 3:
+        np.testing.assert_array_equal(kernel, 1)
+      else:
+        expected = later[step - 3]['backbone']['kernel']
+        np.testing.assert_allclose(kernel, expected, rtol=1e-6)
+      # The other groups train all the while.
+      np.testing.assert_allclose(
+        params['proxies'], straight[step]['proxies'], rtol=1e-6
+      )
 
   def test_unknown_names_list_the_choices(self):
-    with self.assertRaisesRegex(ValueError, 'adam, rmsprop, sgd'):
+    with self.assertRaisesRegex(ValueError, 'adam, adamw, rmsprop, sgd'):
       optimizer_lib.make_optimizer(_config(name='adagrad'))
-    with self.assertRaisesRegex(ValueError, 'constant, cosine, exponential'):
+    with self.assertRaisesRegex(ValueError, 'cosine, exponential, step'):
       optimizer_lib.make_optimizer(_config(**{'head.schedule': 'linear'}))
 
   def test_only_a_cosine_depends_on_the_number_of_steps(self):
@@ -109,6 +219,31 @@ class OptimizerTest(parameterized.TestCase):
     self.assertFalse(depends(_config()))
     self.assertFalse(depends(_config(**{'head.schedule': 'exponential'})))
     self.assertTrue(depends(_config(**{'proxies.schedule': 'cosine'})))
+
+
+class PlateauTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+    ([], 1),
+    ([0.1, 0.2, 0.3], 1),
+    # Two may pass, the third is one too many, and counting begins again.
+    ([0.3, 0.1, 0.2], 1),
+    ([0.3, 0.1, 0.2, 0.3], 0.5),
+    ([0.3, 0.1, 0.2, 0.3, 0.1, 0.1], 0.5),
+    ([0.3, 0.1, 0.2, 0.3, 0.1, 0.1, 0.1], 0.25),
+    # A better score begins the count again.
+    ([0.3, 0.1, 0.1, 0.4, 0.1, 0.1], 1),
+    # Better by less than a ten-thousandth of the best is not better.
+    ([0.5, 0.50004, 0.50004, 0.50004], 0.5),
+    ([0.5, 0.50006, 0.50006, 0.50006], 1),
+  )
+  def test_rates_fall_when_scores_stall(self, scores, expected):
+    scale = optimizer_lib.plateau_scale(scores, patience=2, factor=0.5)
+    self.assertEqual(scale, expected)
+
+  def test_no_patience_takes_the_first_worse_score(self):
+    scale = optimizer_lib.plateau_scale([0.3, 0.2], patience=0, factor=0.1)
+    self.assertEqual(scale, 0.1)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Files in tests/originals are by `benchmarks/parity.py originals`, of torch."""
+"""Files in tests/originals are written by `benchmarks/parity.py originals`."""
 
 import functools
 import os
@@ -355,7 +355,9 @@ def _as_augreg(tensors):
   arrays = {
     'cls': tensors['cls_token'],
     'Transformer/posembed_input/pos_embedding': tensors['pos_embed'],
-    'embedding/kernel': tensors['patch_embed.proj.weight'].transpose(2, 3, 1, 0),
+    'embedding/kernel': np.transpose(
+      tensors['patch_embed.proj.weight'], (2, 3, 1, 0)
+    ),
     'embedding/bias': tensors['patch_embed.proj.bias'],
     'Transformer/encoder_norm/scale': tensors['norm.weight'],
     'Transformer/encoder_norm/bias': tensors['norm.bias'],

@@ -8,11 +8,16 @@ from proxy_nca_jax import proxies
 
 class ProxiesTest(absltest.TestCase):
 
-  def test_proxies_begin_with_norms_near_one(self):
+  def test_proxies_begin_with_norms_near_the_asked_one(self):
     for dim in (16, 512):
       points = proxies.init_proxies(jax.random.key(0), 200, dim)
       norms = jnp.linalg.norm(points, axis=1)
       self.assertAlmostEqual(float(jnp.mean(norms)), 1, delta=0.05)
+      # As normals divided by 8 have, in 64 and in 2048 dimensions.
+      scaled = proxies.init_proxies(
+        jax.random.key(0), 200, dim, norm=dim**0.5 / 8
+      )
+      self.assertAlmostEqual(float(jnp.std(scaled)), 1 / 8, delta=0.005)
 
   def test_nearest_proxy_is_the_nearest_on_the_sphere(self):
     rng = np.random.default_rng(0)

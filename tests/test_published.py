@@ -1,5 +1,6 @@
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import subprocess
@@ -416,6 +417,21 @@ class CacheTest(_Test):
     self.assertEqual(file.stat().st_mtime_ns, before.st_mtime_ns)
     self._load('sop', cache_size=12, resize=12)
     self.assertLen(list(self.data_dir.glob('resized/*/pixels.bin')), 2)
+    data = self._load('sop', cache_size=16, interpolation='bicubic')
+    self.assertLen(list(self.data_dir.glob('resized/*/pixels.bin')), 3)
+    picture = Image.open(self._write_picture(data.train[3]['image']))
+    np.testing.assert_array_equal(
+      data.train.picture(3), picture.resize((16, 16), Image.Resampling.BICUBIC)
+    )
+
+  def test_a_bilinear_file_is_named_as_before_there_was_a_choice(self):
+    _write('sop', self.manual_dir)
+    self._load('sop', cache_size=16)
+    (file,) = self.data_dir.glob('resized/*/inputs.json')
+    self.assertEqual(
+      set(json.loads(file.read_text())),
+      {'bytes', 'dataset', 'mode', 'pillow', 'records', 'side'},
+    )
 
   def test_a_half_written_file_is_written_again(self):
     _write('sop', self.manual_dir)
@@ -446,6 +462,7 @@ class CacheTest(_Test):
     (dict(resize=0), 'resize'),
     (dict(crop='middle'), 'random or random_resized'),
     (dict(resize_mode='longer'), 'square or shorter'),
+    (dict(interpolation='cubic'), 'bilinear or bicubic'),
   )
   def test_fields_that_do_not_fit_are_errors(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -17,6 +17,8 @@ def _create(seed=0, devices=None):
   config.seed = seed
   config.model.width = 4
   config.dataset.image_size = 8
+  # What waits has a state of its own.
+  config.optimizer.backbone.freeze_steps = 3
   sharding = mesh_lib.replicated(mesh_lib.make_mesh(devices))
   return state_lib.create(
     config,

@@ -1,5 +1,7 @@
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -86,6 +88,47 @@ class TrainStepTest(parameterized.TestCase):
       self.assertTrue(all(jax.tree.leaves(changed)), group)
     self.assertEqual(after.step, 1)
 
+  def test_the_step_scales_all_learning_rates(self):
+    def apply(variables, images, **_):
+      rows = images.reshape(len(images), -1)
+      params = variables['params']
+      return rows @ params['backbone'] @ params['head'], {}
+
+    config = _config(**{'optimizer.name': 'sgd'})
+    optimizer = optimizer_lib.make_optimizer(config)
+    step = train.make_train_step(
+      types.SimpleNamespace(apply=apply),
+      optimizer,
+      train.make_loss(config),
+      lambda images: images / 255,
+    )
+    rng = np.random.default_rng(0)
+    shapes = {
+      'backbone': (16 * 16 * 3, 5), 'head': (5, 4), 'proxies': (_NUM_CLASSES, 4)
+    }
+    params = {
+      group: rng.normal(size=shape).astype(np.float32)
+      for group, shape in shapes.items()
+    }
+    (batch,) = _batches(config, 1)
+
+    def moved(*rate_scale):
+      state = state_lib.TrainState(
+        step=jnp.int32(0),
+        params=jax.tree.map(jnp.array, params),
+        model_state={},
+        opt_state=optimizer.init(params),
+      )
+      state, _ = step(state, batch, *rate_scale)
+      return jax.tree.map(np.subtract, state.params, params)
+
+    whole, half = moved(), moved(0.5)
+    for group in optimizer_lib.GROUPS:
+      self.assertTrue(np.any(whole[group]), group)
+      np.testing.assert_allclose(
+        2 * half[group], whole[group], rtol=1e-2, atol=1e-6
+      )
+
   def test_one_device_equals_eight(self):
     config = _config(**{'optimizer.name': 'sgd'})
     one, one_history, embed = _run(
@@ -122,6 +165,17 @@ class ConfigTest(parameterized.TestCase):
     ({'num_steps': 0}, 'config.num_steps .0.'),
     ({'save_every': 0}, 'config.save_every'),
     ({'evaluation.recall_at': (0, 1)}, 'recall_at'),
+    ({'proxies.init_norm': 0.0}, 'proxies.init_norm .0.0. must be positive'),
+    ({'optimizer.plateau_factor': 1.5}, 'plateau_factor .1.5. must be in'),
+    ({'optimizer.plateau_patience': -1}, 'plateau_patience .-1. not negative'),
+    (
+      {'optimizer.plateau_factor': 0.1, 'eval_every': 5},
+      'plateau_factor .0.1. follows .* set config.dataset.validation',
+    ),
+    (
+      {'optimizer.plateau_factor': 0.1, 'dataset.validation': '2/2'},
+      'plateau_factor .0.1. follows .* config.eval_every',
+    ),
   )
   def test_impossible_numbers_are_refused(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):

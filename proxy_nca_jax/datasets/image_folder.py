@@ -23,6 +23,7 @@ class ImageFolderConfig(tfds.core.BuilderConfig):
   num_train_classes: int | None = None
   resize: int = 0
   resize_mode: str = 'square'
+  interpolation: str = 'bilinear'
 
 
 class ImageFolder(records.OrderedBuilder):
@@ -48,7 +49,10 @@ class ImageFolder(records.OrderedBuilder):
 
     def convert(encoded):
       picture = images.resize(
-        images.decode(encoded), side=config.resize, mode=config.resize_mode
+        images.decode(encoded),
+        side=config.resize,
+        mode=config.resize_mode,
+        interpolation=config.interpolation,
       )
       return images.encode_png(picture)
 
@@ -84,7 +88,12 @@ class ImageFolder(records.OrderedBuilder):
 
 
 def make_builder(
-    *, data_dir: str, root: str, resize: int, resize_mode: str
+    *,
+    data_dir: str,
+    root: str,
+    resize: int,
+    resize_mode: str,
+    interpolation: str,
 ) -> tuple[tfds.core.DatasetBuilder, list[list[str]]]:
   """Returns the builder for a folder, and the files that belong to no class.
 
@@ -96,6 +105,7 @@ def make_builder(
       and root/test where both exist.
     resize: side of the stored pictures, in pixels.
     resize_mode: 'square' or 'shorter', as of `images.resize`.
+    interpolation: 'bilinear' or 'bicubic', as of `images.resize`.
 
   Returns:
     (builder, skipped): skipped holds [file, reason].
@@ -135,7 +145,11 @@ def make_builder(
     for part in parts
     for name in _files(os.path.join(root, part))
   ]
-  contents = hashlib.sha256(json.dumps([root, resize, resize_mode]).encode())
+  inputs = [root, resize, resize_mode]
+  # What was stored before there was a choice is bilinear, and stays valid.
+  if interpolation != 'bilinear':
+    inputs.append(interpolation)
+  contents = hashlib.sha256(json.dumps(inputs).encode())
   for class_name, names in classes:
     contents.update(json.dumps(class_name).encode())
     for name in names:
@@ -149,6 +163,7 @@ def make_builder(
     num_train_classes=num_train_classes,
     resize=resize,
     resize_mode=resize_mode,
+    interpolation=interpolation,
   )
   builder = ImageFolder(
     data_dir=data_dir, config=config, file_format='array_record'

@@ -5,6 +5,11 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+FILTERS = {
+  'bilinear': Image.Resampling.BILINEAR,
+  'bicubic': Image.Resampling.BICUBIC,
+}
+
 
 def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
   """Decodes a picture as a person would see it: upright, RGB, 8 bits.
@@ -64,21 +69,29 @@ def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
   return Image.fromarray((pixels // 257).astype(np.uint8)).convert('RGB')
 
 
-def resize(image: Image.Image, *, side: int, mode: str) -> Image.Image:
-  """Resizes with Pillow's bilinear filter, which averages when it shrinks.
+def resize(
+    image: Image.Image, *, side: int, mode: str, interpolation: str = 'bilinear'
+) -> Image.Image:
+  """Resizes with a filter of Pillow's, which averages when it shrinks.
 
   Args:
     image: a Pillow image.
     side: in pixels; 0 leaves the image as it is.
     mode: 'square', which changes the aspect, or 'shorter' for the shorter
       side, which keeps it (the longer is rounded down, as in torchvision).
+    interpolation: 'bilinear' or 'bicubic'.
 
   Returns:
     A Pillow image.
 
   Raises:
-    ValueError: if the mode is unknown.
+    ValueError: if the mode or the interpolation is unknown.
   """
+  if interpolation not in FILTERS:
+    raise ValueError(
+      f'Unknown config.dataset.interpolation {interpolation!r}: choose '
+      f'{" or ".join(FILTERS)}.'
+    )
   if mode == 'square':
     size = (side, side)
   elif mode == 'shorter':
@@ -90,7 +103,7 @@ def resize(image: Image.Image, *, side: int, mode: str) -> Image.Image:
     )
   if not side or size == image.size:
     return image
-  return image.resize(size, Image.Resampling.BILINEAR)
+  return image.resize(size, FILTERS[interpolation])
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -245,7 +245,12 @@ def _check_resizes(config: ml_collections.ConfigDict) -> bool:
   Raises:
     ValueError: if the fields do not fit, or this is so and is not allowed.
   """
-  images.resize(Image.new('RGB', (1, 1)), side=0, mode=config.resize_mode)
+  images.resize(
+    Image.new('RGB', (1, 1)),
+    side=0,
+    mode=config.resize_mode,
+    interpolation=config.interpolation,
+  )
   if config.crop not in ('random', 'random_resized'):
     raise ValueError(
       f'Unknown config.dataset.crop {config.crop!r}: choose random or '
@@ -291,7 +296,11 @@ def make_pictures(
   stored: the same pixels.
   """
   read = functools.partial(
-    _read_picture, source, side=side, mode=config.resize_mode
+    _read_picture,
+    source,
+    side=side,
+    mode=config.resize_mode,
+    interpolation=config.interpolation,
   )
   if not config.cache_size:
     return read
@@ -303,15 +312,18 @@ def make_pictures(
     'side': side,
     'mode': config.resize_mode,
   }
+  # What was stored before there was a choice is bilinear, and stays valid.
+  if config.interpolation != 'bilinear':
+    inputs['interpolation'] = config.interpolation
   folder = os.path.join(find_data_dir(config.data_dir), 'resized')
   return resized.prepare(folder, inputs, read, len(source)).__getitem__
 
 
-def _read_picture(source, row, *, side, mode):
+def _read_picture(source, row, **resize):
   # As every published number: no data set of the papers is turned by EXIF.
   # What image_folder stores is upright already.
   picture = images.decode(source[row]['image'], upright=False)
-  return np.asarray(images.resize(picture, side=side, mode=mode))
+  return np.asarray(images.resize(picture, **resize))
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
