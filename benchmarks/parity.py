@@ -441,7 +441,7 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
     loss.backward()
     torch_optimizer.step()
     schedule.step()
-    original_losses.append(float(loss))
+    original_losses.append(loss.item())
   ours = embed(state, {'image': images})
   original.eval()
   with torch.no_grad():
