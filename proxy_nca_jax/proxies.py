@@ -4,6 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from proxy_nca_jax import distances
+
 
 def init_proxies(
     key: chex.PRNGKey, num_proxies: int, dim: int
@@ -30,12 +32,6 @@ def nearest_proxies(embeddings: chex.Array, proxies: chex.Array) -> jax.Array:
     int32 [batch], in [0, num_proxies). The lowest index wins a tie.
   """
   chex.assert_rank([embeddings, proxies], 2)
-  proxies = proxies.astype(jnp.float32)
   # The length of an embedding does not change the order of its proxies.
-  norms = jnp.maximum(jnp.linalg.norm(proxies, axis=1), 1e-30)
-  cosines = jnp.dot(
-    embeddings.astype(jnp.float32),
-    (proxies / norms[:, None]).T,
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  cosines = distances.products(embeddings, distances.unit_norm(proxies))
   return jnp.argmax(cosines, axis=1).astype(jnp.int32)

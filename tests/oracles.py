@@ -32,6 +32,23 @@ def proxy_nca_loss(
   return np.array(losses)
 
 
+def unit(x):
+  x = np.asarray(x, np.float64)
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def proxy_anchor_loss(embeddings, proxies, labels, *, alpha=32, margin=0.1):
+  """The two sums over proxies, each over the batch, term by term."""
+  x, p = unit(embeddings), unit(proxies)
+  pulls, pushes = [], []
+  for index, proxy in enumerate(p):
+    own = [v @ proxy for v, label in zip(x, labels) if label == index]
+    others = [v @ proxy for v, label in zip(x, labels) if label != index]
+    pulls.append(np.log1p(sum(np.exp(-alpha * (s - margin)) for s in own)))
+    pushes.append(np.log1p(sum(np.exp(alpha * (s + margin)) for s in others)))
+  return sum(pulls) / len(set(labels)) + np.mean(pushes)
+
+
 def gradient(function, x, step=1e-5):
   """Central differences of a scalar function of a float64 array."""
   x = np.array(x, np.float64)

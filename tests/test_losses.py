@@ -1,237 +1,164 @@
+"""What holds for every loss, each against its oracle."""
+
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import losses, proxy_nca_loss
+from proxy_nca_jax import losses
 
-_FORMS = (
-  {},
-  {'positive_in_denominator': True},
-  {'normalize': False, 'temperature': 2.0},
-  {'normalize': False, 'positive_in_denominator': True, 'temperature': 3.0},
-  {'positive_in_denominator': True, 'label_smoothing': 0.1},
-  {'positive_in_denominator': True, 'temperature': 1.0},
+_BATCH, _CLASSES, _DIM = 8, 5, 4
+
+# The losses, with arguments that reach every branch and keep them curved.
+_CASES = (
+  ('proxy_anchor', {}),
+  ('proxy_anchor', {'alpha': 2.0, 'margin': 0.3}),
+  ('proxy_nca', {'temperature': 1.0}),
 )
 
 
-def _inputs(seed=0, batch=7, num_proxies=5, dim=4):
+def _points(name, rng):
+  """The arrays of a loss that have gradients: embeddings, maybe proxies."""
+  shapes = [(_BATCH, _DIM), (_CLASSES, _DIM)]
+  return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def _labels(rng):
+  """Two examples of one class, three of another, and three alone."""
+  return rng.permutation([0, 0, 1, 1, 1, 2, 3, 4]).astype(np.int32)
+
+
+def _inputs(name, seed=0):
   rng = np.random.default_rng(seed)
-  return (
-    rng.normal(size=(batch, dim)).astype(np.float32),
-    rng.normal(size=(num_proxies, dim)).astype(np.float32),
-    rng.integers(0, num_proxies, batch).astype(np.int32),
-  )
+  return _points(name, rng), _labels(rng)
 
 
-class ProxyNcaLossTest(parameterized.TestCase):
+def _value_and_gradients(name, points, labels, **kwargs):
+  def total(points):
+    return jnp.sum(losses.LOSSES[name](*points, labels, **kwargs))
 
-  def test_values_by_hand(self):
-    # Distances to the three proxies: 0, 2 and 4.
-    x = jnp.array([[1.0, 0.0]])
-    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    for label, expected in (
-      (0, 0 + np.log(np.exp(-2) + np.exp(-4))),
-      (1, 2 + np.log(1 + np.exp(-4))),
-      (2, 4 + np.log(1 + np.exp(-2))),
-    ):
-      actual = proxy_nca_loss(x, proxies, jnp.array([label]), temperature=1.0)
-      np.testing.assert_allclose(actual, [expected], rtol=1e-6)
+  return jax.value_and_grad(total)([jnp.asarray(x) for x in points])
 
-  def test_softmax_form_by_hand(self):
-    x = jnp.array([[2.0, 0.0]])
-    proxies = jnp.array([[3.0, 0.0], [0.0, 5.0]])
-    actual = proxy_nca_loss(
-      x, proxies, jnp.array([1]), temperature=1.0, positive_in_denominator=True
-    )
-    np.testing.assert_allclose(actual, [2 + np.log(1 + np.exp(-2))], rtol=1e-6)
 
-  @parameterized.parameters(*_FORMS)
-  def test_equals_the_oracle(self, **kwargs):
+class LossesTest(parameterized.TestCase):
+
+  def test_every_loss_is_tested(self):
+    self.assertEqual({name for name, _ in _CASES}, set(losses.LOSSES))
+
+  @parameterized.parameters(*_CASES)
+  def test_equals_the_oracle(self, name, kwargs):
+    oracle = getattr(oracles, losses.LOSSES[name].__name__)
     for seed in range(3):
-      inputs = _inputs(seed)
+      points, labels = _inputs(name, seed)
+      actual = losses.LOSSES[name](*points, labels, **kwargs)
+      self.assertEqual(actual.dtype, jnp.float32)
       np.testing.assert_allclose(
-        proxy_nca_loss(*inputs, **kwargs),
-        oracles.proxy_nca_loss(*inputs, **kwargs),
-        rtol=2e-5,
-        atol=2e-5,
+        actual, oracle(*points, labels, **kwargs), rtol=2e-5, atol=2e-5
       )
 
-  @parameterized.parameters(*_FORMS)
-  def test_gradients_equal_differences_of_the_oracle(self, **kwargs):
-    x, p, labels = _inputs()
-    actual = jax.grad(
-      lambda x, p: jnp.sum(proxy_nca_loss(x, p, labels, **kwargs)), (0, 1)
-    )(x, p)
-    expected = (
-      oracles.gradient(
-        lambda x: oracles.proxy_nca_loss(x, p, labels, **kwargs).sum(), x
-      ),
-      oracles.gradient(
-        lambda p: oracles.proxy_nca_loss(x, p, labels, **kwargs).sum(), p
-      ),
-    )
-    for a, b in zip(actual, expected):
-      np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
-      self.assertGreater(np.abs(b).max(), 0.1)
+  @parameterized.parameters(*_CASES)
+  def test_gradients_equal_differences_of_the_oracle(self, name, kwargs):
+    oracle = getattr(oracles, losses.LOSSES[name].__name__)
+    points, labels = _inputs(name)
+    _, gradients = _value_and_gradients(name, points, labels, **kwargs)
+    for place, actual in enumerate(gradients):
 
-  @parameterized.parameters(True, False)
-  def test_descent_on_proxies_alone_makes_the_nearest_right(self, softmax):
-    # The wrong sign learns mirrored proxies, which no retrieval metric sees.
-    x = jnp.eye(4)
-    labels = jnp.arange(4)
-    proxies = jax.random.normal(jax.random.key(0), (4, 4))
-    gradient = jax.jit(jax.grad(
-      lambda p: proxy_nca_loss(
-        x, p, labels, positive_in_denominator=softmax
-      ).mean()
-    ))
-    for _ in range(200):
-      proxies -= 0.1 * gradient(proxies)
-    proxies /= jnp.linalg.norm(proxies, axis=1, keepdims=True)
-    distances = jnp.sum((x[:, None] - proxies[None]) ** 2, axis=2)
-    np.testing.assert_array_equal(jnp.argmin(distances, axis=1), labels)
+      def total(x, place=place):
+        moved = [*points[:place], x, *points[place + 1 :]]
+        return np.sum(oracle(*moved, labels, **kwargs))
 
-  def test_softmax_form_is_the_softplus_of_the_papers(self):
-    inputs = _inputs()
-    paper = proxy_nca_loss(*inputs)
-    softmax = proxy_nca_loss(*inputs, positive_in_denominator=True)
-    np.testing.assert_allclose(softmax, jax.nn.softplus(paper), rtol=1e-4,
-                               atol=1e-5)
+      expected = oracles.gradient(total, points[place])
+      np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
+      self.assertGreater(np.abs(expected).max(), 0.01)
 
-  def test_papers_form_can_be_negative(self):
-    loss = proxy_nca_loss(jnp.eye(2), jnp.eye(2), jnp.arange(2))
-    np.testing.assert_allclose(loss, [-18, -18], rtol=1e-6)
-
-  def test_two_scales_of_three_are_a_temperature_of_one_ninth(self):
-    x, p, labels = _inputs()
-    x3 = 3 * x / np.linalg.norm(x, axis=1, keepdims=True)
-    p3 = 3 * p / np.linalg.norm(p, axis=1, keepdims=True)
+  @parameterized.parameters(*losses.LOSSES)
+  def test_jit_agrees_with_the_plain_call(self, name):
+    points, labels = _inputs(name)
+    loss = losses.LOSSES[name]
     np.testing.assert_allclose(
-      proxy_nca_loss(x3, p3, labels, normalize=False, temperature=1.0),
-      proxy_nca_loss(x, p, labels),
-      rtol=1e-4,
-      atol=1e-4,
+      jax.jit(loss)(*points, labels), loss(*points, labels),
+      rtol=1e-5, atol=1e-5,
     )
 
+  @parameterized.parameters(*_CASES)
+  def test_rows_that_do_not_count_might_not_be_there(self, name, kwargs):
+    points, labels = _inputs(name)
+    where = np.arange(_BATCH) != 3
+    kept = [points[0][where], *points[1:]]
+    expected, expected_gradients = _value_and_gradients(
+      name, kept, labels[where], **kwargs
+    )
+    points[0][3], labels[3] = np.nan, -1
+    actual, gradients = _value_and_gradients(
+      name, points, labels, where=where, **kwargs
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(gradients[0][3], 0)
+    gradients[0] = gradients[0][where]
+    for a, b in zip(gradients, expected_gradients):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
   @parameterized.product(
-    scale=(1e-30, 1e-10, 1.0, 1e10, 1e30),
-    temperature=(1e-3, 1 / 9, 1e3),
-    softmax=(True, False),
+    name=tuple(losses.LOSSES),
+    batch=('one class', 'all classes', 'alike', 'zeros', 'one', 'none'),
   )
-  def test_finite_at_every_scale(self, scale, temperature, softmax):
-    x, p, labels = _inputs()
-    loss, gradients = jax.value_and_grad(
-      lambda x, p: proxy_nca_loss(
-        x, p, labels, temperature=temperature, positive_in_denominator=softmax
-      ).sum(),
-      (0, 1),
-    )(jnp.asarray(x * np.float32(scale)), jnp.asarray(p * np.float32(scale)))
-    expected = proxy_nca_loss(
-      x, p, labels, temperature=temperature, positive_in_denominator=softmax
-    ).sum()
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+  def test_degenerate_batches_are_finite(self, name, batch):
+    points, labels = _inputs(name)
+    where = np.ones(_BATCH, bool)
+    if batch == 'one class':
+      labels[:] = 1
+    elif batch == 'all classes':
+      labels = np.arange(_CLASSES)
+      points[0] = points[0][:_CLASSES]
+      where = where[:_CLASSES]
+    elif batch == 'alike':
+      points = [0 * x + 1 for x in points]
+    elif batch == 'zeros':
+      points = [0 * x for x in points]
+    elif batch == 'one':
+      where = np.arange(_BATCH) == 2
+    else:
+      where[:] = False
+    value, gradients = _value_and_gradients(name, points, labels, where=where)
+    self.assertTrue(np.isfinite(value))
     for gradient in gradients:
       self.assertTrue(np.all(np.isfinite(gradient)))
 
-  @parameterized.product(
-    rows=('zeros', 'equal', 'proxies'), softmax=(True, False),
-    normalize=(True, False),
-  )
-  def test_degenerate_rows_are_finite(self, rows, softmax, normalize):
-    _, p, labels = _inputs(batch=5)
-    x = {'zeros': 0 * p, 'equal': 0 * p + 1, 'proxies': p}[rows]
-    p = {'zeros': 0 * p, 'equal': 0 * p + 1, 'proxies': p}[rows]
-    loss, gradients = jax.value_and_grad(
-      lambda x, p: proxy_nca_loss(
-        x, p, labels, positive_in_denominator=softmax, normalize=normalize
-      ).sum(),
-      (0, 1),
-    )(x, p)
-    self.assertTrue(np.isfinite(loss))
-    for gradient in gradients:
-      self.assertTrue(np.all(np.isfinite(gradient)))
-
-  @parameterized.parameters(jnp.bfloat16, jnp.float16)
-  def test_low_precision_inputs_are_computed_in_float32(self, dtype):
-    x, p, labels = _inputs()
-    x, p = jnp.asarray(x, dtype), jnp.asarray(p, dtype)
-    actual = proxy_nca_loss(x, p, labels)
+  @parameterized.parameters(*losses.LOSSES)
+  def test_half_precision_is_computed_in_float32(self, name):
+    points, labels = _inputs(name)
+    points = [jnp.asarray(x, jnp.bfloat16) for x in points]
+    actual = losses.LOSSES[name](*points, labels)
     self.assertEqual(actual.dtype, jnp.float32)
-    expected = proxy_nca_loss(
-      x.astype(jnp.float32), p.astype(jnp.float32), labels
-    )
-    np.testing.assert_array_equal(actual, expected)
+    points = [x.astype(jnp.float32) for x in points]
+    np.testing.assert_array_equal(actual, losses.LOSSES[name](*points, labels))
 
-  def test_jit_and_vmap_agree_with_the_plain_call(self):
-    x, p, labels = _inputs()
-    plain = proxy_nca_loss(x, p, labels)
-    np.testing.assert_allclose(
-      jax.jit(proxy_nca_loss)(x, p, labels), plain, rtol=1e-5, atol=1e-6
-    )
-    stacked = jax.vmap(proxy_nca_loss, in_axes=(0, None, 0))(
-      np.stack([x, x[::-1]]), p, np.stack([labels, labels[::-1]])
-    )
-    np.testing.assert_allclose(stacked[0], plain, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(stacked[1], plain[::-1], rtol=1e-5, atol=1e-6)
-
-  def test_where_drops_a_row_whatever_it_holds(self):
-    x, p, labels = _inputs()
-    where = np.arange(7) != 3
-    bad, bad_labels = x.copy(), labels.copy()
-    bad[3], bad_labels[3] = np.nan, -1
-
-    def total(x, p, labels, where):
-      return proxy_nca_loss(x, p, labels, where=where).sum()
-
-    loss = proxy_nca_loss(bad, p, bad_labels, where=where)
-    self.assertEqual(loss[3], 0)
+  @parameterized.parameters(*losses.LOSSES)
+  def test_a_label_without_a_proxy_is_an_error_or_traced_nan(self, name):
+    points, labels = _inputs(name)
+    labels[2] = _CLASSES
+    loss = losses.LOSSES[name]
+    with self.assertRaisesRegex(ValueError, r'5.*\[0, 5\)'):
+      loss(*points, labels)
+    is_nan = np.isnan(jax.jit(loss)(*points, labels))
     np.testing.assert_array_equal(
-      loss[where], proxy_nca_loss(x, p, labels)[where]
-    )
-    dx, dp = jax.grad(total, (0, 1))(bad, p, bad_labels, where)
-    np.testing.assert_array_equal(dx[3], 0)
-    _, expected = jax.grad(total, (0, 1))(
-      x[where], p, labels[where], np.ones(6, bool)
-    )
-    np.testing.assert_allclose(dp, expected, rtol=1e-4, atol=1e-5)
-
-  @parameterized.parameters(-1, 5, 100)
-  def test_a_label_without_a_proxy_is_an_error(self, label):
-    x, p, labels = _inputs()
-    labels[2] = label
-    with self.assertRaisesRegex(ValueError, rf'{label}.*\[0, 5\)'):
-      proxy_nca_loss(x, p, labels)
-
-  @parameterized.parameters(-1, 5, 100)
-  def test_a_traced_label_without_a_proxy_is_nan_for_its_row(self, label):
-    x, p, labels = _inputs()
-    expected = np.array(proxy_nca_loss(x, p, labels))
-    labels[2], expected[2] = label, np.nan
-    np.testing.assert_allclose(
-      jax.jit(proxy_nca_loss)(x, p, labels), expected, rtol=1e-5, atol=1e-6
+      is_nan, np.arange(_BATCH) == 2 if is_nan.ndim else True
     )
 
-  @parameterized.parameters(
-    ({'label_smoothing': 0.1}, 'positive_in_denominator'),
-    ({'label_smoothing': 1.0, 'positive_in_denominator': True}, 'in .0, 1'),
-    ({'label_smoothing': -0.1, 'positive_in_denominator': True}, 'in .0, 1'),
-    ({'temperature': 0.0}, 'temperature'),
-  )
-  def test_wrong_arguments_are_errors(self, kwargs, message):
-    with self.assertRaisesRegex(ValueError, message):
-      proxy_nca_loss(*_inputs(), **kwargs)
-
-  def test_papers_form_needs_two_proxies(self):
-    x, p, labels = _inputs(num_proxies=1)
-    with self.assertRaisesRegex(ValueError, 'two proxies'):
-      proxy_nca_loss(x, p, labels)
-    loss = proxy_nca_loss(x, p, labels, positive_in_denominator=True)
-    np.testing.assert_allclose(loss, 0, atol=1e-5)
-
-  def test_losses_are_found_by_name(self):
-    self.assertIs(losses.LOSSES['proxy_nca'], proxy_nca_loss)
+  @parameterized.parameters(*losses.LOSSES)
+  def test_arguments_after_the_arrays_are_named(self, name):
+    parameters = inspect.signature(losses.LOSSES[name]).parameters
+    positional = [
+      p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY
+    ]
+    self.assertIn(
+      positional,
+      (['embeddings', 'proxies', 'labels'], ['embeddings', 'labels']),
+    )
+    self.assertIn('where', parameters)
 
 
 if __name__ == '__main__':

@@ -1,19 +1,25 @@
 """Losses that compare each embedding with learned proxies.
 
 All functions take `embeddings: float [batch, dim]`, `proxies: float
-[num_proxies, dim]` and `labels: int [batch]`, which index the proxies. They
-compute in float32 whatever comes in and return the unreduced `float32 [batch]`.
+[num_proxies, dim]` and `labels: int [batch]`, which index the proxies, and
+compute in float32 whatever comes in. A loss that is a mean over examples
+returns them unreduced, `float32 [batch]`; a loss of the batch as a whole
+returns a scalar, and says so.
 
 References:
   Movshovitz-Attias et al., No Fuss Distance Metric Learning using Proxies,
     ICCV 2017, https://arxiv.org/abs/1703.07464
   Teh et al., ProxyNCA++, ECCV 2020, https://arxiv.org/abs/2004.01113
+  Kim et al., Proxy Anchor Loss for Deep Metric Learning, CVPR 2020,
+    https://arxiv.org/abs/2003.13911
 """
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from proxy_nca_jax import distances
+from proxy_nca_jax.losses import inputs, masked
 
 
 def proxy_nca_loss(
@@ -69,15 +75,9 @@ def proxy_nca_loss(
       smoothing asked of the paper's form, or no other proxy there to compare
       with.
   """
-  chex.assert_rank([embeddings, proxies, labels], [2, 2, 1])
-  chex.assert_equal_shape_prefix([embeddings, labels], 1)
-  chex.assert_equal_shape_suffix([embeddings, proxies], 1)
-  chex.assert_type(labels, int)
+  chex.assert_rank(proxies, 2)
+  embeddings, where = inputs.prepare(embeddings, labels, proxies, where=where)
   num_proxies = proxies.shape[0]
-  if where is None:
-    where = jnp.ones(labels.shape, bool)
-  chex.assert_equal_shape([labels, where])
-  check_labels(labels, num_proxies, where=where)
   if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
     raise ValueError(f'temperature ({temperature}) must be positive.')
   if not 0 <= label_smoothing < 1:
@@ -95,20 +95,73 @@ def proxy_nca_loss(
       'compared with the others.'
     )
 
-  # An example that does not count must not reach the arithmetic: the zero
-  # cotangent of its loss times an infinite derivative would be NaN.
-  embeddings = jnp.where(where[:, None], embeddings, 0)
   logits = negative_distances(embeddings, proxies, normalize=normalize)
   logits = logits / temperature
-  is_positive = labels[:, None] == jnp.arange(num_proxies)[None, :]
+  is_positive = inputs.is_class(labels, num_proxies)
   positive = jnp.sum(logits, axis=1, where=is_positive)
   in_sum = True if positive_in_denominator else ~is_positive
   loss = jax.nn.logsumexp(logits, axis=1, where=in_sum) - positive
   if label_smoothing:
     others = jnp.sum(logits, axis=1, where=~is_positive) / (num_proxies - 1)
     loss += label_smoothing * (positive - others)
-  in_range = (labels >= 0) & (labels < num_proxies)
-  return jnp.where(where, jnp.where(in_range, loss, jnp.nan), 0.0)
+  return inputs.finish(loss, labels, num_proxies, where)
+
+
+def proxy_anchor_loss(
+    embeddings: chex.Array,
+    proxies: chex.Array,
+    labels: chex.Array,
+    *,
+    alpha: float = 32.0,
+    margin: float = 0.1,
+    where: chex.Array | None = None,
+) -> jax.Array:
+  """Calculates the Proxy-Anchor loss of a batch, a scalar.
+
+  With s the cosine, P all proxies, P+ those of the classes in the batch, and
+  X+ and X- the examples of a proxy's class and of the others (Sec. 3.2 of
+  https://arxiv.org/abs/2003.13911),
+
+    loss = 1/|P+| sum_{p in P+} log(1 + sum_{X+} exp(-alpha (s(x, p) - margin)))
+         + 1/|P| sum_{p in P} log(1 + sum_{X-} exp(alpha (s(x, p) + margin))).
+
+  A proxy is the anchor and gathers the batch, so that the loss is no mean over
+  examples. A batch without examples has a loss of 0.
+
+  >>> x = jnp.array([[1., 0.]])
+  >>> p = jnp.array([[1., 0.], [0., 1.]])
+  >>> print(proxy_anchor_loss(x, p, jnp.array([0]), alpha=1., margin=0.))
+  0.6598352
+
+  Args:
+    embeddings: float [batch, dim].
+    proxies: float [num_classes, dim].
+    labels: int [batch], in [0, num_classes). Values known outside of `jit` are
+      checked; inside, a label out of range makes the loss NaN.
+    alpha: the scale of the cosines, positive; the paper's is 32.
+    margin: delta; the paper's is 0.1.
+    where: bool [batch], examples that count.
+
+  Returns:
+    float32 [], the loss of the batch.
+
+  Raises:
+    ValueError: if a label is out of range.
+  """
+  chex.assert_rank(proxies, 2)
+  embeddings, where = inputs.prepare(embeddings, labels, proxies, where=where)
+  num_classes = proxies.shape[0]
+  cosines = distances.cosines(embeddings, proxies)
+  is_positive = inputs.is_class(labels, num_classes)
+  pulls = masked.log1p_sum_exp(
+    -alpha * (cosines - margin), axis=0, where=is_positive & where[:, None]
+  )
+  pushes = masked.log1p_sum_exp(
+    alpha * (cosines + margin), axis=0, where=~is_positive & where[:, None]
+  )
+  in_batch = jnp.any(is_positive & where[:, None], axis=0)
+  loss = masked.mean(pulls, where=in_batch) + jnp.mean(pushes)
+  return inputs.finish(loss, labels, num_classes, where)
 
 
 def negative_distances(
@@ -120,46 +173,7 @@ def negative_distances(
   proxy: it cancels in the loss, and so do both norms on the unit sphere. One
   matmul of cosines is faster than differences, and exact where x = p.
   """
-  embeddings = embeddings.astype(jnp.float32)
-  proxies = proxies.astype(jnp.float32)
   if normalize:
-    embeddings, proxies = unit_norm(embeddings), unit_norm(proxies)
-  products = jnp.dot(
-    embeddings, proxies.T, precision=jax.lax.Precision.HIGHEST
-  )
-  if normalize:
-    return 2 * products
-  return 2 * products - jnp.sum(proxies**2, axis=1)[None, :]
-
-
-def unit_norm(x: chex.Array) -> jax.Array:
-  """Projects the rows of float32 [n, dim] to the unit sphere; 0 stays 0.
-
-  Rows are first divided by their largest entry, a constant to the gradient
-  (the result does not depend on it), so that the squares of very large or very
-  small entries neither overflow nor vanish.
-  """
-  largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-  largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
-  x = x / largest
-  squares = jnp.sum(x**2, axis=1, keepdims=True)
-  # The square root has no derivative at 0; a zero row gets the gradient of 1.
-  return x * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1))
-
-
-def check_labels(
-    labels: chex.Array, num_proxies: int, *, where: chex.Array | None = None
-) -> None:
-  """Raises ValueError if a known label has no proxy; traced ones pass."""
-  if isinstance(labels, jax.core.Tracer) or isinstance(where, jax.core.Tracer):
-    return
-  labels = np.asarray(labels)
-  if where is not None:
-    labels = labels[np.asarray(where)]
-  wrong = labels[(labels < 0) | (labels >= num_proxies)]
-  if wrong.size:
-    raise ValueError(
-      f'{wrong.size} of {labels.size} labels have no proxy, such as '
-      f'{wrong[0]}: labels must be in [0, {num_proxies}), the number of '
-      'proxies. Renumber the classes from 0.'
-    )
+    return 2 * distances.cosines(embeddings, proxies)
+  squares = jnp.sum(proxies.astype(jnp.float32) ** 2, axis=1)
+  return 2 * distances.products(embeddings, proxies) - squares[None, :]
