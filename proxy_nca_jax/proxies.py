@@ -1,4 +1,4 @@
-"""Proxies: their initialisation and the assignment of points to them."""
+"""Proxies: their initialisation, and who belongs to whom."""
 
 import chex
 import jax
@@ -17,6 +17,32 @@ def init_proxies(
   rate independent of the dimension.
   """
   return jax.random.normal(key, (num_proxies, dim)) / jnp.sqrt(dim)
+
+
+def random_assignment(
+    key: chex.PRNGKey, num_classes: int, num_proxies: int
+) -> jax.Array:
+  """Assigns classes to proxies at random, as evenly as their numbers allow.
+
+  With fewer proxies than classes a proxy serves several classes (the paper's
+  fractional assignment); with more, a class has several proxies.
+
+  Args:
+    key: of `jax.random.key`.
+    num_classes: at least 1.
+    num_proxies: at least 1.
+
+  Returns:
+    int32 [num_classes, k], the proxies of each class, in [0, num_proxies); k is
+    the most that a class has. A row with fewer repeats one of its own.
+  """
+  most = -(-num_proxies // num_classes)
+  order = jnp.arange(most * num_classes)
+  # A place beyond the proxies repeats the one a row of places before.
+  beyond = (order >= num_proxies) & (most > 1)
+  order = jnp.where(beyond, order - num_classes, order) % num_proxies
+  order = order.reshape(most, num_classes).T
+  return jax.random.permutation(key, order).astype(jnp.int32)
 
 
 def nearest_proxies(embeddings: chex.Array, proxies: chex.Array) -> jax.Array:

@@ -49,6 +49,117 @@ def proxy_anchor_loss(embeddings, proxies, labels, *, alpha=32, margin=0.1):
   return sum(pulls) / len(set(labels)) + np.mean(pushes)
 
 
+def _squared(x, y):
+  return np.sum((x - y) ** 2)
+
+
+def _log_sum(scores):
+  top = max(scores)
+  return top + np.log(sum(np.exp(s - top) for s in scores))
+
+
+def proxy_nca_pp_loss(embeddings, proxies, labels, *, temperature=1 / 9):
+  losses = []
+  for x, label in zip(unit(embeddings), labels):
+    scores = [-_squared(x, p) / temperature for p in unit(proxies)]
+    losses.append(_log_sum(scores) - scores[label])
+  return np.array(losses)
+
+
+def fractional_proxy_nca_loss(
+    embeddings, proxies, labels, *, assignment, temperature=1 / 9
+):
+  losses = []
+  for x, label in zip(unit(embeddings), labels):
+    scores = [-_squared(x, p) / temperature for p in unit(proxies)]
+    own = set(assignment[label].tolist())
+    others = [s for i, s in enumerate(scores) if i not in own]
+    losses.append(_log_sum(others) - max(scores[i] for i in own))
+  return np.array(losses)
+
+
+def dynamic_proxy_nca_loss(embeddings, proxies, labels, *, temperature=1 / 9):
+  x, p = unit(embeddings), unit(proxies)
+  nearest = [min(p, key=lambda proxy, v=v: _squared(v, proxy)) for v in x]
+  losses = []
+  for i, anchor in enumerate(x):
+    scores = [-_squared(anchor, proxy) / temperature for proxy in nearest]
+    others = [s for s, label in zip(scores, labels) if label != labels[i]]
+    alike = [
+      scores[j] for j in range(len(x)) if labels[j] == labels[i] and j != i
+    ]
+    has_both = alike and others
+    losses.append(_log_sum(others) - np.mean(alike) if has_both else 0)
+  return np.array(losses)
+
+
+def proxy_triplet_loss(embeddings, proxies, labels, *, margin=0.2):
+  losses = []
+  for x, label in zip(unit(embeddings), labels):
+    d = [_squared(x, p) for p in unit(proxies)]
+    others = [i for i in range(len(d)) if i != label]
+    losses.append(np.mean([max(d[label] + margin - d[i], 0) for i in others]))
+  return np.array(losses)
+
+
+def _cross_entropy(logits, labels, margin=0):
+  losses = []
+  for scores, label in zip(logits, labels):
+    scores = list(scores)
+    scores[label] -= margin
+    losses.append(_log_sum(scores) - scores[label])
+  return np.array(losses)
+
+
+def normalized_softmax_loss(embeddings, proxies, labels, *, temperature=0.05):
+  cosines = unit(embeddings) @ unit(proxies).T
+  return _cross_entropy(cosines / temperature, labels)
+
+
+def cosface_loss(embeddings, proxies, labels, *, scale=64, margin=0.35):
+  logits = scale * unit(embeddings) @ unit(proxies).T
+  return _cross_entropy(logits, labels, scale * margin)
+
+
+def arcface_loss(embeddings, proxies, labels, *, scale=64, margin=0.5):
+  return subcenter_arcface_loss(
+    embeddings, np.asarray(proxies)[:, None], labels, scale=scale, margin=margin
+  )
+
+
+def subcenter_arcface_loss(
+    embeddings, proxies, labels, *, scale=64, margin=0.5
+):
+  logits = []
+  for x, label in zip(unit(embeddings), labels):
+    angles = [np.arccos(max(w @ x for w in row)) for row in unit(proxies)]
+    scores = np.cos(angles)
+    scores[label] = np.cos(angles[label] + margin)
+    if angles[label] + margin > np.pi:
+      scores[label] = np.cos(angles[label]) - margin * np.sin(margin)
+    logits.append(scale * scores)
+  return _cross_entropy(logits, labels)
+
+
+def soft_triple_loss(
+    embeddings, proxies, labels, *, scale=20, margin=0.01, gamma=0.1, tau=0.2
+):
+  centers = unit(proxies)
+  num_classes, num_centers = centers.shape[:2]
+  logits = []
+  for x in unit(embeddings):
+    weights = [np.exp(row @ x / gamma) for row in centers]
+    logits.append([
+      scale * (w / w.sum()) @ (row @ x) for w, row in zip(weights, centers)
+    ])
+  spread = sum(
+    np.linalg.norm(a - b)
+    for row in centers
+    for a, b in itertools.combinations(row, 2)
+  ) / (num_classes * num_centers * (num_centers - 1))
+  return _cross_entropy(logits, labels, scale * margin) + tau * spread
+
+
 def gradient(function, x, step=1e-5):
   """Central differences of a scalar function of a float64 array."""
   x = np.array(x, np.float64)

@@ -5,7 +5,13 @@ import oracles
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import proxy_nca_loss
-from proxy_nca_jax.losses import proxy_anchor_loss
+from proxy_nca_jax.losses import (
+  dynamic_proxy_nca_loss,
+  fractional_proxy_nca_loss,
+  proxy_anchor_loss,
+  proxy_nca_pp_loss,
+  proxy_triplet_loss,
+)
 
 _FORMS = (
   {},
@@ -219,6 +225,7 @@ class ProxyNcaLossTest(parameterized.TestCase):
     ({'label_smoothing': 1.0, 'positive_in_denominator': True}, 'in .0, 1'),
     ({'label_smoothing': -0.1, 'positive_in_denominator': True}, 'in .0, 1'),
     ({'temperature': 0.0}, 'temperature'),
+    ({'proxy_chunk': 0}, 'proxy_chunk'),
   )
   def test_wrong_arguments_are_errors(self, kwargs, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -230,6 +237,123 @@ class ProxyNcaLossTest(parameterized.TestCase):
       proxy_nca_loss(x, p, labels)
     loss = proxy_nca_loss(x, p, labels, positive_in_denominator=True)
     np.testing.assert_allclose(loss, 0, atol=1e-5)
+
+  @parameterized.product(
+    chunk=(1, 2, 4, 5, 9),
+    kwargs=({}, {'normalize': False}, _FORMS[4]),
+  )
+  def test_chunks_change_nothing(self, chunk, kwargs):
+    x, p, labels = _inputs()
+    x[2] = np.nan
+    where = np.arange(7) != 2
+
+    def value_and_gradients(chunk):
+      return jax.jit(jax.value_and_grad(
+        lambda x, p: proxy_nca_loss(
+          x, p, labels, where=where, proxy_chunk=chunk, **kwargs
+        ).sum(),
+        (0, 1),
+      ))(x, p)
+
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+      value_and_gradients(chunk), value_and_gradients(None),
+    )
+
+  def test_chunks_never_hold_all_similarities(self):
+    shapes = (64, 8), (4096, 8)
+
+    def total(x, p):
+      labels = jnp.arange(64)
+      return proxy_nca_loss(x, p, labels, proxy_chunk=128).sum()
+
+    memory = jax.jit(jax.grad(total, (0, 1))).lower(
+      *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    ).compile().memory_analysis()
+    # float32 [64, 4096] would take 2^20 bytes.
+    self.assertLess(memory.temp_size_in_bytes, 2**19)
+
+  def test_proxy_nca_pp_is_the_softmax_form(self):
+    inputs = _inputs()
+    np.testing.assert_array_equal(
+      proxy_nca_pp_loss(*inputs, temperature=0.5),
+      proxy_nca_loss(*inputs, temperature=0.5, positive_in_denominator=True),
+    )
+
+
+class FractionalProxyNcaLossTest(absltest.TestCase):
+
+  def test_values_by_hand(self):
+    # Squared distances 0, 2, 4 and 2 to the proxies. Class 0 owns the second
+    # and the third, and is nearest to the second; class 1 owns the first.
+    x = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    loss = fractional_proxy_nca_loss(
+      x, proxies, jnp.array([0, 1]),
+      assignment=jnp.array([[1, 2], [0, 0]]), temperature=1.0,
+    )
+    others = 1 + np.exp(-2), 2 * np.exp(-2) + np.exp(-4)
+    np.testing.assert_allclose(
+      loss, [2 + np.log(others[0]), np.log(others[1])], rtol=1e-6
+    )
+
+  def test_one_proxy_a_class_is_proxy_nca(self):
+    inputs = _inputs()
+    np.testing.assert_allclose(
+      fractional_proxy_nca_loss(*inputs, assignment=jnp.arange(5)[:, None]),
+      proxy_nca_loss(*inputs), rtol=1e-5, atol=1e-6,
+    )
+
+  def test_a_class_cannot_own_all_proxies(self):
+    x, p, labels = _inputs(num_proxies=1)
+    with self.assertRaisesRegex(ValueError, 'leaves no other'):
+      fractional_proxy_nca_loss(x, p, labels, assignment=jnp.zeros((1, 1), int))
+
+
+class DynamicProxyNcaLossTest(absltest.TestCase):
+
+  def test_value_by_hand(self):
+    # The points' proxies are the first, the first, the second and the second.
+    x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
+    proxies = jnp.array([[2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    labels = jnp.array([7, 3, 3, 9])
+    loss = dynamic_proxy_nca_loss(x, proxies, labels, temperature=1.0)
+    # Squared distances of the second point: 0.4 to the first proxy, 0.8 to the
+    # second, which is its positive's and its last negative's. Of the third: 2
+    # to its positive's; 2 and 0 to those of its negatives.
+    second = 0.8 + np.log(np.exp(-0.4) + np.exp(-0.8))
+    third = 2 + np.log(np.exp(-2) + np.exp(0))
+    np.testing.assert_allclose(loss, [0, second, third, 0], rtol=1e-6)
+
+  def test_only_chosen_proxies_move(self):
+    x, p, labels = _inputs()
+    p[4] = -np.sum(x, axis=0)
+    p[4] *= 0
+    gradient = jax.grad(
+      lambda p: dynamic_proxy_nca_loss(x, p, labels).sum()
+    )(p)
+    # A proxy at the origin has cosine 0: some proxy is nearer to each point.
+    np.testing.assert_array_equal(gradient[4], 0)
+    self.assertGreater(np.abs(gradient).max(), 0.1)
+
+
+class ProxyTripletLossTest(absltest.TestCase):
+
+  def test_value_by_hand(self):
+    # Squared distances 2, 0, 4 and 0.8.
+    x = jnp.array([[0.0, 1.0]])
+    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.8, 0.6]])
+    labels = jnp.array([0])
+    loss = proxy_triplet_loss(x, proxies, labels, margin=0.5)
+    np.testing.assert_allclose(loss, [(2.5 + 0 + 1.7) / 3], rtol=1e-6)
+
+  def test_a_margin_that_holds_has_no_loss(self):
+    loss = proxy_triplet_loss(jnp.eye(3), jnp.eye(3), jnp.arange(3), margin=2.0)
+    np.testing.assert_array_equal(loss, 0)
+
+  def test_two_proxies_are_needed(self):
+    with self.assertRaisesRegex(ValueError, 'two proxies'):
+      proxy_triplet_loss(*_inputs(num_proxies=1))
 
 
 class ProxyAnchorLossTest(absltest.TestCase):

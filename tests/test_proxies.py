@@ -1,12 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import proxies
 
 
-class ProxiesTest(absltest.TestCase):
+class ProxiesTest(parameterized.TestCase):
 
   def test_proxies_begin_with_norms_near_one(self):
     for dim in (16, 512):
@@ -29,6 +29,33 @@ class ProxiesTest(absltest.TestCase):
     points = jnp.array([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])
     nearest = proxies.nearest_proxies(jnp.array([[1.0, 0.0]]), points)
     self.assertEqual(nearest, 1)
+
+  @parameterized.parameters((10, 10), (10, 4), (10, 1), (4, 10), (4, 8), (1, 3))
+  def test_classes_are_spread_evenly_over_proxies(
+      self, num_classes, num_proxies
+  ):
+    rows = np.asarray(
+      proxies.random_assignment(jax.random.key(0), num_classes, num_proxies)
+    )
+    most = -(-num_proxies // num_classes)
+    self.assertEqual(rows.shape, (num_classes, most))
+    owned = [set(row.tolist()) for row in rows]
+    if num_proxies <= num_classes:
+      loads = np.bincount(rows[:, 0], minlength=num_proxies)
+      self.assertLessEqual(loads.max() - loads.min(), 1)
+    else:
+      # Every proxy is of one class, and no class has two more than another.
+      self.assertEqual(sum(map(len, owned)), num_proxies)
+      self.assertGreaterEqual(min(map(len, owned)), most - 1)
+    self.assertEqual(set.union(*owned), set(range(num_proxies)))
+
+  def test_the_key_decides_the_assignment(self):
+    first, again, other = (
+      np.asarray(proxies.random_assignment(jax.random.key(seed), 50, 20))
+      for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    self.assertTrue(np.any(first != other))
 
 
 if __name__ == '__main__':

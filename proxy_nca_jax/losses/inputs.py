@@ -9,16 +9,16 @@ import numpy as np
 def prepare(
     embeddings: chex.Array,
     labels: chex.Array,
-    proxies: chex.Array | None = None,
     *,
+    num_classes: int | None = None,
     where: chex.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Checks the inputs of a loss and takes the examples out that do not count.
 
   Args:
     embeddings: float [batch, dim].
-    labels: int [batch]; with proxies in [0, num_classes).
-    proxies: float [num_classes, ..., dim], or None.
+    labels: int [batch].
+    num_classes: with it, labels must be in [0, num_classes).
     where: bool [batch], or None for all.
 
   Returns:
@@ -33,9 +33,8 @@ def prepare(
   if where is None:
     where = jnp.ones(labels.shape, bool)
   chex.assert_equal_shape([labels, where])
-  if proxies is not None:
-    chex.assert_equal_shape_suffix([embeddings, proxies], 1)
-    check_labels(labels, proxies.shape[0], where=where)
+  if num_classes is not None:
+    check_labels(labels, num_classes, where=where)
   # An example that does not count must not reach the arithmetic: the zero
   # cotangent of its loss times an infinite derivative would be NaN.
   embeddings = jnp.where(where[:, None], embeddings.astype(jnp.float32), 0)
@@ -84,3 +83,20 @@ def finish(
 def is_class(labels: chex.Array, num_classes: int) -> jax.Array:
   """Whether each example is of each class: bool [batch, num_classes]."""
   return labels[:, None] == jnp.arange(num_classes)[None, :]
+
+
+def pairs(labels: chex.Array, where: chex.Array) -> tuple[jax.Array, jax.Array]:
+  """Whether two examples are a positive and a negative pair of the batch.
+
+  Args:
+    labels: int [batch], of any values.
+    where: bool [batch], examples that count; the others are in no pair.
+
+  Returns:
+    (is_positive, is_negative): bool [batch, batch], symmetric. No example is
+    its own positive.
+  """
+  is_alike = labels[:, None] == labels[None, :]
+  is_pair = where[:, None] & where[None, :]
+  is_self = jnp.eye(labels.shape[0], dtype=bool)
+  return is_alike & is_pair & ~is_self, ~is_alike & is_pair

@@ -5,9 +5,21 @@ import jax
 import jax.numpy as jnp
 
 
-def mean(x: chex.Array, *, where: chex.Array) -> jax.Array:
-  """The mean over all elements where the mask holds; 0 if it holds nowhere."""
-  return jnp.sum(x, where=where) / jnp.maximum(jnp.sum(where), 1)
+def mean(
+    x: chex.Array, *, where: chex.Array, axis: int | None = None
+) -> jax.Array:
+  """The mean of the elements where the mask holds; 0 where it holds nowhere."""
+  count = jnp.sum(where, axis)
+  return jnp.sum(x, axis, where=where) / jnp.maximum(count, 1)
+
+
+def log_sum_exp(x: chex.Array, *, axis: int, where: chex.Array) -> jax.Array:
+  """log(sum of exp(x)) along an axis, very negative where the mask is empty.
+
+  Minus infinity, which it is, has no gradient; the lowest number has.
+  """
+  lowest = jnp.finfo(x.dtype).min
+  return jax.nn.logsumexp(jnp.where(where, x, lowest), axis)
 
 
 def log1p_sum_exp(
