@@ -13,58 +13,57 @@ from proxy_nca_jax import losses
 
 _BATCH, _CLASSES, _CENTERS, _DIM = 8, 5, 3, 4
 
-# The shape of each loss's proxies, and other arguments that it needs.
-_PROXIES = {
-  'class': (_CLASSES, _DIM),
-  'centers': (_CLASSES, _CENTERS, _DIM),
+_SHAPES = {
+  'one': (_CLASSES, _DIM),
+  'several': (_CLASSES, _CENTERS, _DIM),
   'free': (_CLASSES + 2, _DIM),
 }
-_NEEDED = {
-  'fractional_proxy_nca': {
-    # Some classes have two proxies, the last proxy no class.
-    'assignment': np.array([[0, 0], [1, 5], [2, 2], [3, 5], [4, 4]]),
-  },
-}
+# Some classes have two proxies, and the last proxy no class.
+_ASSIGNMENT = np.array([[0, 0], [1, 5], [2, 2], [3, 5], [4, 4]])
 
-# Arguments that keep each loss curved, where the defaults do not, and that
-# reach its branches.
-_CASES = (
-  ('arcface', {'scale': 4.0}),
+# The defaults of every loss, and other arguments.
+_CASES = tuple((name, {}) for name in losses.LOSSES) + (
   ('arcface', {'scale': 4.0, 'margin': 2.0}),
-  ('cosface', {'scale': 4.0}),
-  ('dynamic_proxy_nca', {'temperature': 1.0}),
-  ('fractional_proxy_nca', {'temperature': 1.0}),
-  ('normalized_softmax', {'temperature': 0.5}),
-  ('proxy_anchor', {}),
+  ('facility_location', {'margin_multiplier': 3.0, 'num_refinements': 0}),
+  ('magnet', {'alpha': 3.0}),
+  ('multi_similarity', {'beta': 3.0, 'base': -0.2, 'epsilon': 0.5}),
+  ('n_pairs', {'regularization': 0.5}),
   ('proxy_anchor', {'alpha': 2.0, 'margin': 0.3}),
-  ('proxy_nca', {'temperature': 1.0}),
-  ('proxy_nca_pp', {}),
-  ('proxy_triplet', {'margin': 1.0}),
-  ('soft_triple', {}),
   ('soft_triple', {'scale': 3.0, 'margin': 0.5, 'tau': 2.0}),
-  ('subcenter_arcface', {'scale': 4.0}),
+  ('triplet', {'margin': 2.0, 'mining': 'batch_all'}),
+  ('triplet', {'margin': 2.0, 'mining': 'batch_hard'}),
 )
-_LABELS_INDEX_PROXIES = tuple(
-  name for name in losses.LOSSES if name not in ('dynamic_proxy_nca',)
+_LABELS_ARE_INDICES = tuple(
+  name for name, needs in losses.NEEDS.items()
+  if needs.proxies in ('one', 'several') or needs.centers or needs.assignment
 )
 
 
 def _points(name, rng):
   """The arrays that a loss has gradients of: embeddings, maybe proxies."""
   shapes = [(_BATCH, _DIM)]
-  if losses.PROXIES[name]:
-    shapes.append(_PROXIES[losses.PROXIES[name]])
+  if losses.NEEDS[name].proxies:
+    shapes.append(_SHAPES[losses.NEEDS[name].proxies])
   return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+def _constants(name):
+  needs, constants = losses.NEEDS[name], {}
+  if needs.centers:
+    rng = np.random.default_rng(9)
+    constants['centers'] = rng.normal(size=_SHAPES[needs.centers])
+  if needs.assignment:
+    constants['assignment'] = _ASSIGNMENT
+  return constants
+
+
 def _loss(name, **kwargs):
-  needed = _NEEDED.get(name, {})
-  return functools.partial(losses.LOSSES[name], **needed, **kwargs)
+  return functools.partial(losses.LOSSES[name], **_constants(name), **kwargs)
 
 
 def _oracle(name, **kwargs):
   oracle = getattr(oracles, losses.LOSSES[name].__name__)
-  return functools.partial(oracle, **_NEEDED.get(name, {}), **kwargs)
+  return functools.partial(oracle, **_constants(name), **kwargs)
 
 
 @functools.cache
@@ -98,8 +97,11 @@ def _inputs(name, seed=0):
 
 class LossesTest(parameterized.TestCase):
 
-  def test_every_loss_is_tested(self):
-    self.assertEqual({name for name, _ in _CASES}, set(losses.LOSSES))
+  def test_the_table_tells_of_every_loss(self):
+    self.assertEqual(list(losses.NEEDS), list(losses.LOSSES))
+    self.assertEqual(sorted(losses.LOSSES), list(losses.LOSSES))
+    for name, loss in losses.LOSSES.items():
+      self.assertEqual(loss.__name__, f'{name}_loss')
 
   @parameterized.parameters(*_CASES)
   def test_equals_the_oracle(self, name, kwargs):
@@ -173,7 +175,7 @@ class LossesTest(parameterized.TestCase):
     expected, _ = _compiled(name)(points, labels)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
-  @parameterized.parameters(*_LABELS_INDEX_PROXIES)
+  @parameterized.parameters(*_LABELS_ARE_INDICES)
   def test_a_label_without_a_proxy_is_an_error_or_traced_nan(self, name):
     points, labels = _inputs(name)
     labels[2] = _CLASSES
@@ -186,15 +188,19 @@ class LossesTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(*losses.LOSSES)
-  def test_arguments_after_the_arrays_are_named(self, name):
+  def test_arguments_are_those_that_the_table_tells(self, name):
+    needs = losses.NEEDS[name]
     parameters = inspect.signature(losses.LOSSES[name]).parameters
-    positional = [
+    arrays = ['embeddings', 'proxies', 'labels']
+    if not needs.proxies:
+      arrays.remove('proxies')
+    self.assertEqual(arrays, [
       p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY
-    ]
-    self.assertIn(
-      positional,
-      (['embeddings', 'proxies', 'labels'], ['embeddings', 'labels']),
-    )
+    ])
+    named = {p.name for p in parameters.values() if p.default is p.empty}
+    constants = {'centers'} if needs.centers else set()
+    constants |= {'assignment'} if needs.assignment else set()
+    self.assertEqual(named - set(arrays), constants)
     self.assertIn('where', parameters)
 
 

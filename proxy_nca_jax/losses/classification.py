@@ -17,8 +17,6 @@ References:
   Qian et al., SoftTriple Loss, ICCV 2019, https://arxiv.org/abs/1909.05235
 """
 
-import math
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -226,9 +224,9 @@ def _widen_own(cosines, labels, margin):
   # Rounding takes cosines beyond 1, and the sine has no derivative at 0.
   sine = distances.safe_sqrt(jnp.maximum(1 - cosine**2, 0))
   wider = jnp.where(
-    cosine >= -math.cos(margin),
-    cosine * math.cos(margin) - sine * math.sin(margin),
-    cosine - margin * math.sin(margin),
+    cosine >= -jnp.cos(margin),
+    cosine * jnp.cos(margin) - sine * jnp.sin(margin),
+    cosine - margin * jnp.sin(margin),
   )
   return jnp.where(is_own, wider[:, None], cosines)
 
