@@ -238,9 +238,8 @@ class ProxyNcaLossTest(parameterized.TestCase):
     loss = proxy_nca_loss(x, p, labels, positive_in_denominator=True)
     np.testing.assert_allclose(loss, 0, atol=1e-5)
 
-  @parameterized.product(
-    chunk=(1, 2, 4, 5, 9),
-    kwargs=({}, {'normalize': False}, _FORMS[4]),
+  @parameterized.parameters(
+    (1, {}), (2, {'normalize': False}), (4, _FORMS[4]), (5, {}), (9, _FORMS[4])
   )
   def test_chunks_change_nothing(self, chunk, kwargs):
     x, p, labels = _inputs()

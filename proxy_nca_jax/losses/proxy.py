@@ -101,20 +101,34 @@ def proxy_nca_loss(
   if proxy_chunk is not None and proxy_chunk < 1:
     raise ValueError(f'proxy_chunk ({proxy_chunk}) must be at least 1.')
 
+  if normalize:
+    embeddings = distances.unit_norm(embeddings)
+  scaled = 2 / temperature * embeddings
   share = label_smoothing / max(num_proxies - 1, 1)
 
   def compare(proxies, first):
     """The part of these proxies in each example's two terms."""
-    logits = negative_distances(embeddings, proxies, normalize=normalize)
-    logits = logits / temperature
-    indices = first + jnp.arange(proxies.shape[0])
-    is_positive = labels[:, None] == indices[None, :]
-    in_sum = (indices < num_proxies)[None, :]
+    # As in `negative_distances`. The own proxies are gathered: another sum
+    # over the similarities would keep a copy of them, and twice the time.
+    proxies = jnp.asarray(proxies, jnp.float32)
+    if normalize:
+      proxies = distances.unit_norm(proxies)
+    local = labels - first
+    own = jnp.sum(scaled * proxies.at[local].get(mode='clip'), axis=1)
+    logits = distances.products(scaled, proxies)
+    if not normalize:
+      squares = jnp.sum(proxies**2, axis=1) / temperature
+      own -= squares.at[local].get(mode='clip')
+      logits -= squares[None, :]
+    size = proxies.shape[0]
+    target = jnp.where((local >= 0) & (local < size), own, 0)
+    if label_smoothing:
+      everything = jnp.sum(logits, axis=1)
+      target = (1 - label_smoothing - share) * target + share * everything
+    in_sum = (first + jnp.arange(size) < num_proxies)[None, :]
     if not positive_in_denominator:
-      in_sum &= ~is_positive
-    shares = jnp.where(is_positive, 1 - label_smoothing, share)
-    log_sum = masked.log_sum_exp(logits, axis=1, where=in_sum)
-    return log_sum, jnp.sum(shares * logits, axis=1)
+      in_sum &= ~inputs.is_class(local, size)
+    return masked.log_sum_exp(logits, axis=1, where=in_sum), target
 
   if proxy_chunk is None:
     log_sum, target = compare(proxies, 0)
