@@ -57,6 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.loss = ml_collections.ConfigDict()
   config.loss.name = 'proxy_nca'
+  config.loss.num_centers = 3  # Of a class: soft_triple, subcenter_arcface, ...
+  config.loss.num_proxies = 0  # dynamic and fractional; 0: one a class.
   config.loss.kwargs = ml_collections.ConfigDict()
   config.loss.kwargs.temperature = 1 / 9  # ProxyNCA++'s.
   config.loss.kwargs.positive_in_denominator = False  # The paper's form.

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from proxy_nca_jax import proxies
+from proxy_nca_jax import losses, proxies
 
 _logger = logging.getLogger(__name__)
 
@@ -25,15 +26,56 @@ class TrainState:
   Attributes:
     step: int32 [], steps done.
     params: {'backbone', 'head', 'proxies'}: trees of arrays, the optimiser's
-      groups.
+      groups; 'proxies' is {} where the loss has none.
+    loss_state: what the loss is given besides, not learned: `centers` that
+      follow the embeddings, or the `assignment` of classes to proxies.
     model_state: what the network carries beside them: batch statistics.
     opt_state: of the optimiser.
   """
 
   step: jax.Array
   params: dict[str, Any]
+  loss_state: dict[str, jax.Array]
   model_state: dict[str, Any]
   opt_state: optax.OptState
+
+
+def create_loss_arrays(
+    config: ml_collections.ConfigDict,
+    keys: Sequence[jax.Array],
+    *,
+    num_classes: int,
+) -> dict[str, jax.Array]:
+  """Draws the arrays that `losses.NEEDS` tells of the loss, by their names.
+
+  Args:
+    config: of the run.
+    keys: three, of proxies, centers and assignment.
+    num_classes: of the labels.
+  """
+  needs = losses.NEEDS[config.loss.name]
+  num_free = config.loss.num_proxies or num_classes
+
+  def draw(key, form):
+    num_centers = config.loss.num_centers if form == 'several' else 1
+    number = num_free if form == 'free' else num_classes * num_centers
+    points = proxies.init_proxies(
+      key, number, config.model.embedding_dim, norm=config.proxies.init_norm
+    )
+    if form == 'several':
+      return points.reshape(num_classes, num_centers, -1)
+    return points
+
+  arrays = {}
+  if needs.proxies:
+    arrays['proxies'] = draw(keys[0], needs.proxies)
+  if needs.centers:
+    arrays['centers'] = draw(keys[1], needs.centers)
+  if needs.assignment:
+    arrays['assignment'] = proxies.random_assignment(
+      keys[2], num_classes, num_free
+    )
+  return arrays
 
 
 def create(
@@ -47,20 +89,17 @@ def create(
   """Initialises everything from `config.seed`, on the devices of `sharding`."""
 
   def init():
-    model_key, proxy_key = jax.random.split(jax.random.key(config.seed))
+    model_key, *loss_keys = jax.random.split(jax.random.key(config.seed), 4)
     size = config.dataset.image_size
     images = jnp.zeros((1, size, size, 3))
     variables = model.init(model_key, images, train=False)
     params = variables.pop('params')
-    params['proxies'] = proxies.init_proxies(
-      proxy_key,
-      num_classes,
-      config.model.embedding_dim,
-      norm=config.proxies.init_norm,
-    )
+    loss_state = create_loss_arrays(config, loss_keys, num_classes=num_classes)
+    params['proxies'] = loss_state.pop('proxies', {})
     return TrainState(
       step=jnp.int32(0),
       params=params,
+      loss_state=loss_state,
       model_state=variables,
       opt_state=optimizer.init(params),
     )

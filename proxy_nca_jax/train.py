@@ -42,9 +42,14 @@ _AVERAGED = ('nmi', 'recall@1')
 _logger = logging.getLogger(__name__)
 
 
-def make_loss(
-    config: ml_collections.ConfigDict,
-) -> Callable[..., jax.Array]:
+class Loss(NamedTuple):
+  """A loss with its arguments, and what it is given besides."""
+
+  fn: Callable[..., jax.Array]
+  needs: losses.Needs
+
+
+def make_loss(config: ml_collections.ConfigDict) -> Loss:
   """Returns the loss that `config.loss` names, with its arguments.
 
   Raises:
@@ -57,22 +62,31 @@ def make_loss(
       f'{", ".join(sorted(losses.LOSSES))}.'
     )
   signature = inspect.signature(losses.LOSSES[name]).parameters.values()
-  known = {p.name for p in signature if p.kind is p.KEYWORD_ONLY} - {'where'}
+  known = {p.name for p in signature if p.kind is p.KEYWORD_ONLY}
+  known -= {'where', 'centers', 'assignment'}
   if unknown := sorted(set(kwargs) - known):
     raise ValueError(
       f'The loss {name!r} has no argument {", ".join(unknown)} '
       f'(config.loss.kwargs): choose among {", ".join(sorted(known))}.'
     )
-  loss = functools.partial(losses.LOSSES[name], **kwargs)
-  rows = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-  jax.eval_shape(loss, rows, rows, jax.ShapeDtypeStruct((2,), jnp.int32))
+  loss = Loss(
+    functools.partial(losses.LOSSES[name], **kwargs), losses.NEEDS[name]
+  )
+
+  def call():
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = state_lib.create_loss_arrays(config, keys, num_classes=2)
+    embeddings = jnp.zeros((2, config.model.embedding_dim))
+    return loss.fn(embeddings=embeddings, labels=jnp.arange(2), **arrays)
+
+  jax.eval_shape(call)
   return loss
 
 
 def make_train_step(
     model,
     optimizer: optax.GradientTransformation,
-    loss_fn: Callable[..., jax.Array],
+    loss: Loss,
     normalize: Callable[[jax.Array], jax.Array],
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step: (state, batch, rate_scale) -> (state, metrics).
@@ -96,23 +110,38 @@ def make_train_step(
         train=not freeze_batch_norm,
         mutable=list(state.model_state),
       )
-      loss = loss_fn(embeddings, points, batch['label'], where=batch['mask'])
+      value = loss.fn(
+        embeddings=embeddings,
+        labels=batch['label'],
+        where=batch['mask'],
+        **({'proxies': points} if loss.needs.proxies else {}),
+        **state.loss_state,
+      )
       # A loss of the batch as a whole is a scalar already.
-      if loss.ndim:
-        loss = jnp.sum(loss) / jnp.maximum(jnp.sum(batch['mask']), 1)
-      return loss, (embeddings, model_state)
+      if value.ndim:
+        value = jnp.sum(value) / jnp.maximum(jnp.sum(batch['mask']), 1)
+      return value, (embeddings, model_state)
 
-    (loss, (embeddings, model_state)), gradients = jax.value_and_grad(
+    (value, (embeddings, model_state)), gradients = jax.value_and_grad(
       mean_loss, has_aux=True
     )(state.params)
-    nearest = proxies.nearest_proxies(embeddings, state.params['proxies'])
     metrics = {
-      'loss': loss,
+      'loss': value,
       'gradient_norm': optax.tree.norm(gradients),
-      'proxy_accuracy': jnp.mean(
-        nearest == batch['label'], where=batch['mask']
+      **_proxy_metrics(
+        loss.needs.proxies, embeddings, state.params['proxies'], batch
       ),
     }
+    loss_state = state.loss_state
+    if loss.needs.centers:
+      loss_state = {
+        'centers': losses.update_centers(
+          loss_state['centers'],
+          embeddings,
+          batch['label'],
+          where=batch['mask'],
+        )
+      }
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )
@@ -121,6 +150,7 @@ def make_train_step(
       params=optax.apply_updates(
         state.params, optax.tree.scale(rate_scale, updates)
       ),
+      loss_state=loss_state,
       model_state=model_state,
       opt_state=opt_state,
     )
@@ -142,6 +172,32 @@ def make_normalize(
     std=backbone.std,
     is_bgr=backbone.is_bgr,
   )
+
+
+def _proxy_metrics(form, embeddings, points, batch) -> dict[str, jax.Array]:
+  """Compares the batch with the proxies, where labels index them.
+
+  `proxy_error` is the paper's eps, of the batch instead of all points, and
+  `ranking_bound` what follows from it.
+  """
+  if form not in ('one', 'several'):
+    return {}
+  labels, mask = batch['label'], batch['mask']
+  rows = points.reshape(-1, points.shape[-1])
+  num_centers = rows.shape[0] // points.shape[0]
+  nearest = proxies.nearest_proxies(embeddings, rows) // num_centers
+  metrics = {'proxy_accuracy': jnp.mean(nearest == labels, where=mask)}
+  if form == 'one':
+    error = proxies.proxy_approximation_error(
+      embeddings, points, labels, where=mask
+    )
+    metrics |= {
+      'proxy_error': error,
+      'ranking_bound': proxies.ranking_bound(
+        embeddings, points, labels, error, where=mask
+      ),
+    }
+  return metrics
 
 
 def make_embed_fn(model, normalize, mesh) -> Callable[..., jax.Array]:
@@ -238,7 +294,7 @@ def train_and_evaluate(
     interruption.Stopped: on SIGTERM or Ctrl-C, the state being saved.
   """
   check_config(config)
-  loss_fn = make_loss(config)
+  loss = make_loss(config)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
   with contextlib.ExitStack() as stack:
@@ -337,7 +393,7 @@ def train_and_evaluate(
       selected=selected,
       writer=writer,
       batches=batches,
-      train_step=make_train_step(model, optimizer, loss_fn, normalize),
+      train_step=make_train_step(model, optimizer, loss, normalize),
       score=score,
       mesh=mesh,
     )

@@ -32,6 +32,294 @@ def proxy_nca_loss(
   return np.array(losses)
 
 
+def unit(x):
+  x = np.asarray(x, np.float64)
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def proxy_anchor_loss(embeddings, proxies, labels, *, alpha=32, margin=0.1):
+  """The two sums over proxies, each over the batch, term by term."""
+  x, p = unit(embeddings), unit(proxies)
+  pulls, pushes = [], []
+  for index, proxy in enumerate(p):
+    own = [v @ proxy for v, label in zip(x, labels) if label == index]
+    others = [v @ proxy for v, label in zip(x, labels) if label != index]
+    pulls.append(np.log1p(sum(np.exp(-alpha * (s - margin)) for s in own)))
+    pushes.append(np.log1p(sum(np.exp(alpha * (s + margin)) for s in others)))
+  return sum(pulls) / len(set(labels)) + np.mean(pushes)
+
+
+def _squared(x, y):
+  return np.sum((x - y) ** 2)
+
+
+def _log_sum(scores):
+  top = max(scores)
+  return top + np.log(sum(np.exp(s - top) for s in scores))
+
+
+def proxy_nca_pp_loss(embeddings, proxies, labels, *, temperature=1 / 9):
+  losses = []
+  for x, label in zip(unit(embeddings), labels):
+    scores = [-_squared(x, p) / temperature for p in unit(proxies)]
+    losses.append(_log_sum(scores) - scores[label])
+  return np.array(losses)
+
+
+def fractional_proxy_nca_loss(
+    embeddings, proxies, labels, *, assignment, temperature=1 / 9
+):
+  losses = []
+  for x, label in zip(unit(embeddings), labels):
+    scores = [-_squared(x, p) / temperature for p in unit(proxies)]
+    own = set(assignment[label].tolist())
+    others = [s for i, s in enumerate(scores) if i not in own]
+    losses.append(_log_sum(others) - max(scores[i] for i in own))
+  return np.array(losses)
+
+
+def dynamic_proxy_nca_loss(embeddings, proxies, labels, *, temperature=1 / 9):
+  x, p = unit(embeddings), unit(proxies)
+  nearest = [min(p, key=lambda proxy, v=v: _squared(v, proxy)) for v in x]
+  losses = []
+  for i, anchor in enumerate(x):
+    scores = [-_squared(anchor, proxy) / temperature for proxy in nearest]
+    others = [s for s, label in zip(scores, labels) if label != labels[i]]
+    alike = [
+      scores[j] for j in range(len(x)) if labels[j] == labels[i] and j != i
+    ]
+    has_both = alike and others
+    losses.append(_log_sum(others) - np.mean(alike) if has_both else 0)
+  return np.array(losses)
+
+
+def proxy_triplet_loss(embeddings, proxies, labels, *, margin=0.2):
+  losses = []
+  for x, label in zip(unit(embeddings), labels):
+    d = [_squared(x, p) for p in unit(proxies)]
+    others = [i for i in range(len(d)) if i != label]
+    losses.append(np.mean([max(d[label] + margin - d[i], 0) for i in others]))
+  return np.array(losses)
+
+
+def _cross_entropy(logits, labels, margin=0):
+  losses = []
+  for scores, label in zip(logits, labels):
+    scores = list(scores)
+    scores[label] -= margin
+    losses.append(_log_sum(scores) - scores[label])
+  return np.array(losses)
+
+
+def normalized_softmax_loss(embeddings, proxies, labels, *, temperature=0.05):
+  cosines = unit(embeddings) @ unit(proxies).T
+  return _cross_entropy(cosines / temperature, labels)
+
+
+def cosface_loss(embeddings, proxies, labels, *, scale=64, margin=0.35):
+  logits = scale * unit(embeddings) @ unit(proxies).T
+  return _cross_entropy(logits, labels, scale * margin)
+
+
+def arcface_loss(embeddings, proxies, labels, *, scale=64, margin=0.5):
+  return subcenter_arcface_loss(
+    embeddings, np.asarray(proxies)[:, None], labels, scale=scale, margin=margin
+  )
+
+
+def subcenter_arcface_loss(
+    embeddings, proxies, labels, *, scale=64, margin=0.5
+):
+  logits = []
+  for x, label in zip(unit(embeddings), labels):
+    angles = [np.arccos(max(w @ x for w in row)) for row in unit(proxies)]
+    scores = np.cos(angles)
+    scores[label] = np.cos(angles[label] + margin)
+    if angles[label] + margin > np.pi:
+      scores[label] = np.cos(angles[label]) - margin * np.sin(margin)
+    logits.append(scale * scores)
+  return _cross_entropy(logits, labels)
+
+
+def soft_triple_loss(
+    embeddings, proxies, labels, *, scale=20, margin=0.01, gamma=0.1, tau=0.2
+):
+  centers = unit(proxies)
+  num_classes, num_centers = centers.shape[:2]
+  logits = []
+  for x in unit(embeddings):
+    weights = [np.exp(row @ x / gamma) for row in centers]
+    logits.append([
+      scale * (w / w.sum()) @ (row @ x) for w, row in zip(weights, centers)
+    ])
+  spread = sum(
+    np.linalg.norm(a - b)
+    for row in centers
+    for a, b in itertools.combinations(row, 2)
+  ) / (num_classes * num_centers * (num_centers - 1))
+  return _cross_entropy(logits, labels, scale * margin) + tau * spread
+
+
+def _pairs(labels):
+  """The positive and the negative pairs of a batch, each in both orders."""
+  ordered = list(itertools.permutations(range(len(labels)), 2))
+  positives = [(i, j) for i, j in ordered if labels[i] == labels[j]]
+  negatives = [(i, j) for i, j in ordered if labels[i] != labels[j]]
+  return positives, negatives
+
+
+def _lengths(x):
+  x = np.asarray(x, np.float64)
+  return np.array([[np.linalg.norm(a - b) for b in x] for a in x])
+
+
+def _mean(values):
+  return np.mean(values) if len(values) else 0.0
+
+
+def contrastive_loss(embeddings, labels, *, margin=1.0):
+  d = _lengths(embeddings)
+  positives, negatives = _pairs(labels)
+  return _mean(
+    [d[pair] ** 2 / 2 for pair in positives]
+    + [max(margin - d[pair], 0) ** 2 / 2 for pair in negatives]
+  )
+
+
+def triplet_loss(embeddings, labels, *, margin=0.2, mining='semi_hard'):
+  d = _lengths(embeddings) ** 2
+  pairs, _ = _pairs(labels)
+  hinges = []
+  if mining == 'batch_hard':
+    for a in sorted({a for a, _ in pairs}):
+      others = [d[a, n] for n in range(len(d)) if labels[n] != labels[a]]
+      farthest = max(d[a, p] for b, p in pairs if b == a)
+      hinges += [max(farthest + margin - min(others), 0)] if others else []
+    return _mean(hinges)
+  for a, p in pairs:
+    others = [d[a, n] for n in range(len(d)) if labels[n] != labels[a]]
+    if mining == 'semi_hard' and others:
+      others = [min([n for n in others if n > d[a, p]], default=max(others))]
+    hinges += [max(d[a, p] + margin - n, 0) for n in others]
+  if mining == 'batch_all':
+    hinges = [h for h in hinges if h > 0]
+  return _mean(hinges)
+
+
+def n_pairs_loss(embeddings, labels, *, regularization=0.0):
+  x = np.asarray(embeddings, np.float64)
+  pairs = []
+  for label in sorted(set(labels.tolist())):
+    members = [i for i in range(len(x)) if labels[i] == label]
+    pairs += [members[:2]] if len(members) > 1 else []
+  losses = []
+  for a, p in pairs:
+    others = [x[a] @ x[q] - x[a] @ x[p] for _, q in pairs if q != p]
+    norms = (x[a] @ x[a] + x[p] @ x[p]) / 2
+    losses.append(np.log1p(sum(np.exp(others))) + regularization * norms)
+  return _mean(losses)
+
+
+def lifted_structure_loss(embeddings, labels, *, margin=1.0):
+  d = _lengths(embeddings)
+  positives, negatives = _pairs(labels)
+  losses = []
+  for i, j in positives:
+    pushes = [np.exp(margin - d[a, k]) for a, k in negatives if a in (i, j)]
+    if pushes:
+      losses.append(max(np.log(sum(pushes)) + d[i, j], 0) ** 2 / 2)
+    else:
+      losses.append(0)
+  return _mean(losses)
+
+
+def multi_similarity_loss(
+    embeddings, labels, *, alpha=2, beta=50, base=0.5, epsilon=0.1
+):
+  s = unit(embeddings) @ unit(embeddings).T
+  positives, negatives = _pairs(labels)
+  losses = []
+  for i in range(len(s)):
+    own = [s[pair] for pair in positives if pair[0] == i]
+    others = [s[pair] for pair in negatives if pair[0] == i]
+    if not own or not others:
+      losses.append(0)
+      continue
+    pulls = [p for p in own if p < max(others) + epsilon]
+    pushes = [n for n in others if n > min(own) - epsilon]
+    losses.append(
+      np.log1p(sum(np.exp(-alpha * (p - base)) for p in pulls)) / alpha
+      + np.log1p(sum(np.exp(beta * (n - base)) for n in pushes)) / beta
+    )
+  return np.array(losses)
+
+
+def facility_location_loss(
+    embeddings, labels, *, margin_multiplier=1.0, num_refinements=5
+):
+  """The greedy search over lists of medoids, then exchanges in order."""
+  d = _lengths(embeddings)
+  points = range(len(d))
+  classes = sorted(set(labels.tolist()))
+
+  def score(medoids):
+    medoids = sorted(medoids)
+    clusters = [min(medoids, key=lambda j, i=i: d[i, j]) for i in points]
+    facility = -sum(d[i, j] for i, j in zip(points, clusters))
+    norm = np.sqrt(entropy(labels) * entropy(clusters))
+    alike = information(labels, clusters) / norm if norm else len(classes) == 1
+    return facility + margin_multiplier * (1 - alike), clusters
+
+  medoids = []
+  for _ in classes:
+    free = [j for j in points if j not in medoids]
+    medoids.append(max(free, key=lambda j: score([*medoids, j])[0]))
+  for _ in range(num_refinements):
+    _, clusters = score(medoids)
+    for k in sorted(medoids):
+      rest = [j for j in medoids if j != k]
+      members = [j for j in points if clusters[j] == k]
+      best = max(members, key=lambda j, rest=rest: score([*rest, j])[0])
+      medoids = [*rest, best]
+  truth = 0
+  for label in classes:
+    members = [i for i in points if labels[i] == label]
+    truth += max(-sum(d[i, j] for i in members) for j in members)
+  return max(score(medoids)[0] - truth, 0)
+
+
+def center_loss(embeddings, labels, *, centers):
+  return np.array([
+    np.sum((np.asarray(x, np.float64) - centers[label]) ** 2) / 2
+    for x, label in zip(embeddings, labels)
+  ])
+
+
+def center_softmax_loss(
+    embeddings, proxies, labels, *, centers, weight=0.003
+):
+  logits = np.asarray(embeddings, np.float64) @ np.asarray(proxies).T
+  center = center_loss(embeddings, labels, centers=centers)
+  return _cross_entropy(logits, labels) + weight * center
+
+
+def magnet_loss(embeddings, labels, *, centers, alpha=1.0):
+  x = np.asarray(embeddings, np.float64)
+  own = [
+    min(_squared(v, c) for c in centers[label]) for v, label in zip(x, labels)
+  ]
+  variance = sum(own) / (len(x) - 1)
+  losses = []
+  for v, label, d in zip(x, labels, own):
+    others = [
+      np.exp(-_squared(v, c) / (2 * variance))
+      for k, row in enumerate(centers) for c in row if k != label
+    ]
+    own_term = np.exp(-d / (2 * variance) - alpha)
+    losses.append(max(-np.log(own_term / sum(others)), 0))
+  return np.array(losses)
+
+
 def gradient(function, x, step=1e-5):
   """Central differences of a scalar function of a float64 array."""
   x = np.array(x, np.float64)

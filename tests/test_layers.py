@@ -15,9 +15,11 @@ _LAYERS = (
   ('evaluate',),
   ('state', 'optimizer', 'input_pipeline', 'metric_writer', 'workdir'),
   ('models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering'),
-  ('metrics', 'mesh', 'locks', 'interruption'),
+  ('metrics', 'distances', 'mesh', 'locks', 'interruption'),
 )
-_PURE = ('losses', 'proxies', 'metrics', 'retrieval', 'clustering')
+_PURE = (
+  'losses', 'proxies', 'metrics', 'distances', 'retrieval', 'clustering'
+)
 _FENCES = {
   'flax': ('models',),
   'tensorflow_datasets': ('datasets',),

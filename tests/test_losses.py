@@ -1,237 +1,207 @@
+"""What holds for every loss, each against its oracle."""
+
+import functools
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import losses, proxy_nca_loss
+from proxy_nca_jax import losses
 
-_FORMS = (
-  {},
-  {'positive_in_denominator': True},
-  {'normalize': False, 'temperature': 2.0},
-  {'normalize': False, 'positive_in_denominator': True, 'temperature': 3.0},
-  {'positive_in_denominator': True, 'label_smoothing': 0.1},
-  {'positive_in_denominator': True, 'temperature': 1.0},
+_BATCH, _CLASSES, _CENTERS, _DIM = 8, 5, 3, 4
+
+_SHAPES = {
+  'one': (_CLASSES, _DIM),
+  'several': (_CLASSES, _CENTERS, _DIM),
+  'free': (_CLASSES + 2, _DIM),
+}
+# Some classes have two proxies, and the last proxy no class.
+_ASSIGNMENT = np.array([[0, 0], [1, 5], [2, 2], [3, 5], [4, 4]])
+
+# The defaults of every loss, and other arguments.
+_CASES = tuple((name, {}) for name in losses.LOSSES) + (
+  ('arcface', {'scale': 4.0, 'margin': 2.0}),
+  ('facility_location', {'margin_multiplier': 3.0, 'num_refinements': 0}),
+  ('magnet', {'alpha': 3.0}),
+  ('multi_similarity', {'beta': 3.0, 'base': -0.2, 'epsilon': 0.5}),
+  ('n_pairs', {'regularization': 0.5}),
+  ('proxy_anchor', {'alpha': 2.0, 'margin': 0.3}),
+  ('soft_triple', {'scale': 3.0, 'margin': 0.5, 'tau': 2.0}),
+  ('triplet', {'margin': 2.0, 'mining': 'batch_all'}),
+  ('triplet', {'margin': 2.0, 'mining': 'batch_hard'}),
+)
+_LABELS_ARE_INDICES = tuple(
+  name for name, needs in losses.NEEDS.items()
+  if needs.proxies in ('one', 'several') or needs.centers or needs.assignment
 )
 
 
-def _inputs(seed=0, batch=7, num_proxies=5, dim=4):
+def _points(name, rng):
+  """The arrays that a loss has gradients of: embeddings, maybe proxies."""
+  shapes = [(_BATCH, _DIM)]
+  if losses.NEEDS[name].proxies:
+    shapes.append(_SHAPES[losses.NEEDS[name].proxies])
+  return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def _constants(name):
+  needs, constants = losses.NEEDS[name], {}
+  if needs.centers:
+    rng = np.random.default_rng(9)
+    constants['centers'] = rng.normal(size=_SHAPES[needs.centers])
+  if needs.assignment:
+    constants['assignment'] = _ASSIGNMENT
+  return constants
+
+
+def _loss(name, **kwargs):
+  return functools.partial(losses.LOSSES[name], **_constants(name), **kwargs)
+
+
+def _oracle(name, **kwargs):
+  oracle = getattr(oracles, losses.LOSSES[name].__name__)
+  return functools.partial(oracle, **_constants(name), **kwargs)
+
+
+@functools.cache
+def _compiled(name, **kwargs):
+  """(points, labels, where) -> (loss, gradients of its sum), compiled once."""
+  loss = _loss(name, **kwargs)
+
+  def total(points, labels, where):
+    value = loss(*points, labels, where=where)
+    return jnp.sum(value), value
+
+  gradient = jax.jit(jax.grad(total, has_aux=True))
+
+  def value_and_gradients(points, labels, where=None):
+    where = np.ones(_BATCH, bool) if where is None else where
+    gradients, value = gradient(points, labels, where)
+    return value, gradients
+
+  return value_and_gradients
+
+
+def _labels(rng):
+  """Two examples of one class, three of another, and three alone."""
+  return rng.permutation([0, 0, 1, 1, 1, 2, 3, 4]).astype(np.int32)
+
+
+def _inputs(name, seed=0):
   rng = np.random.default_rng(seed)
-  return (
-    rng.normal(size=(batch, dim)).astype(np.float32),
-    rng.normal(size=(num_proxies, dim)).astype(np.float32),
-    rng.integers(0, num_proxies, batch).astype(np.int32),
-  )
+  return _points(name, rng), _labels(rng)
 
 
-class ProxyNcaLossTest(parameterized.TestCase):
+class LossesTest(parameterized.TestCase):
 
-  def test_values_by_hand(self):
-    # Distances to the three proxies: 0, 2 and 4.
-    x = jnp.array([[1.0, 0.0]])
-    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    for label, expected in (
-      (0, 0 + np.log(np.exp(-2) + np.exp(-4))),
-      (1, 2 + np.log(1 + np.exp(-4))),
-      (2, 4 + np.log(1 + np.exp(-2))),
-    ):
-      actual = proxy_nca_loss(x, proxies, jnp.array([label]), temperature=1.0)
-      np.testing.assert_allclose(actual, [expected], rtol=1e-6)
+  def test_the_table_tells_of_every_loss(self):
+    self.assertEqual(list(losses.NEEDS), list(losses.LOSSES))
+    self.assertEqual(sorted(losses.LOSSES), list(losses.LOSSES))
+    for name, loss in losses.LOSSES.items():
+      self.assertEqual(loss.__name__, f'{name}_loss')
 
-  def test_softmax_form_by_hand(self):
-    x = jnp.array([[2.0, 0.0]])
-    proxies = jnp.array([[3.0, 0.0], [0.0, 5.0]])
-    actual = proxy_nca_loss(
-      x, proxies, jnp.array([1]), temperature=1.0, positive_in_denominator=True
-    )
-    np.testing.assert_allclose(actual, [2 + np.log(1 + np.exp(-2))], rtol=1e-6)
-
-  @parameterized.parameters(*_FORMS)
-  def test_equals_the_oracle(self, **kwargs):
+  @parameterized.parameters(*_CASES)
+  def test_equals_the_oracle(self, name, kwargs):
     for seed in range(3):
-      inputs = _inputs(seed)
+      points, labels = _inputs(name, seed)
+      actual, _ = _compiled(name, **kwargs)(points, labels)
       np.testing.assert_allclose(
-        proxy_nca_loss(*inputs, **kwargs),
-        oracles.proxy_nca_loss(*inputs, **kwargs),
-        rtol=2e-5,
-        atol=2e-5,
+        actual, _oracle(name, **kwargs)(*points, labels), rtol=2e-5, atol=2e-5
       )
 
-  @parameterized.parameters(*_FORMS)
-  def test_gradients_equal_differences_of_the_oracle(self, **kwargs):
-    x, p, labels = _inputs()
-    actual = jax.grad(
-      lambda x, p: jnp.sum(proxy_nca_loss(x, p, labels, **kwargs)), (0, 1)
-    )(x, p)
-    expected = (
-      oracles.gradient(
-        lambda x: oracles.proxy_nca_loss(x, p, labels, **kwargs).sum(), x
-      ),
-      oracles.gradient(
-        lambda p: oracles.proxy_nca_loss(x, p, labels, **kwargs).sum(), p
-      ),
-    )
-    for a, b in zip(actual, expected):
-      np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
-      self.assertGreater(np.abs(b).max(), 0.1)
+  @parameterized.parameters(*_CASES)
+  def test_a_row_that_does_not_count_might_not_be_there(self, name, kwargs):
+    points, labels = _inputs(name)
+    where = np.arange(_BATCH) != 3
+    kept, kept_labels = [points[0][where], *points[1:]], labels[where]
+    points[0][3], labels[3] = np.nan, -1
+    actual, gradients = _compiled(name, **kwargs)(points, labels, where)
+    oracle = _oracle(name, **kwargs)
+    expected = oracle(*kept, kept_labels)
+    if actual.ndim:
+      self.assertEqual(actual[3], 0)
+      actual = actual[where]
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
-  @parameterized.parameters(True, False)
-  def test_descent_on_proxies_alone_makes_the_nearest_right(self, softmax):
-    # The wrong sign learns mirrored proxies, which no retrieval metric sees.
-    x = jnp.eye(4)
-    labels = jnp.arange(4)
-    proxies = jax.random.normal(jax.random.key(0), (4, 4))
-    gradient = jax.jit(jax.grad(
-      lambda p: proxy_nca_loss(
-        x, p, labels, positive_in_denominator=softmax
-      ).mean()
-    ))
-    for _ in range(200):
-      proxies -= 0.1 * gradient(proxies)
-    proxies /= jnp.linalg.norm(proxies, axis=1, keepdims=True)
-    distances = jnp.sum((x[:, None] - proxies[None]) ** 2, axis=2)
-    np.testing.assert_array_equal(jnp.argmin(distances, axis=1), labels)
+    np.testing.assert_array_equal(gradients[0][3], 0)
+    gradients[0] = gradients[0][where]
+    for place, gradient in enumerate(gradients):
 
-  def test_softmax_form_is_the_softplus_of_the_papers(self):
-    inputs = _inputs()
-    paper = proxy_nca_loss(*inputs)
-    softmax = proxy_nca_loss(*inputs, positive_in_denominator=True)
-    np.testing.assert_allclose(softmax, jax.nn.softplus(paper), rtol=1e-4,
-                               atol=1e-5)
+      def total(x, place=place):
+        moved = [*kept[:place], x, *kept[place + 1 :]]
+        return np.sum(oracle(*moved, kept_labels))
 
-  def test_papers_form_can_be_negative(self):
-    loss = proxy_nca_loss(jnp.eye(2), jnp.eye(2), jnp.arange(2))
-    np.testing.assert_allclose(loss, [-18, -18], rtol=1e-6)
-
-  def test_two_scales_of_three_are_a_temperature_of_one_ninth(self):
-    x, p, labels = _inputs()
-    x3 = 3 * x / np.linalg.norm(x, axis=1, keepdims=True)
-    p3 = 3 * p / np.linalg.norm(p, axis=1, keepdims=True)
-    np.testing.assert_allclose(
-      proxy_nca_loss(x3, p3, labels, normalize=False, temperature=1.0),
-      proxy_nca_loss(x, p, labels),
-      rtol=1e-4,
-      atol=1e-4,
-    )
+      expected = oracles.gradient(total, kept[place])
+      np.testing.assert_allclose(gradient, expected, rtol=2e-3, atol=2e-3)
+      self.assertGreater(np.abs(expected).max(), 0.01)
 
   @parameterized.product(
-    scale=(1e-30, 1e-10, 1.0, 1e10, 1e30),
-    temperature=(1e-3, 1 / 9, 1e3),
-    softmax=(True, False),
+    name=tuple(losses.LOSSES),
+    batch=('one class', 'all differ', 'alike', 'zeros', 'one', 'none'),
   )
-  def test_finite_at_every_scale(self, scale, temperature, softmax):
-    x, p, labels = _inputs()
-    loss, gradients = jax.value_and_grad(
-      lambda x, p: proxy_nca_loss(
-        x, p, labels, temperature=temperature, positive_in_denominator=softmax
-      ).sum(),
-      (0, 1),
-    )(jnp.asarray(x * np.float32(scale)), jnp.asarray(p * np.float32(scale)))
-    expected = proxy_nca_loss(
-      x, p, labels, temperature=temperature, positive_in_denominator=softmax
-    ).sum()
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+  def test_degenerate_batches_are_finite(self, name, batch):
+    points, labels = _inputs(name)
+    where = np.ones(_BATCH, bool)
+    if batch == 'one class':
+      labels[:] = 1
+    elif batch == 'all differ':
+      labels, where = np.arange(_BATCH, dtype=np.int32), where & (labels < 0)
+      where[:_CLASSES] = True
+    elif batch == 'alike':
+      points = [0 * x + 1 for x in points]
+    elif batch == 'zeros':
+      points = [0 * x for x in points]
+    elif batch == 'one':
+      where = np.arange(_BATCH) == 2
+    else:
+      where[:] = False
+    loss, gradients = _compiled(name)(points, labels, where)
+    self.assertTrue(np.all(np.isfinite(loss)))
+    if batch == 'none':
+      np.testing.assert_array_equal(loss, 0)
     for gradient in gradients:
       self.assertTrue(np.all(np.isfinite(gradient)))
 
-  @parameterized.product(
-    rows=('zeros', 'equal', 'proxies'), softmax=(True, False),
-    normalize=(True, False),
-  )
-  def test_degenerate_rows_are_finite(self, rows, softmax, normalize):
-    _, p, labels = _inputs(batch=5)
-    x = {'zeros': 0 * p, 'equal': 0 * p + 1, 'proxies': p}[rows]
-    p = {'zeros': 0 * p, 'equal': 0 * p + 1, 'proxies': p}[rows]
-    loss, gradients = jax.value_and_grad(
-      lambda x, p: proxy_nca_loss(
-        x, p, labels, positive_in_denominator=softmax, normalize=normalize
-      ).sum(),
-      (0, 1),
-    )(x, p)
-    self.assertTrue(np.isfinite(loss))
-    for gradient in gradients:
-      self.assertTrue(np.all(np.isfinite(gradient)))
-
-  @parameterized.parameters(jnp.bfloat16, jnp.float16)
-  def test_low_precision_inputs_are_computed_in_float32(self, dtype):
-    x, p, labels = _inputs()
-    x, p = jnp.asarray(x, dtype), jnp.asarray(p, dtype)
-    actual = proxy_nca_loss(x, p, labels)
+  @parameterized.parameters(*losses.LOSSES)
+  def test_half_precision_is_computed_in_float32(self, name):
+    points, labels = _inputs(name)
+    points = [jnp.asarray(x, jnp.bfloat16) for x in points]
+    actual = jax.jit(_loss(name))(*points, labels)
     self.assertEqual(actual.dtype, jnp.float32)
-    expected = proxy_nca_loss(
-      x.astype(jnp.float32), p.astype(jnp.float32), labels
-    )
-    np.testing.assert_array_equal(actual, expected)
+    points = [x.astype(jnp.float32) for x in points]
+    expected, _ = _compiled(name)(points, labels)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
-  def test_jit_and_vmap_agree_with_the_plain_call(self):
-    x, p, labels = _inputs()
-    plain = proxy_nca_loss(x, p, labels)
-    np.testing.assert_allclose(
-      jax.jit(proxy_nca_loss)(x, p, labels), plain, rtol=1e-5, atol=1e-6
-    )
-    stacked = jax.vmap(proxy_nca_loss, in_axes=(0, None, 0))(
-      np.stack([x, x[::-1]]), p, np.stack([labels, labels[::-1]])
-    )
-    np.testing.assert_allclose(stacked[0], plain, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(stacked[1], plain[::-1], rtol=1e-5, atol=1e-6)
-
-  def test_where_drops_a_row_whatever_it_holds(self):
-    x, p, labels = _inputs()
-    where = np.arange(7) != 3
-    bad, bad_labels = x.copy(), labels.copy()
-    bad[3], bad_labels[3] = np.nan, -1
-
-    def total(x, p, labels, where):
-      return proxy_nca_loss(x, p, labels, where=where).sum()
-
-    loss = proxy_nca_loss(bad, p, bad_labels, where=where)
-    self.assertEqual(loss[3], 0)
+  @parameterized.parameters(*_LABELS_ARE_INDICES)
+  def test_a_label_without_a_proxy_is_an_error_or_traced_nan(self, name):
+    points, labels = _inputs(name)
+    labels[2] = _CLASSES
+    with self.assertRaisesRegex(ValueError, r'5.*\[0, 5\)'):
+      _loss(name)(*points, labels)
+    loss, _ = _compiled(name)(points, labels)
+    is_wrong = np.arange(_BATCH) == 2
     np.testing.assert_array_equal(
-      loss[where], proxy_nca_loss(x, p, labels)[where]
-    )
-    dx, dp = jax.grad(total, (0, 1))(bad, p, bad_labels, where)
-    np.testing.assert_array_equal(dx[3], 0)
-    _, expected = jax.grad(total, (0, 1))(
-      x[where], p, labels[where], np.ones(6, bool)
-    )
-    np.testing.assert_allclose(dp, expected, rtol=1e-4, atol=1e-5)
-
-  @parameterized.parameters(-1, 5, 100)
-  def test_a_label_without_a_proxy_is_an_error(self, label):
-    x, p, labels = _inputs()
-    labels[2] = label
-    with self.assertRaisesRegex(ValueError, rf'{label}.*\[0, 5\)'):
-      proxy_nca_loss(x, p, labels)
-
-  @parameterized.parameters(-1, 5, 100)
-  def test_a_traced_label_without_a_proxy_is_nan_for_its_row(self, label):
-    x, p, labels = _inputs()
-    expected = np.array(proxy_nca_loss(x, p, labels))
-    labels[2], expected[2] = label, np.nan
-    np.testing.assert_allclose(
-      jax.jit(proxy_nca_loss)(x, p, labels), expected, rtol=1e-5, atol=1e-6
+      np.isnan(loss), is_wrong if loss.ndim else True
     )
 
-  @parameterized.parameters(
-    ({'label_smoothing': 0.1}, 'positive_in_denominator'),
-    ({'label_smoothing': 1.0, 'positive_in_denominator': True}, 'in .0, 1'),
-    ({'label_smoothing': -0.1, 'positive_in_denominator': True}, 'in .0, 1'),
-    ({'temperature': 0.0}, 'temperature'),
-  )
-  def test_wrong_arguments_are_errors(self, kwargs, message):
-    with self.assertRaisesRegex(ValueError, message):
-      proxy_nca_loss(*_inputs(), **kwargs)
-
-  def test_papers_form_needs_two_proxies(self):
-    x, p, labels = _inputs(num_proxies=1)
-    with self.assertRaisesRegex(ValueError, 'two proxies'):
-      proxy_nca_loss(x, p, labels)
-    loss = proxy_nca_loss(x, p, labels, positive_in_denominator=True)
-    np.testing.assert_allclose(loss, 0, atol=1e-5)
-
-  def test_losses_are_found_by_name(self):
-    self.assertIs(losses.LOSSES['proxy_nca'], proxy_nca_loss)
+  @parameterized.parameters(*losses.LOSSES)
+  def test_arguments_are_those_that_the_table_tells(self, name):
+    needs = losses.NEEDS[name]
+    parameters = inspect.signature(losses.LOSSES[name]).parameters
+    arrays = ['embeddings', 'proxies', 'labels']
+    if not needs.proxies:
+      arrays.remove('proxies')
+    self.assertEqual(arrays, [
+      p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY
+    ])
+    named = {p.name for p in parameters.values() if p.default is p.empty}
+    constants = {'centers'} if needs.centers else set()
+    constants |= {'assignment'} if needs.assignment else set()
+    self.assertEqual(named - set(arrays), constants)
+    self.assertIn('where', parameters)
 
 
 if __name__ == '__main__':

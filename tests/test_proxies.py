@@ -1,12 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import proxies
+from proxy_nca_jax import proxies, proxy_nca_loss
 
 
-class ProxiesTest(absltest.TestCase):
+class ProxiesTest(parameterized.TestCase):
 
   def test_proxies_begin_with_norms_near_the_asked_one(self):
     for dim in (16, 512):
@@ -34,6 +34,115 @@ class ProxiesTest(absltest.TestCase):
     points = jnp.array([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])
     nearest = proxies.nearest_proxies(jnp.array([[1.0, 0.0]]), points)
     self.assertEqual(nearest, 1)
+
+  @parameterized.parameters((10, 10), (10, 4), (10, 1), (4, 10), (4, 8), (1, 3))
+  def test_classes_are_spread_evenly_over_proxies(
+      self, num_classes, num_proxies
+  ):
+    rows = np.asarray(
+      proxies.random_assignment(jax.random.key(0), num_classes, num_proxies)
+    )
+    most = -(-num_proxies // num_classes)
+    self.assertEqual(rows.shape, (num_classes, most))
+    owned = [set(row.tolist()) for row in rows]
+    if num_proxies <= num_classes:
+      loads = np.bincount(rows[:, 0], minlength=num_proxies)
+      self.assertLessEqual(loads.max() - loads.min(), 1)
+    else:
+      # Every proxy is of one class, and no class has two more than another.
+      self.assertEqual(sum(map(len, owned)), num_proxies)
+      self.assertGreaterEqual(min(map(len, owned)), most - 1)
+    self.assertEqual(set.union(*owned), set(range(num_proxies)))
+
+  def test_the_key_decides_the_assignment(self):
+    first, again, other = (
+      np.asarray(proxies.random_assignment(jax.random.key(seed), 50, 20))
+      for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    self.assertTrue(np.any(first != other))
+
+
+def _unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _squared(x, y):
+  return np.sum((x - y) ** 2, axis=-1)
+
+
+class BoundsTest(parameterized.TestCase):
+
+  def test_error_by_hand(self):
+    x = np.array([[2.0, 0.0], [0.0, 3.0], [0.6, 0.8]])
+    p = np.array([[5.0, 0.0], [0.0, 1.0]])
+    for kwargs, expected in (
+      ({}, 0.4),
+      ({'labels': np.array([0, 1, 0])}, 0.8),
+      ({'labels': np.array([1, 1, 0]), 'where': np.arange(3) > 0}, 0.8),
+      ({'labels': np.array([1, 1, 0])}, 2),
+      ({'where': np.zeros(3, bool)}, 0),
+    ):
+      error = proxies.proxy_approximation_error(x, p, **kwargs)
+      np.testing.assert_allclose(error, expected, rtol=1e-6)
+
+  @parameterized.product(spread=(0.0, 0.1, 0.5, 2.0), temperature=(1 / 9, 1.0))
+  def test_the_losses_of_points_are_within_the_bounds(
+      self, spread, temperature
+  ):
+    rng = np.random.default_rng(0)
+    p = _unit(rng.normal(size=(6, 3)))
+    # Four points of each class around its proxy.
+    points = p[:, None] + spread * rng.normal(size=(6, 4, 3)) / np.sqrt(3)
+    points = _unit(points)
+    rows, labels = points.reshape(24, 3), np.repeat(np.arange(6), 4)
+    error = proxies.proxy_approximation_error(rows, p, labels)
+    losses = proxy_nca_loss(rows, p, labels, temperature=temperature)
+    bounds = np.asarray(
+      proxies.nca_bound(losses, error, temperature=temperature)
+    )
+    wrong = []
+    for index, (x, label) in enumerate(zip(rows, labels)):
+      others = np.delete(points, label, axis=0)
+      for y in points[label]:
+        for column in range(4):
+          far = -_squared(x, others[:, column]) / temperature
+          nca = _squared(x, y) / temperature + np.log(np.exp(far).sum())
+          self.assertLessEqual(nca, bounds[index] + 1e-4)
+        wrong.append(np.mean(_squared(x, y) >= _squared(x, others)))
+    share = proxies.ranking_bound(rows, p, labels, error)
+    self.assertLessEqual(np.mean(wrong), share + 1e-6)
+    if spread < 0.2:
+      self.assertLess(share, 1)
+
+  def test_the_bound_is_attained(self):
+    # x at 0 degrees; y and z at right angles, their proxies off by 2 delta.
+    delta = np.radians(10)
+
+    def at(angle):
+      return np.array([np.cos(angle), np.sin(angle)])
+
+    x, y, z = at(0), at(np.pi / 2 + delta), at(-np.pi / 2 + delta)
+    p = np.stack([at(np.pi / 2 - delta), at(-np.pi / 2 - delta)])
+    labels = np.array([0, 1])
+    error = proxies.proxy_approximation_error(np.stack([y, z]), p, labels)
+    loss = proxy_nca_loss(x[None], p, labels[:1], temperature=1.0)
+    bound = proxies.nca_bound(loss, error, temperature=1.0)
+    nca = _squared(x, y) - _squared(x, z)
+    np.testing.assert_allclose(bound, [nca], rtol=1e-5)
+    # The proxies are in the right order, and the points just in the wrong one.
+    self.assertGreater(nca, 0)
+    self.assertEqual(proxies.ranking_bound(x[None], p, labels[:1], error), 1)
+    self.assertEqual(proxies.ranking_bound(x[None], p, labels[:1], 0), 0)
+
+  def test_rows_that_do_not_count_are_in_no_bound(self):
+    x, p = np.eye(2), np.eye(2)
+    labels = np.array([0, 0])
+    share = proxies.ranking_bound(
+      x, p, labels, 0.0, where=np.array([True, False])
+    )
+    self.assertEqual(share, 0)
+    self.assertEqual(proxies.ranking_bound(x, p, labels, 0.0), 0.5)
 
 
 if __name__ == '__main__':

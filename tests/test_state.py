@@ -34,6 +34,7 @@ def _at_step(step):
   return state_lib.TrainState(
     step=jnp.int32(step),
     params=state.params,
+    loss_state=state.loss_state,
     model_state=state.model_state,
     opt_state=state.opt_state,
   )

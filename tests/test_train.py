@@ -6,8 +6,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from configs import default
+from proxy_nca_jax import losses, models, proxies, train
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax import models, proxies, train
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
@@ -116,6 +116,7 @@ class TrainStepTest(parameterized.TestCase):
       state = state_lib.TrainState(
         step=jnp.int32(0),
         params=jax.tree.map(jnp.array, params),
+        loss_state={},
         model_state={},
         opt_state=optimizer.init(params),
       )
@@ -129,6 +130,42 @@ class TrainStepTest(parameterized.TestCase):
         2 * half[group], whole[group], rtol=1e-2, atol=1e-6
       )
 
+  @parameterized.parameters(
+    ('triplet', {}, ()),
+    ('magnet', {'alpha': 4.0}, ()),
+    ('center_softmax', {}, ('proxy_accuracy', 'proxy_error', 'ranking_bound')),
+    ('soft_triple', {}, ('proxy_accuracy',)),
+    ('fractional_proxy_nca', {}, ()),
+  )
+  def test_losses_are_given_what_they_need(self, name, kwargs, metrics):
+    config = _config(**{'loss.name': name, 'loss.num_proxies': 4})
+    with config.unlocked():
+      config.loss.kwargs = kwargs
+    needs = losses.NEEDS[name]
+    before, _, _ = _run(config, num_steps=0)
+    after, history, _ = _run(config, num_steps=10)
+    self.assertLess(history[-1]['loss'], history[0]['loss'])
+    self.assertSameElements(
+      history[0], ('loss', 'gradient_norm', *metrics)
+    )
+    forms = {
+      'one': (_NUM_CLASSES, 64), 'several': (_NUM_CLASSES, 3, 64),
+      'free': (4, 64),
+    }
+    if needs.proxies:
+      self.assertEqual(after.params['proxies'].shape, forms[needs.proxies])
+    else:
+      self.assertEqual(after.params['proxies'], {})
+    if needs.centers:
+      centers = after.loss_state['centers']
+      self.assertEqual(centers.shape, forms[needs.centers])
+      self.assertTrue(np.any(centers != before.loss_state['centers']))
+    if needs.assignment:
+      np.testing.assert_array_equal(
+        after.loss_state['assignment'], before.loss_state['assignment']
+      )
+      self.assertEqual(after.loss_state['assignment'].shape, (_NUM_CLASSES, 1))
+
   def test_one_device_equals_eight(self):
     config = _config(**{'optimizer.name': 'sgd'})
     one, one_history, embed = _run(
@@ -136,7 +173,7 @@ class TrainStepTest(parameterized.TestCase):
     )
     eight, eight_history, embed_by_eight = _run(config, num_steps=5)
     for a, b in zip(one_history, eight_history):
-      np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)
+      np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5, atol=1e-5)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params)):
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     for a, b in zip(
@@ -180,6 +217,13 @@ class ConfigTest(parameterized.TestCase):
   def test_impossible_numbers_are_refused(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
       train.check_config(_config(**fields))
+
+  @parameterized.parameters(*losses.LOSSES)
+  def test_every_loss_can_be_chosen(self, name):
+    config = _config(**{'loss.name': name})
+    with config.unlocked():
+      config.loss.kwargs = {}
+    self.assertEqual(train.make_loss(config).needs, losses.NEEDS[name])
 
   def test_unknown_loss_and_argument_list_the_choices(self):
     with self.assertRaisesRegex(ValueError, 'choose one of .*proxy_nca'):

@@ -1,0 +1,203 @@
+"""Proxy-NCA against pytorch-metric-learning's: time, memory, a million proxies.
+
+python benchmarks/losses.py [--rounds=11]
+
+Needs pytorch-metric-learning and torch besides. First the time of a forward and
+backward pass with gradients for embeddings and proxies: both in one process,
+each with two threads, in turn; medians after a first round that compiles, and
+the ratio of the medians. Then the peak of memory above inputs and parameters,
+each in a process of its own, the compiler's not counted. At last a million
+proxies in chunks: memory above inputs, parameters and gradients, and the
+largest difference from the plain form at a tenth of the proxies. Memory is read
+from /proc: Linux alone.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+_THREADS = 2
+if hasattr(os, 'sched_setaffinity'):
+  # XLA takes as many threads as the process has processors.
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_THREADS])
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytorch_metric_learning as peer  # noqa: E402
+import torch  # noqa: E402
+from pytorch_metric_learning import losses as peer_losses  # noqa: E402
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from proxy_nca_jax import proxy_nca_loss  # noqa: E402
+
+# Batch, classes, dim.
+_SIZES = (
+  (32, 11318, 64),
+  (192, 11318, 64),
+  (192, 11318, 512),
+  (1024, 11318, 64),
+  (1024, 11318, 512),
+  (192, 100000, 512),
+)
+_MILLION = (256, 1_000_000, 128)
+_CHUNK = 4000
+
+
+def make_inputs(size):
+  batch, num_classes, dim = size
+  rng = np.random.default_rng(0)
+  return (
+    rng.standard_normal((batch, dim), dtype=np.float32),
+    rng.standard_normal((num_classes, dim), dtype=np.float32),
+    rng.integers(0, num_classes, batch).astype(np.int32),
+  )
+
+
+def make_ours(embeddings, proxies, labels, **kwargs):
+  """Returns a function that computes the loss and both gradients."""
+  arrays = jax.block_until_ready(
+    [jnp.asarray(array) for array in (embeddings, proxies, labels)]
+  )
+  step = jax.jit(
+    jax.value_and_grad(
+      lambda x, p, y: proxy_nca_loss(x, p, y, **kwargs).mean(), (0, 1)
+    )
+  ).lower(*arrays).compile()
+  return lambda: jax.block_until_ready(step(*arrays))
+
+
+def make_peer(embeddings, proxies, labels):
+  loss = peer_losses.ProxyNCALoss(*proxies.shape, softmax_scale=9)
+  loss.proxies.data = torch.from_numpy(proxies)
+  embeddings = torch.from_numpy(embeddings).requires_grad_()
+  labels = torch.from_numpy(labels).long()
+
+  def step():
+    embeddings.grad = loss.proxies.grad = None
+    loss(embeddings, labels).backward()
+
+  return step
+
+
+CONTENDERS = {
+  'ours': make_ours,
+  'softmax form': lambda *inputs: make_ours(
+    *inputs, positive_in_denominator=True
+  ),
+  'peer': make_peer,
+}
+
+
+def milliseconds(steps, rounds: int) -> dict[str, float]:
+  """Medians of the steps, which take turns."""
+  times = {name: [] for name in steps}
+  for _ in range(rounds + 1):
+    for name, step in steps.items():
+      start = time.perf_counter()
+      step()
+      times[name].append(1e3 * (time.perf_counter() - start))
+  return {name: statistics.median(row[1:]) for name, row in times.items()}
+
+
+def read_peak() -> float:
+  """The largest resident memory of this process, in MiB."""
+  for line in pathlib.Path('/proc/self/status').read_text().splitlines():
+    if line.startswith('VmHWM'):
+      return int(line.split()[1]) / 1024
+  raise ValueError('/proc/self/status tells no VmHWM: Linux is needed.')
+
+
+def print_peak(contender: str, size: tuple[int, ...]) -> None:
+  """Prints the MiB that a step takes above its inputs and parameters."""
+  make = CONTENDERS.get(contender)
+  if make is None:
+    make = lambda *inputs: make_ours(*inputs, proxy_chunk=_CHUNK)
+  make(*make_inputs((4, 8, 16)))()  # Starts the threads.
+  inputs = make_inputs(size)  # Kept: freed memory would hide what is taken.
+  step = make(*inputs)
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # Forgets the peak.
+  before = read_peak()
+  step()
+  step()
+  print(read_peak() - before)
+
+
+def peak(contender: str, size: tuple[int, ...]) -> float:
+  command = [sys.executable, __file__, f'--peak={contender}', '--size']
+  return float(
+    subprocess.run(
+      [*command, *map(str, size)], check=True, capture_output=True, text=True
+    ).stdout
+  )
+
+
+def print_million() -> None:
+  batch, num_proxies, dim = _MILLION
+  gradients = 4 * dim * (batch + num_proxies) / 2**20
+  above = peak('chunks', _MILLION) - gradients
+  step = make_ours(*make_inputs(_MILLION), proxy_chunk=_CHUNK)
+  step()
+  start = time.perf_counter()
+  step()
+  seconds = time.perf_counter() - start
+  inputs = make_inputs((batch, num_proxies // 10, dim))
+  plain, chunks = (
+    make_ours(*inputs, proxy_chunk=chunk)() for chunk in (None, _CHUNK)
+  )
+  worst = max(
+    float(jnp.max(jnp.abs(a - b)))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(chunks))
+  )
+  print(
+    f'{num_proxies:,} x {dim}, batch {batch}, chunks of {_CHUNK}: '
+    f'{seconds:.1f} s, {above:.0f} MiB above inputs, parameters and gradients '
+    f'({4 * batch * num_proxies / 2**20:.0f} MiB would hold the similarities); '
+    f'largest difference from the plain form {worst:.1e}'
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--rounds', type=int, default=11)
+  parser.add_argument('--peak', help='print the memory of one contender')
+  parser.add_argument('--size', type=int, nargs=3)
+  arguments = parser.parse_args()
+  torch.set_num_threads(_THREADS)
+  if arguments.peak:
+    print_peak(arguments.peak, tuple(arguments.size))
+    return
+  print(
+    f'jax {jax.__version__}, torch {torch.__version__}, '
+    f'pytorch-metric-learning {peer.__version__}, {_THREADS} threads, '
+    f'{arguments.rounds} rounds'
+  )
+  print(f'{"batch, classes, dim":22}{"milliseconds":>42}{"ratio":>9}'
+        f'{"MiB":>18}{"ratio":>9}')
+  print(f'{"":22}' + ''.join(f'{name:>14}' for name in CONTENDERS)
+        + f'{"":9}{"ours":>9}{"peer":>9}')
+  for size in _SIZES:
+    inputs = make_inputs(size)
+    steps = {name: make(*inputs) for name, make in CONTENDERS.items()}
+    times = milliseconds(steps, arguments.rounds)
+    del steps, inputs
+    memory = {name: peak(name, size) for name in ('ours', 'peer')}
+    print(
+      f'{", ".join(map(str, size)):22}'
+      + ''.join(f'{milli:14.1f}' for milli in times.values())
+      + f'{times["peer"] / times["ours"]:9.1f}'
+      + f'{memory["ours"]:9.0f}{memory["peer"]:9.0f}'
+      + f'{memory["ours"] / memory["peer"]:9.2f}'
+    )
+  print_million()
+
+
+if __name__ == '__main__':
+  main()

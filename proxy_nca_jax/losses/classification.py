@@ -1,0 +1,253 @@
+"""Losses that classify: a softmax over the cosines to each class's proxy.
+
+All functions take `embeddings: float [batch, dim]`, `proxies: float
+[num_classes, dim]`, or `[num_classes, num_centers, dim]` where a class has
+several, and `labels: int [batch]` in [0, num_classes). Labels known outside of
+`jit` are checked (ValueError); inside, one out of range gives NaN for its
+example. They normalise both sides, compute in float32 whatever comes in, and
+return the unreduced `float32 [batch]`, 0 for examples that `where` leaves out.
+
+References:
+  Zhai and Wu, Classification is a Strong Baseline for Deep Metric Learning,
+    BMVC 2019, https://arxiv.org/abs/1811.12649
+  Wang et al., CosFace, CVPR 2018, https://arxiv.org/abs/1801.09414
+  Deng et al., ArcFace, CVPR 2019, https://arxiv.org/abs/1801.07698
+  Deng et al., Sub-center ArcFace, ECCV 2020,
+    https://www.ecva.net/papers/eccv_2020/papers_ECCV/papers/123560715.pdf
+  Qian et al., SoftTriple Loss, ICCV 2019, https://arxiv.org/abs/1909.05235
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from proxy_nca_jax import distances
+from proxy_nca_jax.losses import inputs
+
+
+def normalized_softmax_loss(
+    embeddings: chex.Array,
+    proxies: chex.Array,
+    labels: chex.Array,
+    *,
+    temperature: float = 0.05,
+    where: chex.Array | None = None,
+) -> jax.Array:
+  """Calculates the normalised softmax loss of each example.
+
+    loss(x, y) = -log(exp(cos(x, p_y) / T) / sum_c exp(cos(x, p_c) / T))
+
+  (https://arxiv.org/abs/1811.12649, whose T is 0.05). On the unit sphere this
+  is `proxy_nca_pp_loss` at twice the temperature.
+
+  Args:
+    embeddings: float [batch, dim].
+    proxies: float [num_classes, dim].
+    labels: int [batch], in [0, num_classes).
+    temperature: T, positive.
+    where: bool [batch], examples that count.
+
+  Returns:
+    float32 [batch], the loss of each example.
+  """
+  embeddings, where = _prepare(embeddings, proxies, labels, 2, where)
+  logits = distances.cosines(embeddings, proxies) / temperature
+  return _cross_entropy(logits, labels, where)
+
+
+def cosface_loss(
+    embeddings: chex.Array,
+    proxies: chex.Array,
+    labels: chex.Array,
+    *,
+    scale: float = 64.0,
+    margin: float = 0.35,
+    where: chex.Array | None = None,
+) -> jax.Array:
+  """Calculates the CosFace loss of each example.
+
+  A softmax over s cos(x, p_c) with the own cosine lowered by the margin (Eq. 4
+  of https://arxiv.org/abs/1801.09414; 64 and 0.35 are the paper's).
+
+  Args:
+    embeddings: float [batch, dim].
+    proxies: float [num_classes, dim].
+    labels: int [batch], in [0, num_classes).
+    scale: s, positive.
+    margin: m, of the cosine.
+    where: bool [batch], examples that count.
+
+  Returns:
+    float32 [batch], the loss of each example.
+  """
+  embeddings, where = _prepare(embeddings, proxies, labels, 2, where)
+  cosines = distances.cosines(embeddings, proxies)
+  is_own = inputs.is_class(labels, proxies.shape[0])
+  return _cross_entropy(scale * (cosines - margin * is_own), labels, where)
+
+
+def arcface_loss(
+    embeddings: chex.Array,
+    proxies: chex.Array,
+    labels: chex.Array,
+    *,
+    scale: float = 64.0,
+    margin: float = 0.5,
+    where: chex.Array | None = None,
+) -> jax.Array:
+  """Calculates the ArcFace loss of each example.
+
+  A softmax over s cos(theta_c), theta_c the angle to each proxy, with the own
+  angle widened by the margin (Eq. 3 of https://arxiv.org/abs/1801.07698; 64 and
+  0.5 are the paper's).
+
+  Args:
+    embeddings: float [batch, dim].
+    proxies: float [num_classes, dim].
+    labels: int [batch], in [0, num_classes).
+    scale: s, positive.
+    margin: m, of the angle in radians, in [0, pi].
+    where: bool [batch], examples that count.
+
+  Returns:
+    float32 [batch], the loss of each example.
+  """
+  embeddings, where = _prepare(embeddings, proxies, labels, 2, where)
+  cosines = distances.cosines(embeddings, proxies)
+  logits = scale * _widen_own(cosines, labels, margin)
+  return _cross_entropy(logits, labels, where)
+
+
+def subcenter_arcface_loss(
+    embeddings: chex.Array,
+    proxies: chex.Array,
+    labels: chex.Array,
+    *,
+    scale: float = 64.0,
+    margin: float = 0.5,
+    where: chex.Array | None = None,
+) -> jax.Array:
+  """Calculates the sub-center ArcFace loss of each example.
+
+  ArcFace with the angle to the nearest of the K centres of each class (Sec. 3.2
+  of Deng et al., ECCV 2020, whose K is 3).
+
+  Args:
+    embeddings: float [batch, dim].
+    proxies: float [num_classes, num_centers, dim].
+    labels: int [batch], in [0, num_classes).
+    scale: s, positive.
+    margin: m, of the angle in radians, in [0, pi].
+    where: bool [batch], examples that count.
+
+  Returns:
+    float32 [batch], the loss of each example.
+  """
+  embeddings, where = _prepare(embeddings, proxies, labels, 3, where)
+  cosines = jnp.max(_center_cosines(embeddings, proxies), axis=2)
+  logits = scale * _widen_own(cosines, labels, margin)
+  return _cross_entropy(logits, labels, where)
+
+
+def soft_triple_loss(
+    embeddings: chex.Array,
+    proxies: chex.Array,
+    labels: chex.Array,
+    *,
+    scale: float = 20.0,
+    margin: float = 0.01,
+    gamma: float = 0.1,
+    tau: float = 0.2,
+    where: chex.Array | None = None,
+) -> jax.Array:
+  """Calculates the SoftTriple loss of each example.
+
+  With the centres w of a class c, on the unit sphere, and s(x, c) the mean of
+  the cosines x.w weighted by softmax(x.w / gamma) (Sec. 3.2 and 3.3 of
+  https://arxiv.org/abs/1909.05235),
+
+    loss(x, y) = -log(exp(scale (s(x, y) - margin)) /
+      (exp(scale (s(x, y) - margin)) + sum_{c != y} exp(scale s(x, c)))) + tau R
+
+    R = 1/(C K (K-1)) sum_c sum_{i < j} ||w_ci - w_cj||.
+
+  R draws the centres of a class together. It is the same for each example, so
+  that the mean over examples is the paper's objective. Two centres that
+  coincide have no gradient in R.
+
+  Args:
+    embeddings: float [batch, dim].
+    proxies: float [num_classes, num_centers, dim].
+    labels: int [batch], in [0, num_classes).
+    scale: lambda, positive; the paper's is 20.
+    margin: delta; the paper's is 0.01.
+    gamma: of the softmax over the centres of a class, positive; 0.1.
+    tau: the weight of R; 0.2.
+    where: bool [batch], examples that count.
+
+  Returns:
+    float32 [batch], the loss of each example.
+  """
+  embeddings, where = _prepare(embeddings, proxies, labels, 3, where)
+  cosines = _center_cosines(embeddings, proxies)
+  weights = jax.nn.softmax(cosines / gamma, axis=2)
+  similarities = jnp.sum(weights * cosines, axis=2)
+  is_own = inputs.is_class(labels, proxies.shape[0])
+  spread = tau * _center_spread(proxies)
+  logits = scale * (similarities - margin * is_own)
+  return _cross_entropy(logits, labels, where, plus=spread)
+
+
+def _prepare(embeddings, proxies, labels, rank, where):
+  chex.assert_rank(proxies, rank)
+  return inputs.prepare(
+    embeddings, labels, num_classes=proxies.shape[0], where=where
+  )
+
+
+def _cross_entropy(logits, labels, where, *, plus=0.0):
+  num_classes = logits.shape[1]
+  is_own = inputs.is_class(labels, num_classes)
+  own = jnp.sum(logits, axis=1, where=is_own)
+  loss = jax.nn.logsumexp(logits, axis=1) - own + plus
+  return inputs.finish(loss, labels, num_classes, where)
+
+
+def _widen_own(cosines, labels, margin):
+  """Replaces the own class's cos(theta) by cos(theta + margin).
+
+  Beyond pi - margin that would rise again; as in the authors' code it goes on
+  as cos(theta) - margin sin(margin), so that a wider angle never pays.
+  """
+  is_own = inputs.is_class(labels, cosines.shape[1])
+  cosine = jnp.sum(cosines, axis=1, where=is_own)
+  # Rounding takes cosines beyond 1, and the sine has no derivative at 0.
+  sine = distances.safe_sqrt(jnp.maximum(1 - cosine**2, 0))
+  wider = jnp.where(
+    cosine >= -jnp.cos(margin),
+    cosine * jnp.cos(margin) - sine * jnp.sin(margin),
+    cosine - margin * jnp.sin(margin),
+  )
+  return jnp.where(is_own, wider[:, None], cosines)
+
+
+def _center_cosines(embeddings, proxies):
+  """The cosines to every centre: float32 [batch, num_classes, num_centers]."""
+  num_classes, num_centers, dim = proxies.shape
+  flat = distances.cosines(embeddings, proxies.reshape(-1, dim))
+  return flat.reshape(-1, num_classes, num_centers)
+
+
+def _center_spread(proxies):
+  """R of SoftTriple, half the mean distance of two centres of a class."""
+  num_centers = proxies.shape[1]
+  if num_centers == 1:
+    return 0.0
+  centers = distances.unit_norm(proxies)
+  cosines = jnp.einsum(
+    'cid,cjd->cij', centers, centers, precision=jax.lax.Precision.HIGHEST
+  )
+  is_pair = jnp.triu(jnp.ones((num_centers, num_centers), bool), k=1)
+  lengths = distances.safe_sqrt(jnp.maximum(2 - 2 * cosines, 0))
+  pairs = jnp.sum(lengths, where=is_pair[None])
+  return pairs / (proxies.shape[0] * num_centers * (num_centers - 1))

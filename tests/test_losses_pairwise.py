@@ -1,0 +1,138 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from proxy_nca_jax import losses
+
+# Points on a line: distances are differences.
+_LINE = np.array([[0.0], [1.0], [3.0], [7.0]], np.float32)
+_PAIR_AND_TWO = np.array([5, 5, 2, 9], np.int32)
+
+
+class PairwiseTest(parameterized.TestCase):
+
+  def test_contrastive_by_hand(self):
+    loss = losses.contrastive_loss(_LINE, _PAIR_AND_TWO, margin=4.0)
+    # The pair at 1; negatives at 3, 7, 2, 6 and 4.
+    np.testing.assert_allclose(loss, (1 + 1 + 4) / 2 / 6, rtol=1e-6)
+
+  @parameterized.parameters(
+    # The squares: 1 of the pair; 9 and 49 of the first to the negatives, 4 and
+    # 36 of the second. With a margin of 4 one triplet has a loss, of 1.
+    ('batch_all', 4.0, 1.0),
+    ('batch_hard', 4.0, (0 + 1) / 2),
+    ('semi_hard', 4.0, (0 + 1) / 2),
+    ('batch_all', 40.0, (32 + 37 + 5) / 3),
+    ('batch_hard', 40.0, (32 + 37) / 2),
+    ('semi_hard', 40.0, (32 + 37) / 2),
+  )
+  def test_triplet_by_hand(self, mining, margin, expected):
+    loss = losses.triplet_loss(
+      _LINE, _PAIR_AND_TWO, margin=margin, mining=mining
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+  def test_semi_hard_skips_negatives_nearer_than_the_positive(self):
+    x = np.array([[0.0], [2.0], [1.0], [3.0]], np.float32)
+    labels = np.array([0, 0, 1, 2])
+    # From 0, the positive is at 2, the negatives at 1 and 3: the latter. From
+    # 2, both negatives are at 1, nearer than the positive: the farthest is one.
+    loss = losses.triplet_loss(x, labels, margin=0.5)
+    np.testing.assert_allclose(loss, (0 + (4 + 0.5 - 1)) / 2, rtol=1e-6)
+
+  def test_unknown_mining_lists_the_choices(self):
+    with self.assertRaisesRegex(ValueError, 'batch_all, batch_hard, semi_hard'):
+      losses.triplet_loss(_LINE, _PAIR_AND_TWO, mining='easy')
+
+  def test_n_pairs_by_hand(self):
+    x = jnp.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, 3.0], [9.0, 9.0]])
+    labels = jnp.array([4, 7, 4, 7, 1])
+    loss = losses.n_pairs_loss(x, labels)
+    first, second = np.log1p(np.exp(1 - 2)), np.log1p(np.exp(0 - 3))
+    np.testing.assert_allclose(loss, (first + second) / 2, rtol=1e-6)
+
+  def test_n_pairs_takes_two_of_a_class(self):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(7, 3)).astype(np.float32)
+    labels = np.array([0, 1, 0, 1, 0, 2, 1])
+    n_pairs = jax.jit(losses.n_pairs_loss)
+    np.testing.assert_allclose(
+      n_pairs(x, labels), n_pairs(x[:4], labels[:4]), rtol=1e-6
+    )
+
+  def test_lifted_structure_by_hand(self):
+    loss = losses.lifted_structure_loss(_LINE, _PAIR_AND_TWO)
+    pushes = np.exp([1 - 3, 1 - 7, 1 - 2, 1 - 6])
+    np.testing.assert_allclose(
+      loss, (np.log(pushes.sum()) + 1) ** 2 / 2, rtol=1e-5
+    )
+
+  def test_multi_similarity_by_hand(self):
+    # Cosines of the first: 0.6 to its positive, 0.8 and -1 to its negatives,
+    # of which the second is easy.
+    x = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
+    loss = losses.multi_similarity_loss(
+      x, jnp.array([0, 0, 1, 2]), alpha=2.0, beta=4.0
+    )
+    expected = (
+      np.log1p(np.exp(-2 * 0.1)) / 2 + np.log1p(np.exp(4 * 0.3)) / 4
+    )
+    np.testing.assert_allclose(loss[0], expected, rtol=1e-6)
+    # No other example has a positive.
+    np.testing.assert_array_equal(loss[2:], 0)
+
+  def test_infinite_epsilon_keeps_every_pair(self):
+    x = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
+    loss = losses.multi_similarity_loss(
+      x, jnp.array([0, 0, 1, 2]), alpha=2.0, beta=4.0, epsilon=jnp.inf
+    )
+    pushes = np.exp([4 * 0.3, -4 * 1.5]).sum()
+    expected = np.log1p(np.exp(-2 * 0.1)) / 2 + np.log1p(pushes) / 4
+    np.testing.assert_allclose(loss[0], expected, rtol=1e-6)
+
+  def test_facility_location_by_hand(self):
+    x = np.array([[0.0], [1.0], [10.0], [12.0]], np.float32)
+    facility = jax.jit(losses.facility_location_loss)
+    # The classes are the clusters: no medoids but those of the classes are
+    # better than by the weight of NMI, which is then 1.
+    loss = facility(x, np.array([0, 0, 1, 1]), margin_multiplier=0.1)
+    np.testing.assert_allclose(loss, 0, atol=1e-6)
+    # Classes across the clusters: medoids of the clusters cost 1 + 2, those of
+    # the classes 10 + 11, and the NMI of these partitions is 0.
+    loss = facility(x, np.array([0, 1, 0, 1]), margin_multiplier=0.5)
+    np.testing.assert_allclose(loss, 0.5 - 3 + 21, rtol=1e-6)
+
+  def test_facility_location_exchanges_what_the_greedy_search_chose(self):
+    # The best single medoid is the middle. Of two medoids it is a bad one: with
+    # 0 the cost is 1 + 4 + 5, and exchanged for 9 it is 1 + 4 + 1.
+    x = np.array([[0.0], [1.0], [5.0], [9.0], [10.0]], np.float32)
+    labels = np.array([0, 1, 0, 1, 1])
+    facility = jax.jit(
+      losses.facility_location_loss, static_argnames='num_refinements'
+    )
+    # The classes' own medoids cost 5 and 8 + 1.
+    for rounds, cost in ((0, 10), (5, 6)):
+      loss = facility(x, labels, margin_multiplier=0, num_refinements=rounds)
+      np.testing.assert_allclose(loss, 5 + 9 - cost, rtol=1e-6)
+
+  @parameterized.parameters(
+    'contrastive', 'facility_location', 'lifted_structure', 'n_pairs', 'triplet'
+  )
+  def test_the_order_of_a_batch_does_not_matter(self, name):
+    rng = np.random.default_rng(1)
+    # Two of each class: N-pairs chooses by order among more.
+    x = rng.normal(size=(6, 3)).astype(np.float32)
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    order = np.array([4, 2, 0, 5, 3, 1])
+    loss = jax.jit(losses.LOSSES[name])
+    # A pair's first is its anchor; exchanged, N-pairs sums other products.
+    if name == 'n_pairs':
+      order = np.array([4, 5, 0, 1, 2, 3])
+    np.testing.assert_allclose(
+      loss(x[order], labels[order]), loss(x, labels), rtol=1e-5
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()

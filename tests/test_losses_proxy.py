@@ -1,0 +1,379 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+from absl.testing import absltest, parameterized
+
+from proxy_nca_jax import proxy_nca_loss
+from proxy_nca_jax.losses import (
+  dynamic_proxy_nca_loss,
+  fractional_proxy_nca_loss,
+  proxy_anchor_loss,
+  proxy_nca_pp_loss,
+  proxy_triplet_loss,
+)
+
+_FORMS = (
+  {},
+  {'positive_in_denominator': True},
+  {'normalize': False, 'temperature': 2.0},
+  {'normalize': False, 'positive_in_denominator': True, 'temperature': 3.0},
+  {'positive_in_denominator': True, 'label_smoothing': 0.1},
+  {'positive_in_denominator': True, 'temperature': 1.0},
+)
+
+
+def _inputs(seed=0, batch=7, num_proxies=5, dim=4):
+  rng = np.random.default_rng(seed)
+  return (
+    rng.normal(size=(batch, dim)).astype(np.float32),
+    rng.normal(size=(num_proxies, dim)).astype(np.float32),
+    rng.integers(0, num_proxies, batch).astype(np.int32),
+  )
+
+
+class ProxyNcaLossTest(parameterized.TestCase):
+
+  def test_values_by_hand(self):
+    # Distances to the three proxies: 0, 2 and 4.
+    x = jnp.array([[1.0, 0.0]])
+    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    for label, expected in (
+      (0, 0 + np.log(np.exp(-2) + np.exp(-4))),
+      (1, 2 + np.log(1 + np.exp(-4))),
+      (2, 4 + np.log(1 + np.exp(-2))),
+    ):
+      actual = proxy_nca_loss(x, proxies, jnp.array([label]), temperature=1.0)
+      np.testing.assert_allclose(actual, [expected], rtol=1e-6)
+
+  def test_softmax_form_by_hand(self):
+    x = jnp.array([[2.0, 0.0]])
+    proxies = jnp.array([[3.0, 0.0], [0.0, 5.0]])
+    actual = proxy_nca_loss(
+      x, proxies, jnp.array([1]), temperature=1.0, positive_in_denominator=True
+    )
+    np.testing.assert_allclose(actual, [2 + np.log(1 + np.exp(-2))], rtol=1e-6)
+
+  @parameterized.parameters(*_FORMS)
+  def test_equals_the_oracle(self, **kwargs):
+    for seed in range(3):
+      inputs = _inputs(seed)
+      np.testing.assert_allclose(
+        proxy_nca_loss(*inputs, **kwargs),
+        oracles.proxy_nca_loss(*inputs, **kwargs),
+        rtol=2e-5,
+        atol=2e-5,
+      )
+
+  @parameterized.parameters(*_FORMS)
+  def test_gradients_equal_differences_of_the_oracle(self, **kwargs):
+    x, p, labels = _inputs()
+    actual = jax.grad(
+      lambda x, p: jnp.sum(proxy_nca_loss(x, p, labels, **kwargs)), (0, 1)
+    )(x, p)
+    expected = (
+      oracles.gradient(
+        lambda x: oracles.proxy_nca_loss(x, p, labels, **kwargs).sum(), x
+      ),
+      oracles.gradient(
+        lambda p: oracles.proxy_nca_loss(x, p, labels, **kwargs).sum(), p
+      ),
+    )
+    for a, b in zip(actual, expected):
+      np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+      self.assertGreater(np.abs(b).max(), 0.1)
+
+  @parameterized.parameters(True, False)
+  def test_descent_on_proxies_alone_makes_the_nearest_right(self, softmax):
+    # The wrong sign learns mirrored proxies, which no retrieval metric sees.
+    x = jnp.eye(4)
+    labels = jnp.arange(4)
+    proxies = jax.random.normal(jax.random.key(0), (4, 4))
+    gradient = jax.jit(jax.grad(
+      lambda p: proxy_nca_loss(
+        x, p, labels, positive_in_denominator=softmax
+      ).mean()
+    ))
+    for _ in range(200):
+      proxies -= 0.1 * gradient(proxies)
+    proxies /= jnp.linalg.norm(proxies, axis=1, keepdims=True)
+    distances = jnp.sum((x[:, None] - proxies[None]) ** 2, axis=2)
+    np.testing.assert_array_equal(jnp.argmin(distances, axis=1), labels)
+
+  def test_softmax_form_is_the_softplus_of_the_papers(self):
+    inputs = _inputs()
+    paper = proxy_nca_loss(*inputs)
+    softmax = proxy_nca_loss(*inputs, positive_in_denominator=True)
+    np.testing.assert_allclose(softmax, jax.nn.softplus(paper), rtol=1e-4,
+                               atol=1e-5)
+
+  def test_papers_form_can_be_negative(self):
+    loss = proxy_nca_loss(jnp.eye(2), jnp.eye(2), jnp.arange(2))
+    np.testing.assert_allclose(loss, [-18, -18], rtol=1e-6)
+
+  def test_two_scales_of_three_are_a_temperature_of_one_ninth(self):
+    x, p, labels = _inputs()
+    x3 = 3 * x / np.linalg.norm(x, axis=1, keepdims=True)
+    p3 = 3 * p / np.linalg.norm(p, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+      proxy_nca_loss(x3, p3, labels, normalize=False, temperature=1.0),
+      proxy_nca_loss(x, p, labels),
+      rtol=1e-4,
+      atol=1e-4,
+    )
+
+  @parameterized.product(
+    scale=(1e-30, 1e-10, 1.0, 1e10, 1e30),
+    temperature=(1e-3, 1 / 9, 1e3),
+    softmax=(True, False),
+  )
+  def test_finite_at_every_scale(self, scale, temperature, softmax):
+    x, p, labels = _inputs()
+    loss, gradients = jax.value_and_grad(
+      lambda x, p: proxy_nca_loss(
+        x, p, labels, temperature=temperature, positive_in_denominator=softmax
+      ).sum(),
+      (0, 1),
+    )(jnp.asarray(x * np.float32(scale)), jnp.asarray(p * np.float32(scale)))
+    expected = proxy_nca_loss(
+      x, p, labels, temperature=temperature, positive_in_denominator=softmax
+    ).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    for gradient in gradients:
+      self.assertTrue(np.all(np.isfinite(gradient)))
+
+  @parameterized.product(
+    rows=('zeros', 'equal', 'proxies'), softmax=(True, False),
+    normalize=(True, False),
+  )
+  def test_degenerate_rows_are_finite(self, rows, softmax, normalize):
+    _, p, labels = _inputs(batch=5)
+    x = {'zeros': 0 * p, 'equal': 0 * p + 1, 'proxies': p}[rows]
+    p = {'zeros': 0 * p, 'equal': 0 * p + 1, 'proxies': p}[rows]
+    loss, gradients = jax.value_and_grad(
+      lambda x, p: proxy_nca_loss(
+        x, p, labels, positive_in_denominator=softmax, normalize=normalize
+      ).sum(),
+      (0, 1),
+    )(x, p)
+    self.assertTrue(np.isfinite(loss))
+    for gradient in gradients:
+      self.assertTrue(np.all(np.isfinite(gradient)))
+
+  @parameterized.parameters(jnp.bfloat16, jnp.float16)
+  def test_low_precision_inputs_are_computed_in_float32(self, dtype):
+    x, p, labels = _inputs()
+    x, p = jnp.asarray(x, dtype), jnp.asarray(p, dtype)
+    actual = proxy_nca_loss(x, p, labels)
+    self.assertEqual(actual.dtype, jnp.float32)
+    expected = proxy_nca_loss(
+      x.astype(jnp.float32), p.astype(jnp.float32), labels
+    )
+    np.testing.assert_array_equal(actual, expected)
+
+  def test_jit_and_vmap_agree_with_the_plain_call(self):
+    x, p, labels = _inputs()
+    plain = proxy_nca_loss(x, p, labels)
+    np.testing.assert_allclose(
+      jax.jit(proxy_nca_loss)(x, p, labels), plain, rtol=1e-5, atol=1e-6
+    )
+    stacked = jax.vmap(proxy_nca_loss, in_axes=(0, None, 0))(
+      np.stack([x, x[::-1]]), p, np.stack([labels, labels[::-1]])
+    )
+    np.testing.assert_allclose(stacked[0], plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stacked[1], plain[::-1], rtol=1e-5, atol=1e-6)
+
+  def test_where_drops_a_row_whatever_it_holds(self):
+    x, p, labels = _inputs()
+    where = np.arange(7) != 3
+    bad, bad_labels = x.copy(), labels.copy()
+    bad[3], bad_labels[3] = np.nan, -1
+
+    def total(x, p, labels, where):
+      return proxy_nca_loss(x, p, labels, where=where).sum()
+
+    loss = proxy_nca_loss(bad, p, bad_labels, where=where)
+    self.assertEqual(loss[3], 0)
+    np.testing.assert_array_equal(
+      loss[where], proxy_nca_loss(x, p, labels)[where]
+    )
+    dx, dp = jax.grad(total, (0, 1))(bad, p, bad_labels, where)
+    np.testing.assert_array_equal(dx[3], 0)
+    _, expected = jax.grad(total, (0, 1))(
+      x[where], p, labels[where], np.ones(6, bool)
+    )
+    np.testing.assert_allclose(dp, expected, rtol=1e-4, atol=1e-5)
+
+  @parameterized.parameters(-1, 5, 100)
+  def test_a_label_without_a_proxy_is_an_error(self, label):
+    x, p, labels = _inputs()
+    labels[2] = label
+    with self.assertRaisesRegex(ValueError, rf'{label}.*\[0, 5\)'):
+      proxy_nca_loss(x, p, labels)
+
+  @parameterized.parameters(-1, 5, 100)
+  def test_a_traced_label_without_a_proxy_is_nan_for_its_row(self, label):
+    x, p, labels = _inputs()
+    expected = np.array(proxy_nca_loss(x, p, labels))
+    labels[2], expected[2] = label, np.nan
+    np.testing.assert_allclose(
+      jax.jit(proxy_nca_loss)(x, p, labels), expected, rtol=1e-5, atol=1e-6
+    )
+
+  @parameterized.parameters(
+    ({'label_smoothing': 0.1}, 'positive_in_denominator'),
+    ({'label_smoothing': 1.0, 'positive_in_denominator': True}, 'in .0, 1'),
+    ({'label_smoothing': -0.1, 'positive_in_denominator': True}, 'in .0, 1'),
+    ({'temperature': 0.0}, 'temperature'),
+    ({'proxy_chunk': 0}, 'proxy_chunk'),
+  )
+  def test_wrong_arguments_are_errors(self, kwargs, message):
+    with self.assertRaisesRegex(ValueError, message):
+      proxy_nca_loss(*_inputs(), **kwargs)
+
+  def test_papers_form_needs_two_proxies(self):
+    x, p, labels = _inputs(num_proxies=1)
+    with self.assertRaisesRegex(ValueError, 'two proxies'):
+      proxy_nca_loss(x, p, labels)
+    loss = proxy_nca_loss(x, p, labels, positive_in_denominator=True)
+    np.testing.assert_allclose(loss, 0, atol=1e-5)
+
+  @parameterized.parameters(
+    (1, {}), (2, {'normalize': False}), (4, _FORMS[4]), (5, {}), (9, _FORMS[4])
+  )
+  def test_chunks_change_nothing(self, chunk, kwargs):
+    x, p, labels = _inputs()
+    x[2] = np.nan
+    where = np.arange(7) != 2
+
+    def value_and_gradients(chunk):
+      return jax.jit(jax.value_and_grad(
+        lambda x, p: proxy_nca_loss(
+          x, p, labels, where=where, proxy_chunk=chunk, **kwargs
+        ).sum(),
+        (0, 1),
+      ))(x, p)
+
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+      value_and_gradients(chunk), value_and_gradients(None),
+    )
+
+  def test_chunks_never_hold_all_similarities(self):
+    shapes = (64, 8), (4096, 8)
+
+    def total(x, p):
+      labels = jnp.arange(64)
+      return proxy_nca_loss(x, p, labels, proxy_chunk=128).sum()
+
+    memory = jax.jit(jax.grad(total, (0, 1))).lower(
+      *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    ).compile().memory_analysis()
+    # float32 [64, 4096] would take 2^20 bytes.
+    self.assertLess(memory.temp_size_in_bytes, 2**19)
+
+  def test_proxy_nca_pp_is_the_softmax_form(self):
+    inputs = _inputs()
+    np.testing.assert_array_equal(
+      proxy_nca_pp_loss(*inputs, temperature=0.5),
+      proxy_nca_loss(*inputs, temperature=0.5, positive_in_denominator=True),
+    )
+
+
+class FractionalProxyNcaLossTest(absltest.TestCase):
+
+  def test_values_by_hand(self):
+    # Squared distances 0, 2, 4 and 2 to the proxies. Class 0 owns the second
+    # and the third, and is nearest to the second; class 1 owns the first.
+    x = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    loss = fractional_proxy_nca_loss(
+      x, proxies, jnp.array([0, 1]),
+      assignment=jnp.array([[1, 2], [0, 0]]), temperature=1.0,
+    )
+    others = 1 + np.exp(-2), 2 * np.exp(-2) + np.exp(-4)
+    np.testing.assert_allclose(
+      loss, [2 + np.log(others[0]), np.log(others[1])], rtol=1e-6
+    )
+
+  def test_one_proxy_a_class_is_proxy_nca(self):
+    inputs = _inputs()
+    np.testing.assert_allclose(
+      fractional_proxy_nca_loss(*inputs, assignment=jnp.arange(5)[:, None]),
+      proxy_nca_loss(*inputs), rtol=1e-5, atol=1e-6,
+    )
+
+  def test_a_class_cannot_own_all_proxies(self):
+    x, p, labels = _inputs(num_proxies=1)
+    with self.assertRaisesRegex(ValueError, 'leaves no other'):
+      fractional_proxy_nca_loss(x, p, labels, assignment=jnp.zeros((1, 1), int))
+
+
+class DynamicProxyNcaLossTest(absltest.TestCase):
+
+  def test_value_by_hand(self):
+    # The points' proxies are the first, the first, the second and the second.
+    x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
+    proxies = jnp.array([[2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    labels = jnp.array([7, 3, 3, 9])
+    loss = dynamic_proxy_nca_loss(x, proxies, labels, temperature=1.0)
+    # Squared distances of the second point: 0.4 to the first proxy, 0.8 to the
+    # second, which is its positive's and its last negative's. Of the third: 2
+    # to its positive's; 2 and 0 to those of its negatives.
+    second = 0.8 + np.log(np.exp(-0.4) + np.exp(-0.8))
+    third = 2 + np.log(np.exp(-2) + np.exp(0))
+    np.testing.assert_allclose(loss, [0, second, third, 0], rtol=1e-6)
+
+  def test_only_chosen_proxies_move(self):
+    x, p, labels = _inputs()
+    p[4] = -np.sum(x, axis=0)
+    p[4] *= 0
+    gradient = jax.grad(
+      lambda p: dynamic_proxy_nca_loss(x, p, labels).sum()
+    )(p)
+    # A proxy at the origin has cosine 0: some proxy is nearer to each point.
+    np.testing.assert_array_equal(gradient[4], 0)
+    self.assertGreater(np.abs(gradient).max(), 0.1)
+
+
+class ProxyTripletLossTest(absltest.TestCase):
+
+  def test_value_by_hand(self):
+    # Squared distances 2, 0, 4 and 0.8.
+    x = jnp.array([[0.0, 1.0]])
+    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.8, 0.6]])
+    labels = jnp.array([0])
+    loss = proxy_triplet_loss(x, proxies, labels, margin=0.5)
+    np.testing.assert_allclose(loss, [(2.5 + 0 + 1.7) / 3], rtol=1e-6)
+
+  def test_a_margin_that_holds_has_no_loss(self):
+    loss = proxy_triplet_loss(jnp.eye(3), jnp.eye(3), jnp.arange(3), margin=2.0)
+    np.testing.assert_array_equal(loss, 0)
+
+  def test_two_proxies_are_needed(self):
+    with self.assertRaisesRegex(ValueError, 'two proxies'):
+      proxy_triplet_loss(*_inputs(num_proxies=1))
+
+
+class ProxyAnchorLossTest(absltest.TestCase):
+
+  def test_value_by_hand(self):
+    # Cosines 1 and 0 to the own proxies, 0 and -1 to the others.
+    x = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    proxies = jnp.array([[2.0, 0.0], [0.0, 3.0], [0.0, -1.0]])
+    loss = proxy_anchor_loss(
+      x, proxies, jnp.array([0, 1]), alpha=2.0, margin=0.25
+    )
+    pulls = np.log1p(np.exp(-1.5)) + np.log1p(np.exp(0.5))
+    pushes = (
+      np.log1p(np.exp(-1.5)) + np.log1p(np.exp(0.5)) + np.log1p(2 * np.exp(0.5))
+    )
+    np.testing.assert_allclose(loss, pulls / 2 + pushes / 3, rtol=1e-6)
+
+  def test_a_batch_without_examples_has_no_loss(self):
+    loss = proxy_anchor_loss(*_inputs(), where=np.zeros(7, bool))
+    self.assertEqual(loss, 0)
+
+
+if __name__ == '__main__':
+  absltest.main()
