@@ -18,7 +18,7 @@ class KMeansTest(parameterized.TestCase):
 
   def test_assigns_each_point_to_its_nearest_centroid(self):
     points = jax.random.normal(jax.random.key(0), (200, 3))
-    assignments, centroids = clustering.kmeans(
+    assignments, centroids, *_ = clustering.kmeans(
       points, num_clusters=9, key=jax.random.key(1)
     )
     distances = np.sum(
@@ -28,7 +28,7 @@ class KMeansTest(parameterized.TestCase):
 
   def test_centroids_are_means_when_nothing_changes_any_more(self):
     points = jax.random.normal(jax.random.key(0), (200, 2))
-    assignments, centroids = clustering.kmeans(
+    assignments, centroids, *_ = clustering.kmeans(
       points, num_clusters=6, key=jax.random.key(1), max_iterations=500
     )
     for cluster in range(6):
@@ -66,8 +66,8 @@ class KMeansTest(parameterized.TestCase):
   def test_blocks_do_not_change_the_assignments(self, block_size):
     points, _ = _blobs()
     key = jax.random.key(0)
-    expected, _ = clustering.kmeans(points, num_clusters=8, key=key)
-    actual, _ = clustering.kmeans(
+    expected, *_ = clustering.kmeans(points, num_clusters=8, key=key)
+    actual, *_ = clustering.kmeans(
       points, num_clusters=8, key=key, block_size=block_size
     )
     np.testing.assert_array_equal(actual, expected)
@@ -78,7 +78,7 @@ class KMeansTest(parameterized.TestCase):
       [jnp.zeros((50, 2)), 10 + jax.random.normal(jax.random.key(0), (10, 2))]
     )
     for seed in range(5):
-      assignments, _ = clustering.kmeans(
+      assignments, *_ = clustering.kmeans(
         points, num_clusters=6, key=jax.random.key(seed), max_iterations=50
       )
       self.assertLen(np.unique(assignments), 6)
@@ -86,9 +86,9 @@ class KMeansTest(parameterized.TestCase):
   def test_as_many_clusters_as_points_or_one(self):
     points = jax.random.normal(jax.random.key(0), (12, 3))
     key = jax.random.key(0)
-    assignments, _ = clustering.kmeans(points, num_clusters=12, key=key)
+    assignments, *_ = clustering.kmeans(points, num_clusters=12, key=key)
     self.assertLen(np.unique(assignments), 12)
-    assignments, centroids = clustering.kmeans(points, num_clusters=1, key=key)
+    assignments, centroids, *_ = clustering.kmeans(points, num_clusters=1, key=key)
     np.testing.assert_array_equal(assignments, 0)
     np.testing.assert_allclose(
       centroids[0], jnp.mean(points, axis=0), atol=1e-6
