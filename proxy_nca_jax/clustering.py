@@ -205,14 +205,14 @@ def _choose(points, key, num_clusters, layout):
 
 
 def _choose_plus_plus(points, key, num_clusters, layout):
-  """Draws points by k-means++, exactly, though weights are brought up in rounds.
+  """Draws points by k-means++, exactly, in rounds that begin with a product.
 
   A point is drawn by its weight at the beginning of the round, and accepted
   with the share of it that the centroids since then have left. A round draws at
-  most as many as there are already, for few would be accepted.
+  most as many as there are already: of more, few would be accepted.
   """
   num_points, dim = layout.num_points, points.shape[1]
-  squares = jnp.sum(points**2, axis=1)
+  squares = _squares(points)
   places = jnp.arange(_ROUND)
 
   def distances(centroids, is_used):
@@ -283,19 +283,23 @@ def _choose_plus_plus(points, key, num_clusters, layout):
 
 def _lloyd(points, centroids, tolerance, max_iterations, layout):
   num_clusters = centroids.shape[0]
-  squares = jnp.sum(points**2, axis=1)
+  squares = _squares(points)
   scale = _scale(points, layout)
   assign = functools.partial(_assign, points, layout=layout)
 
   def distances(scores):
     return layout.gather(jnp.maximum(squares - 2 * scores, 0))
 
+  def add_up(scores):
+    # The sum alone, not fused with what differs between numbers of devices.
+    return jnp.sum(jax.lax.optimization_barrier(distances(scores)))
+
   def update(state):
     scores, ids, centroids, inertia, _, iteration = state
     means = _means(points, ids, num_clusters, scale, distances(scores), layout)
     has_moved = jnp.any(means != centroids, axis=1)
     scores, new = assign(means, has_moved, scores, ids)
-    new_inertia = jnp.sum(distances(scores))
+    new_inertia = add_up(scores)
     has_changed = jnp.any(layout.gather(new != ids))
     has_fallen = inertia - new_inertia > tolerance * inertia
     goes_on = has_changed & (has_fallen | (tolerance == 0))
@@ -310,9 +314,7 @@ def _lloyd(points, centroids, tolerance, max_iterations, layout):
   scores, ids, centroids, inertia, _, num_iterations = jax.lax.while_loop(
     lambda state: state[4] & (state[5] < max_iterations),
     update,
-    (
-      scores, ids, centroids, jnp.sum(distances(scores)), True, jnp.int32(0)
-    ),
+    (scores, ids, centroids, add_up(scores), True, jnp.int32(0)),
   )
   return Clusters(layout.gather(ids), centroids, inertia, num_iterations)
 
@@ -392,6 +394,12 @@ def _nearest(points, centroids, half_norms, ids):
   is_best = scores == best[None, :]
   largest = jnp.iinfo(jnp.int32).max
   return best, jnp.min(jnp.where(is_best, ids[:, None], largest), axis=0)
+
+
+def _squares(points):
+  """The squared norms; sums over few or many rows are rounded differently."""
+  blocks = points.reshape(-1, _ROWS, points.shape[1])
+  return jax.lax.map(lambda rows: jnp.sum(rows**2, axis=1), blocks).reshape(-1)
 
 
 def _scale(points, layout):

@@ -323,7 +323,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     'labels': '[items], numbers or texts',
     'query_embeddings': 'float [queries, dim]: these search the others instead',
     'query_labels': '[queries]',
-    'cameras': '[items]: of the query\'s label and camera nothing is searched',
+    'cameras': "[items]: of the query's label and camera nothing is searched",
     'query_cameras': '[queries]',
   }
   for name, text in files.items():
@@ -351,7 +351,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     '--num_resamples', type=int, default=1000,
     help='of classes, for intervals of 95%%; 0 is none',
   )
-  parser.add_argument('--json', metavar='FILE', help='where to write the scores')
+  parser.add_argument('--json', metavar='FILE', help='where scores are written')
   return parser.parse_args(arguments)
 
 

@@ -490,7 +490,8 @@ def _negative_similarities(queries, items):
   """
   (queries, classes), (items, item_classes) = queries, items
   similarities = _similarities(queries, items)
-  may_share = (classes[-1] >= item_classes[0]) & (item_classes[-1] >= classes[0])
+  may_share = classes[-1] >= item_classes[0]
+  may_share &= item_classes[-1] >= classes[0]
   return jax.lax.cond(
     may_share,
     lambda values: jnp.where(
@@ -613,8 +614,8 @@ def nearest(
   num_items = len(gallery)
   if not 1 <= k <= num_items - is_self:
     raise ValueError(
-      f'k ({k}) must be in [1, {num_items - is_self}], the number of items that '
-      'a query searches.'
+      f'k ({k}) must be in [1, {num_items - is_self}], the number of items '
+      'that a query searches.'
     )
   num_devices = 1 if mesh is None else mesh.shape[axis_name]
   share = -(-num_items // num_devices)
