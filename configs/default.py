@@ -98,7 +98,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.recall_at = (1, 2, 4, 8)  # K of Recall@K, or of CMC@K.
   # On the validation classes; harmonic_mean is of nmi and recall@1.
   config.evaluation.select_by = 'recall@1'
-  config.evaluation.kmeans_iterations = 20  # FAISS's, as the peers use it.
+  config.evaluation.nearest_only = False  # Recall@K alone, faster; no MAP@R.
+  config.evaluation.kmeans_iterations = 20  # FAISS's; 0 is no clustering.
+  config.evaluation.kmeans_start = 'random'  # Or k-means++.
+  config.evaluation.kmeans_num_starts = 1  # The one of least inertia counts.
 
   config.log_every = 50
   config.eval_every = 0  # On validation, or test; 0 is only at the end.

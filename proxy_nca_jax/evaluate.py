@@ -1,45 +1,77 @@
-"""Scores of a split: embed it, rank it, cluster it."""
+"""Scores of a split: embed it, rank it, cluster it.
 
+python -m proxy_nca_jax.evaluate --embeddings=x.npy --labels=y.npy
+
+scores embeddings from anywhere; --help tells the rest.
+"""
+
+import argparse
 import functools
+import json
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from proxy_nca_jax import clustering, metrics, retrieval
+from proxy_nca_jax import mesh as mesh_lib
 
 
 def embed(
     embed_fn: Callable[[dict[str, np.ndarray]], jax.Array],
     batches: Iterable[dict[str, np.ndarray]],
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
   """Embeds all batches; rows whose mask is False are left out.
 
   Args:
-    embed_fn: maps a batch to float [batch, dim].
-    batches: with 'mask' bool [batch] and 'id' int32 [batch].
+    embed_fn: maps a process's rows of a batch to float [batch, dim] of all.
+    batches: with 'label' int32, 'mask' bool and 'id' int32, all [batch / number
+      of processes].
 
   Returns:
-    float32 [num_records, dim], in the order of the ids.
+    float32 [num_records, dim] and int32 [num_records], the embeddings and the
+    labels in the order of the ids.
   """
-  rows, ids = [], []
+  rows, labels, ids = [], [], []
   for batch in batches:
-    rows.append(np.asarray(embed_fn(batch), np.float32)[batch['mask']])
-    ids.append(batch['id'][batch['mask']])
-  return np.concatenate(rows)[np.argsort(np.concatenate(ids))]
+    embeddings = np.asarray(embed_fn(batch), np.float32)
+    mask, label, number = multihost_utils.process_allgather(
+      (batch['mask'], batch['label'], batch['id']), tiled=True
+    )
+    rows.append(embeddings[mask])
+    labels.append(label[mask])
+    ids.append(number[mask])
+  order = np.argsort(np.concatenate(ids))
+  return np.concatenate(rows)[order], np.concatenate(labels)[order]
 
 
 def evaluate(
+    embed_fn: Callable[[dict[str, np.ndarray]], jax.Array],
+    data: Iterable[dict[str, np.ndarray]],
+    **settings,
+) -> dict[str, float]:
+  """Embeds the batches of a split and scores them: `embed`, then `score`."""
+  return score(*embed(embed_fn, data), **settings)
+
+
+def score(
     embeddings: np.ndarray,
     labels: np.ndarray,
     *,
-    recall_at: tuple[int, ...],
-    kmeans_iterations: int,
-    seed: int,
     is_query: np.ndarray | None = None,
     cameras: np.ndarray | None = None,
+    recall_at: Sequence[int] = (1, 2, 4, 8),
+    nearest_only: bool = False,
+    kmeans_iterations: int = 20,
+    kmeans_start: str = 'random',
+    kmeans_num_starts: int = 1,
+    seed: int = 0,
+    num_resamples: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
   """Scores embeddings by retrieval and by clustering.
 
@@ -54,115 +86,326 @@ def evaluate(
     Market-1501.
 
   Args:
-    embeddings: float [num_items, dim].
+    embeddings: float [num_items, dim]. One of zeros is as similar to any other
+      as its opposite: 0.
     labels: int [num_items].
-    recall_at: the K of Recall@K.
-    kmeans_iterations: at most so many.
-    seed: of k-means.
     is_query: bool [num_items]; the gallery is the rest.
     cameras: int [num_items].
+    recall_at: the K of Recall@K.
+    nearest_only: ranks the nearest positives alone, and gives no score that
+      needs all.
+    kmeans_iterations: at most so many; 0 is no clustering.
+    kmeans_start: as `clustering.kmeans` has it.
+    kmeans_num_starts: likewise.
+    seed: of k-means and of the intervals.
+    num_resamples: draws of as many classes with replacement, for intervals.
+    mesh: the devices that share the work; by default one.
 
   Returns:
-    'recall@K', 'map@r', 'r_precision' and 'nmi', or 'cmc@K' and 'map', in
-    [0, 1]; NMI is of k-means with as many clusters as there are labels. And the
-    counts 'num_queries', 'queries_without_match' and 'num_classes'. Queries
-    without match are in no mean.
+    'recall@K', 'map@r', 'r_precision', 'mrr', 'map', 'nmi', 'ami', 'ari', 'f1'
+    and 'purity', or 'cmc@K', 'map' and 'mrr', in [0, 1] but for 'ami' and 'ari'
+    which chance may bring below; the clusters are of k-means with as many as
+    there are labels. And the counts 'num_queries', 'queries_without_match',
+    'num_classes' and 'zero_embeddings'. Queries without match, such as those
+    alone in their class, are in no mean. With `num_resamples`, 'intervals' maps
+    each score of retrieval to the bounds of its central 95% over the draws.
 
   Raises:
-    ValueError: if no query has a match, or an embedding is not finite.
+    ValueError: if lengths differ, there is no query or none with a match, or
+      an embedding is not finite.
   """
-  embeddings = _project_to_sphere(embeddings)
   labels = np.asarray(labels)
-  if is_query is None:
-    queries, gallery = slice(None), None
-    cameras = None if cameras is None else (cameras, cameras)
-  else:
-    queries, items = np.flatnonzero(is_query), np.flatnonzero(~is_query)
-    gallery = (embeddings[items], labels[items])
-    cameras = None if cameras is None else (cameras[queries], cameras[items])
-  if not len(labels[queries]):
-    raise ValueError('There is no query: nothing can be scored.')
-  score_fns = _score_fns(recall_at, is_reidentification=cameras is not None)
-  scores = {name: [] for name in score_fns}
-  for _, ranks in retrieval.positive_ranks(
-    embeddings[queries], labels[queries], gallery=gallery, cameras=cameras
-  ):
-    for name, score_fn in score_fns.items():
-      scores[name].append(score_fn(ranks))
-  scores = {name: np.concatenate(parts) for name, parts in scores.items()}
-  every_query = next(iter(scores.values()))
-  without_match = int(np.isnan(every_query).sum())
-  if without_match == len(every_query):
+  _check_lengths(embeddings, labels, is_query=is_query, cameras=cameras)
+  embeddings, num_zeros = _project_to_sphere(embeddings)
+  if mesh is not None and mesh.size == 1:
+    mesh = None
+  over = {'mesh': mesh, 'axis_name': mesh_lib.AXIS}
+  of_queries, query_labels = _score_queries(
+    embeddings,
+    labels,
+    is_query,
+    cameras,
+    _score_fns(recall_at, cameras is not None, nearest_only),
+    nearest_only=nearest_only,
+    **over,
+  )
+  has_match = ~np.isnan(next(iter(of_queries.values())))
+  if not has_match.any():
     raise ValueError(
-      f'None of the {len(every_query)} queries has another item of its class '
+      f'None of the {len(has_match)} queries has another item of its class '
       'to find: add pictures, so that a class has at least two.'
     )
+  of_queries = {name: each[has_match] for name, each in of_queries.items()}
+  # The exact sum does not depend on the order.
+  scores = {
+    name: math.fsum(each) / len(each) for name, each in of_queries.items()
+  }
   num_classes = len(np.unique(labels))
-  scores = {name: _mean(values) for name, values in scores.items()}
-  if cameras is None:
-    clusters, _ = clustering.kmeans(
+  if cameras is None and kmeans_iterations:
+    clusters = clustering.kmeans(
       embeddings,
       num_clusters=num_classes,
       key=jax.random.key(seed),
+      start=kmeans_start,
+      num_starts=kmeans_num_starts,
       max_iterations=kmeans_iterations,
+      **over,
     )
-    scores['nmi'] = metrics.normalized_mutual_information(
-      labels, np.asarray(clusters)
-    )
-  return scores | {
-    'num_queries': len(every_query) - without_match,
-    'queries_without_match': without_match,
+    scores |= _cluster_scores(labels, np.asarray(clusters.assignments))
+  scores |= {
+    'num_queries': int(has_match.sum()),
+    'queries_without_match': int((~has_match).sum()),
     'num_classes': num_classes,
+    'zero_embeddings': num_zeros,
   }
+  if num_resamples:
+    scores['intervals'] = _intervals(
+      of_queries, query_labels[has_match], num_resamples, seed
+    )
+  return scores
 
 
-def _project_to_sphere(embeddings: np.ndarray) -> jax.Array:
-  """Gives each row unit norm, whatever its scale; rows of 0 stay 0."""
-  if not np.all(np.isfinite(embeddings)):
-    raise ValueError('Some embeddings are not finite: nothing can be ranked.')
-  largest = np.max(np.abs(embeddings), axis=1, keepdims=True, initial=0)
-  embeddings = embeddings / np.where(largest > 0, largest, 1)
-  norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-  return jnp.asarray(embeddings / np.where(norms > 0, norms, 1))
+def _check_lengths(embeddings, labels, **others) -> None:
+  if np.ndim(embeddings) != 2 or not np.size(embeddings):
+    raise ValueError(
+      'Embeddings must be a matrix of at least one row and one column; got '
+      f'shape {np.shape(embeddings)}.'
+    )
+  for name, values in {'labels': labels, **others}.items():
+    if values is not None and np.shape(values) != (len(embeddings),):
+      raise ValueError(
+        f'There are {len(embeddings)} embeddings, so {name} must have shape '
+        f'({len(embeddings)},); got {np.shape(values)}.'
+      )
+
+
+def _project_to_sphere(embeddings: np.ndarray) -> tuple[jax.Array, int]:
+  """Gives each row unit norm, whatever its scale; counts the rows of 0."""
+  unit = np.empty(np.shape(embeddings), np.float32)
+  num_zeros = 0
+  for begin in range(0, len(unit), _CHUNK):
+    rows = np.asarray(embeddings[begin : begin + _CHUNK], np.float64)
+    if not np.all(np.isfinite(rows)):
+      raise ValueError('Some embeddings are not finite: nothing can be ranked.')
+    largest = np.max(np.abs(rows), axis=1, keepdims=True)
+    rows = rows / np.where(largest > 0, largest, 1)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit[begin : begin + _CHUNK] = rows / np.where(norms > 0, norms, 1)
+    num_zeros += int(np.sum(largest == 0))
+  return jnp.asarray(unit), num_zeros
+
+
+# Rows in float64 at once.
+_CHUNK = 4096
 
 
 def _score_fns(
-    recall_at: tuple[int, ...], *, is_reidentification: bool
+    recall_at: Sequence[int], is_reidentification: bool, nearest_only: bool
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
   """The scores of a protocol, each a function of ranks."""
   title = 'cmc' if is_reidentification else 'recall'
-  first = {
+  fns = {
     f'{title}@{k}': functools.partial(metrics.recall_at_k, k=k)
     for k in recall_at
   }
-  if is_reidentification:
-    return first | {'map': metrics.average_precision}
-  return first | {
-    'map@r': metrics.map_at_r, 'r_precision': metrics.r_precision
+  if not nearest_only and not is_reidentification:
+    fns |= {'map@r': metrics.map_at_r, 'r_precision': metrics.r_precision}
+  fns['mrr'] = metrics.reciprocal_rank
+  if not nearest_only:
+    fns['map'] = metrics.average_precision
+  return fns
+
+
+def _score_queries(
+    embeddings, labels, is_query, cameras, score_fns, **kwargs
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Returns float64 [num_queries] of each score, and the queries' labels."""
+  if is_query is None:
+    queries, gallery = np.arange(len(labels)), None
+    cameras = None if cameras is None else (cameras, cameras)
+  else:
+    queries, items = np.flatnonzero(is_query), np.flatnonzero(~is_query)
+    if not len(queries) or not len(items):
+      raise ValueError(
+        f'There are {len(queries)} queries and {len(items)} items to search: '
+        'nothing can be scored.'
+      )
+    gallery = (embeddings[items], labels[items])
+    cameras = None if cameras is None else (cameras[queries], cameras[items])
+    embeddings, labels = embeddings[queries], labels[queries]
+  parts = {name: [] for name in score_fns}
+  order = []
+  for rows, ranks in retrieval.positive_ranks(
+    embeddings, labels, gallery=gallery, cameras=cameras, **kwargs
+  ):
+    order.append(rows)
+    for name, score_fn in score_fns.items():
+      parts[name].append(score_fn(ranks))
+  scores = {name: np.concatenate(values) for name, values in parts.items()}
+  return scores, labels[np.concatenate(order)]
+
+
+def _cluster_scores(labels, clusters) -> dict[str, float]:
+  return {
+    'nmi': metrics.normalized_mutual_information(labels, clusters),
+    'ami': metrics.adjusted_mutual_information(labels, clusters),
+    'ari': metrics.adjusted_rand_index(labels, clusters),
+    'f1': metrics.pairwise_f1(labels, clusters),
+    'purity': metrics.purity(labels, clusters),
   }
 
 
-def _mean(values: np.ndarray) -> float:
-  """The mean of what is not NaN; the exact sum does not depend on the order."""
-  values = values[~np.isnan(values)]
-  return math.fsum(values) / len(values)
+def _intervals(
+    scores: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+  """The central 95% of each mean over draws of classes with replacement.
+
+  Queries of a class are alike, so classes are drawn, with all their queries;
+  the gallery stays (Efron and Tibshirani, An Introduction to the Bootstrap,
+  1993, chapter 13).
+  """
+  _, classes = np.unique(labels, return_inverse=True)
+  sizes = np.bincount(classes)
+  sums = np.stack(
+    [np.bincount(classes, weights=each) for each in scores.values()], axis=1
+  )
+  rng = np.random.default_rng(seed)
+  means = np.empty((num_resamples, len(scores)))
+  for mean in means:
+    draws = np.bincount(
+      rng.integers(len(sizes), size=len(sizes)), minlength=len(sizes)
+    )
+    mean[:] = draws @ sums / (draws @ sizes)
+  bounds = np.quantile(means, (0.025, 0.975), axis=0).T.tolist()
+  return {name: tuple(pair) for name, pair in zip(scores, bounds)}
 
 
-def format_table(results: dict[str, dict[str, float]]) -> str:
-  """Formats the scores of several embeddings as percent, a row each."""
+def format_table(results: Mapping[str, Mapping]) -> str:
+  """Formats scores as percent: a row each, a column for each embeddings.
+
+  Where there are intervals, their bounds follow the score.
+  """
+
+  def cell(scores, name):
+    low, high = scores.get('intervals', {}).get(name, (None, None))
+    bounds = '' if low is None else f' [{100 * low:.2f}, {100 * high:.2f}]'
+    value = scores.get(name)
+    return '' if value is None else f'{100 * value:.2f}{bounds}'
+
   names = [
     name
     for name, value in next(iter(results.values())).items()
     if isinstance(value, float)
   ]
-  rows = [['', *names]] + [
-    [title.replace('_', ' '), *(f'{100 * scores[name]:.2f}' for name in names)]
-    for title, scores in results.items()
+  rows = [['', *(title.replace('_', ' ') for title in results)]] + [
+    [name, *(cell(scores, name) for scores in results.values())]
+    for name in names
   ]
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  widths = [max(map(len, column)) for column in zip(*rows)]
   return '\n'.join(
-    '  '.join([row[0].ljust(widths[0])] + [
-      cell.rjust(width) for cell, width in zip(row[1:], widths[1:])
+    '  '.join([name.ljust(widths[0])] + [
+      text.rjust(width) for text, width in zip(cells, widths[1:])
     ])
-    for row in rows
+    for name, *cells in rows
   )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog='python -m proxy_nca_jax.evaluate',
+    description='Scores embeddings by retrieval and by clustering.',
+  )
+  files = {
+    'embeddings': 'float [items, dim]: each queries all others',
+    'labels': '[items], numbers or texts',
+    'query_embeddings': 'float [queries, dim]: these search the others instead',
+    'query_labels': '[queries]',
+    'cameras': "[items]: of the query's label and camera nothing is searched",
+    'query_cameras': '[queries]',
+  }
+  for name, text in files.items():
+    parser.add_argument(
+      f'--{name}',
+      required=name in ('embeddings', 'labels'),
+      metavar='FILE.npy',
+      help=text,
+    )
+  parser.add_argument(
+    '--recall_at', type=int, nargs='+', default=(1, 2, 4, 8), metavar='K'
+  )
+  parser.add_argument(
+    '--nearest_only', action='store_true', help='only Recall@K and MRR, faster'
+  )
+  parser.add_argument(
+    '--kmeans_iterations', type=int, default=20, help='0 is no clustering'
+  )
+  parser.add_argument(
+    '--kmeans_start', choices=('random', 'k-means++'), default='random'
+  )
+  parser.add_argument('--kmeans_num_starts', type=int, default=1)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--num_resamples', type=int, default=1000,
+    help='of classes, for intervals of 95%%; 0 is none',
+  )
+  parser.add_argument('--json', metavar='FILE', help='where scores are written')
+  return parser.parse_args(arguments)
+
+
+def _read(arguments: argparse.Namespace) -> dict[str, np.ndarray | None]:
+  """Returns the arrays that `score` takes, the queries after the others."""
+  arrays = {}
+  for name in ('embeddings', 'labels', 'cameras'):
+    path, query_path = (
+      getattr(arguments, title) for title in (name, f'query_{name}')
+    )
+    if bool(query_path) != bool(path and arguments.query_embeddings):
+      raise ValueError(
+        f'--{name} and --query_{name} go together, where there are '
+        '--query_embeddings.'
+      )
+    parts = [np.load(p, mmap_mode='r') for p in (path, query_path) if p]
+    arrays[name] = parts[0] if len(parts) == 1 else None
+    if len(parts) == 2:
+      arrays[name] = np.concatenate(parts)
+      sizes = [len(part) for part in parts]
+      is_query = np.repeat([False, True], sizes)
+      if not np.array_equal(arrays.setdefault('is_query', is_query), is_query):
+        raise ValueError(
+          f'{query_path!r} must have as many rows as '
+          f'{arguments.query_embeddings!r}; got {sizes[1]}.'
+        )
+  # Texts become numbers.
+  _, arrays['labels'] = np.unique(arrays['labels'], return_inverse=True)
+  return arrays
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  arguments = _parse(arguments)
+  names = (
+    'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
+    'kmeans_num_starts', 'seed', 'num_resamples',
+  )
+  try:
+    scores = score(
+      **_read(arguments),
+      **{name: getattr(arguments, name) for name in names},
+      mesh=mesh_lib.make_mesh(),
+    )
+    if arguments.json:
+      with open(arguments.json, 'w', encoding='utf-8') as file:
+        json.dump(scores, file, indent=2)
+  except (ValueError, OSError) as error:
+    print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
+    sys.exit(2)
+  print(format_table({'percent': scores}))
+  for name, value in scores.items():
+    if isinstance(value, int):
+      print(f'{name.replace("_", " ")}: {value:,}')
+
+
+if __name__ == '__main__':
+  main()

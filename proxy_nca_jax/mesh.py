@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-_AXIS = 'data'
+AXIS = 'data'
 
 
 def make_mesh(
@@ -16,7 +16,7 @@ def make_mesh(
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
     (len(devices),),
-    (_AXIS,),
+    (AXIS,),
     (jax.sharding.AxisType.Auto,),
     devices=devices,
   )
@@ -29,7 +29,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The leading dimension divided among the devices."""
-  return NamedSharding(mesh, PartitionSpec(_AXIS))
+  return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def shard_batch(

@@ -337,7 +337,7 @@ def train_and_evaluate(
     process = (jax.process_index(), jax.process_count())
     normalize = make_normalize(config)
     score = functools.partial(
-      _score_state, make_embed_fn(model, normalize, mesh), config, process
+      _score_state, make_embed_fn(model, normalize, mesh), config, mesh
     )
     state = state_lib.create(
       config,
@@ -353,7 +353,11 @@ def train_and_evaluate(
       state = checkpoints.restore(state)
       if state is None:
         raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
-      results = {'trained': score(state, data.test), 'step': int(state.step)}
+      results = {
+        'trained': score(state, data.test, num_resamples=1000),
+        'step': int(state.step),
+      }
+      workdir_lib.write_json(os.path.join(workdir, 'evaluation.json'), results)
       _log_table(results)
       return results
 
@@ -366,7 +370,9 @@ def train_and_evaluate(
       pixels = input_pipeline.raw_pixels(data.test)
       baselines = {
         'untrained': score(state, data.test),
-        'raw_pixels': _score(pixels, data.test, config),
+        'raw_pixels': evaluate.score(
+          pixels, data.test.labels, **_score_settings(config, mesh, data.test)
+        ),
       }
       del pixels
     _check_select_by(config, baselines['untrained'])
@@ -645,29 +651,34 @@ def _check_select_by(config, scores: Mapping[str, float]) -> None:
 
 
 def _score_state(
-    embed_fn, config, process, state, split: datasets.Split
+    embed_fn, config, mesh, state, split: datasets.Split, **kwargs
 ) -> dict[str, float]:
   """Scores a state's embeddings of a split."""
   batches = input_pipeline.evaluation_batches(
     split,
     image_size=config.dataset.image_size,
     batch_size=config.evaluation.batch_size,
-    process=process,
+    process=(jax.process_index(), jax.process_count()),
   )
-  embeddings = evaluate.embed(functools.partial(embed_fn, state), batches)
-  return _score(embeddings, split, config)
-
-
-def _score(embeddings, split: datasets.Split, config) -> dict[str, float]:
   return evaluate.evaluate(
-    embeddings,
-    split.labels,
-    is_query=split.is_query,
-    cameras=split.cameras,
-    recall_at=config.evaluation.recall_at,
-    kmeans_iterations=config.evaluation.kmeans_iterations,
-    seed=config.seed,
+    functools.partial(embed_fn, state),
+    batches,
+    **_score_settings(config, mesh, split),
+    **kwargs,
   )
+
+
+def _score_settings(config, mesh, split: datasets.Split) -> dict:
+  names = (
+    'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
+    'kmeans_num_starts',
+  )
+  return {name: config.evaluation[name] for name in names} | {
+    'is_query': split.is_query,
+    'cameras': split.cameras,
+    'seed': config.seed,
+    'mesh': mesh,
+  }
 
 
 def _read_baselines(workdir: str) -> dict[str, dict[str, float]]:

@@ -380,6 +380,44 @@ def retrieval_scores(
   return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
+def lloyd(points, centroids, num_iterations):
+  """Assignments after so many updates; no cluster may lose its points."""
+  points, centroids = np.float64(points), np.float64(centroids)
+
+  def assign():
+    differences = points[:, None] - centroids[None]
+    return np.argmin(np.sum(differences**2, axis=2), axis=1)
+
+  assignments = assign()
+  for _ in range(num_iterations):
+    for cluster in range(len(centroids)):
+      members = points[assignments == cluster]
+      assert len(members), 'an empty cluster'
+      centroids[cluster] = members.mean(axis=0)
+    assignments = assign()
+  return assignments
+
+
+def plus_plus(points, num_clusters):
+  """The probability of each ordered choice of k-means++, by all of them."""
+  chances = {}
+
+  def extend(chosen, chance):
+    if len(chosen) == num_clusters:
+      chances[chosen] = chance
+      return
+    weights = np.ones(len(points))
+    if chosen:
+      differences = points[:, None] - points[list(chosen)][None]
+      weights = np.min(np.sum(differences**2, axis=2), axis=1)
+    for place, weight in enumerate(weights):
+      if weight > 0:
+        extend((*chosen, place), chance * weight / weights.sum())
+
+  extend((), 1.0)
+  return chances
+
+
 def entropy(values):
   shares = [list(values).count(v) / len(values) for v in set(values)]
   return -sum(p * np.log(p) for p in shares)

@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import clustering, metrics
+from proxy_nca_jax import mesh as mesh_lib
 
 
 def _blobs(num_blobs=5, size=30):
@@ -18,7 +20,7 @@ class KMeansTest(parameterized.TestCase):
 
   def test_assigns_each_point_to_its_nearest_centroid(self):
     points = jax.random.normal(jax.random.key(0), (200, 3))
-    assignments, centroids = clustering.kmeans(
+    assignments, centroids, *_ = clustering.kmeans(
       points, num_clusters=9, key=jax.random.key(1)
     )
     distances = np.sum(
@@ -28,7 +30,7 @@ class KMeansTest(parameterized.TestCase):
 
   def test_centroids_are_means_when_nothing_changes_any_more(self):
     points = jax.random.normal(jax.random.key(0), (200, 2))
-    assignments, centroids = clustering.kmeans(
+    assignments, centroids, *_ = clustering.kmeans(
       points, num_clusters=6, key=jax.random.key(1), max_iterations=500
     )
     for cluster in range(6):
@@ -66,8 +68,8 @@ class KMeansTest(parameterized.TestCase):
   def test_blocks_do_not_change_the_assignments(self, block_size):
     points, _ = _blobs()
     key = jax.random.key(0)
-    expected, _ = clustering.kmeans(points, num_clusters=8, key=key)
-    actual, _ = clustering.kmeans(
+    expected, *_ = clustering.kmeans(points, num_clusters=8, key=key)
+    actual, *_ = clustering.kmeans(
       points, num_clusters=8, key=key, block_size=block_size
     )
     np.testing.assert_array_equal(actual, expected)
@@ -78,7 +80,7 @@ class KMeansTest(parameterized.TestCase):
       [jnp.zeros((50, 2)), 10 + jax.random.normal(jax.random.key(0), (10, 2))]
     )
     for seed in range(5):
-      assignments, _ = clustering.kmeans(
+      assignments, *_ = clustering.kmeans(
         points, num_clusters=6, key=jax.random.key(seed), max_iterations=50
       )
       self.assertLen(np.unique(assignments), 6)
@@ -86,13 +88,135 @@ class KMeansTest(parameterized.TestCase):
   def test_as_many_clusters_as_points_or_one(self):
     points = jax.random.normal(jax.random.key(0), (12, 3))
     key = jax.random.key(0)
-    assignments, _ = clustering.kmeans(points, num_clusters=12, key=key)
+    assignments, *_ = clustering.kmeans(points, num_clusters=12, key=key)
     self.assertLen(np.unique(assignments), 12)
-    assignments, centroids = clustering.kmeans(points, num_clusters=1, key=key)
+    assignments, centroids, *_ = clustering.kmeans(
+      points, num_clusters=1, key=key
+    )
     np.testing.assert_array_equal(assignments, 0)
     np.testing.assert_allclose(
       centroids[0], jnp.mean(points, axis=0), atol=1e-6
     )
+
+  @parameterized.parameters(1, 2, 3, 7)
+  def test_leaving_out_what_stayed_equals_all_distances(self, num_iterations):
+    points = np.random.default_rng(0).normal(size=(600, 3))
+    points = points.astype(np.float32)
+    actual = clustering.kmeans(
+      points,
+      num_clusters=80,
+      start=points[:80],
+      max_iterations=num_iterations,
+      block_size=64,
+    )
+    expected = oracles.lloyd(points, points[:80], num_iterations)
+    np.testing.assert_array_equal(actual.assignments, expected)
+    self.assertEqual(actual.num_iterations, num_iterations)
+    distances = points - np.asarray(actual.centroids)[expected]
+    np.testing.assert_allclose(actual.inertia, np.sum(distances**2), rtol=1e-5)
+
+  @parameterized.parameters('random', 'k-means++')
+  def test_devices_change_nothing_and_the_best_start_counts(self, start):
+    points = np.random.default_rng(0).normal(size=(500, 37))
+    kwargs = {'num_clusters': 70, 'start': start, 'max_iterations': 5}
+    key = jax.random.key(1)
+    expected = clustering.kmeans(points, key=key, num_starts=3, **kwargs)
+    for num_devices in (2, 8):
+      actual = clustering.kmeans(
+        points,
+        key=key,
+        num_starts=3,
+        mesh=mesh_lib.make_mesh(jax.devices()[:num_devices]),
+        axis_name=mesh_lib.AXIS,
+        **kwargs,
+      )
+      for a, b in zip(actual, expected):
+        np.testing.assert_array_equal(a, b)
+    # The best of the starts, each alone.
+    first = clustering._choose
+    if start == 'k-means++':
+      first = clustering._choose_plus_plus
+    layout = clustering._Layout(None, None, 512, 500)
+    padded = jnp.pad(jnp.asarray(points, jnp.float32), ((0, 12), (0, 0)))
+    alone = [
+      clustering.kmeans(
+        points, **kwargs | {'start': padded[first(padded, k, 70, layout)]}
+      ).inertia
+      for k in jax.random.split(key, 3)
+    ]
+    self.assertEqual(expected.inertia, min(alone))
+
+  def test_the_order_of_points_does_not_change_a_mean_by_a_bit(self):
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(999, 5)) * 10.0 ** rng.integers(-3, 4, (999, 1))
+    points = points.astype(np.float32)
+    order = rng.permutation(999)
+    first, second = (
+      clustering.kmeans(rows, num_clusters=9, start=points[:9])
+      for rows in (points, points[order])
+    )
+    np.testing.assert_array_equal(first.centroids, second.centroids)
+    np.testing.assert_array_equal(
+      np.asarray(first.assignments)[order], second.assignments
+    )
+
+  def test_k_means_plus_plus_draws_by_squared_distance(self):
+    # Weights of the same round are brought up by rejection: 5 centroids need a
+    # round of several.
+    points = np.array([[0.0], [1.0], [1.5], [4.0], [8.0], [8.1]])
+    layout = clustering._Layout(None, None, 64, 6)
+    padded = jnp.pad(jnp.asarray(points, jnp.float32), ((0, 58), (0, 0)))
+    num_draws = 5_000
+    draws = jax.jit(
+      jax.vmap(lambda key: clustering._choose_plus_plus(padded, key, 5, layout))
+    )(jax.random.split(jax.random.key(0), num_draws))
+    numbers = [6**i for i in range(5)]
+    found = np.bincount(np.asarray(draws) @ numbers, minlength=6**5) / num_draws
+    expected = np.zeros(6**5)
+    for chosen, chance in oracles.plus_plus(points, 5).items():
+      expected[np.dot(chosen, numbers)] = chance
+    self.assertTrue(np.all(found[expected == 0] == 0))
+    bound = 5 * np.sqrt(expected / num_draws) + 3 / num_draws
+    self.assertTrue(np.all(np.abs(found - expected) <= bound))
+
+  def test_k_means_plus_plus_finds_separated_blobs(self):
+    points, labels = _blobs()
+    for seed in range(3):
+      clusters = clustering.kmeans(
+        points, num_clusters=5, key=jax.random.key(seed), start='k-means++'
+      )
+      score = metrics.normalized_mutual_information(
+        labels, clusters.assignments
+      )
+      self.assertAlmostEqual(score, 1)
+
+  def test_equal_points_can_be_as_many_clusters(self):
+    clusters = clustering.kmeans(
+      jnp.ones((40, 3)), num_clusters=7, key=jax.random.key(0),
+      start='k-means++', max_iterations=3,
+    )
+    self.assertEqual(clusters.inertia, 0)
+    np.testing.assert_array_equal(clusters.centroids, 1)
+
+  def test_a_tolerance_ends_it_sooner(self):
+    points = jax.random.normal(jax.random.key(0), (500, 3))
+    numbers = [
+      clustering.kmeans(
+        points, num_clusters=20, key=jax.random.key(1), max_iterations=500,
+        tolerance=tolerance,
+      ).num_iterations
+      for tolerance in (0, 1e-2, 1)
+    ]
+    self.assertGreater(numbers[0], numbers[1])
+    self.assertGreater(numbers[1], numbers[2])
+    self.assertEqual(numbers[2], 1)
+
+  def test_an_unknown_start_lists_the_choices(self):
+    with self.assertRaisesRegex(ValueError, "'randon'.*'random' or 'k-means"):
+      clustering.kmeans(
+        jnp.zeros((12, 2)), num_clusters=2, key=jax.random.key(0),
+        start='randon',
+      )
 
   @parameterized.parameters(0, 13)
   def test_an_impossible_number_of_clusters_is_an_error(self, num_clusters):

@@ -1,22 +1,30 @@
+import contextlib
+import io
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+
 import numpy as np
 import oracles
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import evaluate
+from proxy_nca_jax import mesh as mesh_lib
 
 
 def _evaluate(embeddings, labels, **kwargs):
-  return evaluate.evaluate(
+  return evaluate.score(
     np.asarray(embeddings, np.float32),
     np.asarray(labels),
-    recall_at=(1, 4),
-    kmeans_iterations=5,
-    seed=0,
-    **kwargs,
+    **{'recall_at': (1, 4), 'kmeans_iterations': 5, **kwargs},
   )
 
 
-class EvaluateTest(absltest.TestCase):
+class ScoreTest(parameterized.TestCase):
 
   def test_equals_the_oracle_on_the_same_similarities(self):
     rng = np.random.default_rng(0)
@@ -25,9 +33,27 @@ class EvaluateTest(absltest.TestCase):
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     expected = oracles.retrieval_scores(unit @ unit.T, labels, (1, 4))
     actual = _evaluate(embeddings, labels)
-    for name in ('recall@1', 'recall@4', 'map@r', 'r_precision'):
+    for name in ('recall@1', 'recall@4', 'map@r', 'r_precision', 'map'):
       self.assertAlmostEqual(actual[name], expected[name], 12, name)
-    self.assertBetween(actual['nmi'], 0, 1)
+    for name in ('nmi', 'f1', 'purity'):
+      self.assertBetween(actual[name], 0, 1)
+    nearest = _evaluate(
+      embeddings, labels, nearest_only=True, kmeans_iterations=0
+    )
+    for name in ('recall@1', 'recall@4', 'mrr'):
+      self.assertEqual(nearest[name], actual[name])
+    for name in ('map@r', 'r_precision', 'map', 'nmi'):
+      self.assertNotIn(name, nearest)
+
+  def test_devices_change_nothing(self):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 30, 300)
+    centers = rng.normal(size=(30, 16))
+    embeddings = centers[labels] + rng.normal(size=(300, 16))
+    expected = _evaluate(embeddings, labels, num_resamples=10)
+    mesh = mesh_lib.make_mesh()
+    actual = _evaluate(embeddings, labels, num_resamples=10, mesh=mesh)
+    self.assertEqual(actual, expected)
 
   def test_queries_search_a_gallery_and_cameras_are_left_out(self):
     rng = np.random.default_rng(1)
@@ -93,39 +119,239 @@ class EvaluateTest(absltest.TestCase):
       _evaluate(np.eye(3), [0, 1, 2])
 
   def test_no_query_at_all_is_an_error(self):
-    with self.assertRaisesRegex(ValueError, 'no query'):
-      _evaluate(np.eye(3), [0, 0, 1], is_query=np.zeros(3, bool))
+    for num_queries in (0, 3):
+      with self.assertRaisesRegex(ValueError, f'{num_queries} queries'):
+        _evaluate(np.eye(3), [0, 0, 1], is_query=np.arange(3) < num_queries)
 
-  def test_embeddings_must_be_finite(self):
+  @parameterized.parameters(np.nan, np.inf)
+  def test_embeddings_must_be_finite(self, value):
     with self.assertRaisesRegex(ValueError, 'not finite'):
-      _evaluate([[np.nan, 1], [1, 1]], [0, 0])
+      _evaluate([[value, 1], [1, 1]], [0, 0])
+
+  @parameterized.parameters(
+    ({'labels': [0, 0, 1]}, r'4 embeddings, so labels .*\(4,\); got \(3,\)'),
+    ({'cameras': np.zeros(5)}, r'cameras must have shape \(4,\)'),
+    ({'is_query': np.zeros((4, 1), bool)}, r'is_query must have shape'),
+    ({'embeddings': np.zeros(4)}, 'must be a matrix'),
+    ({'embeddings': np.zeros((0, 4)), 'labels': []}, 'at least one row'),
+  )
+  def test_what_does_not_fit_is_refused(self, given, message):
+    with self.assertRaisesRegex(ValueError, message):
+      _evaluate(**{'embeddings': np.eye(4), 'labels': [0, 0, 1, 1], **given})
+
+  def test_zeros_are_counted_and_tie_with_what_is_at_right_angles(self):
+    embeddings = [[0, 0], [1, 0], [0, 1], [0, 1]]
+    scores = _evaluate(embeddings, [0, 0, 1, 1])
+    self.assertEqual(scores['zero_embeddings'], 1)
+    # The zeros tie with all others, and the query beside them with all too.
+    self.assertEqual(scores['recall@1'], 2 / 4)
+
+  def test_intervals_are_of_draws_of_whole_classes(self):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 7, 40)
+    scores = {'a': rng.random(40), 'b': np.ones(40)}
+    actual = evaluate._intervals(scores, labels, 50, seed=3)
+    rng = np.random.default_rng(3)
+    means = []
+    for _ in range(50):
+      drawn = [scores['a'][labels == c] for c in rng.integers(7, size=7)]
+      means.append(np.mean(np.concatenate(drawn)))
+    np.testing.assert_allclose(
+      actual['a'], np.quantile(means, (0.025, 0.975)), rtol=1e-12
+    )
+    self.assertEqual(actual['b'], (1, 1))
+
+  def test_intervals_are_of_each_score_of_retrieval(self):
+    rng = np.random.default_rng(0)
+    embeddings, labels = rng.normal(size=(60, 3)), rng.integers(0, 9, 60)
+    scores = _evaluate(embeddings, labels, num_resamples=100)
+    names = [*scores][: [*scores].index('nmi')]
+    self.assertEqual([*scores['intervals']], names)
+    for name, (low, high) in scores['intervals'].items():
+      self.assertLess(low, scores[name])
+      self.assertGreater(high, scores[name])
+
+
+class EmbedTest(absltest.TestCase):
 
   def test_masked_rows_are_dropped_and_ids_give_the_order(self):
     batches = [
       {
         'x': np.array([[2.0], [0.0]]),
+        'label': np.array([7, 5]),
         'id': np.array([2, 0]),
         'mask': np.array([True, True]),
       },
       {
         'x': np.array([[1.0], [9.0]]),
+        'label': np.array([6, 9]),
         'id': np.array([1, 3]),
         'mask': np.array([True, False]),
       },
     ]
-    embeddings = evaluate.embed(lambda batch: batch['x'], batches)
+    embeddings, labels = evaluate.embed(lambda batch: batch['x'], batches)
     np.testing.assert_array_equal(embeddings, [[0], [1], [2]])
+    np.testing.assert_array_equal(labels, [5, 6, 7])
+
+  def test_two_processes_equal_one(self):
+    results = _of_two_processes()
+    self.assertEqual(results[0], results[1])
+    rng = np.random.default_rng(0)
+    embeddings, labels = rng.normal(size=(300, 16)), rng.integers(0, 40, 300)
+    expected = _evaluate(embeddings.astype(np.float32), labels)
+    self.assertEqual(json.loads(results[0]), expected)
+
+
+_PROCESS = """
+import json
+import sys
+
+import jax
+import numpy as np
+
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.config.update('jax_num_cpu_devices', 2)
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
+
+from proxy_nca_jax import evaluate
+from proxy_nca_jax import mesh as mesh_lib
+
+mesh = mesh_lib.make_mesh()
+gather = jax.jit(lambda x: x, out_shardings=mesh_lib.replicated(mesh))
+rng = np.random.default_rng(0)
+embeddings, labels = rng.normal(size=(300, 16)), rng.integers(0, 40, 300)
+# Each process has every second piece of 50 rows, the last ones in no batch.
+batches = []
+for first in range(50 * jax.process_index(), 400, 100):
+  ids = np.arange(first, first + 50)
+  rows = np.minimum(ids, 299)
+  batches.append({
+    'x': embeddings[rows].astype(np.float32),
+    'label': labels[rows],
+    'mask': ids < 300,
+    'id': ids,
+  })
+scores = evaluate.evaluate(
+  lambda batch: gather(mesh_lib.shard_batch({'x': batch['x']}, mesh)['x']),
+  batches,
+  recall_at=(1, 4),
+  kmeans_iterations=5,
+  mesh=mesh,
+)
+print(json.dumps(scores))
+"""
+
+
+def _of_two_processes():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  root = str(pathlib.Path(__file__).parent.parent)
+  environment = os.environ | {'PYTHONPATH': root, 'XLA_FLAGS': ''}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', _PROCESS, str(index), address],
+      env=environment,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  return [output.splitlines()[-1] for output in outputs]
+
+
+class CommandTest(parameterized.TestCase):
+
+  def _run(self, **arrays):
+    """Returns the exit status, the output and the scores of the command."""
+    folder = tempfile.mkdtemp(dir=absltest.get_default_test_tmpdir())
+    arguments = [f'--json={folder}/scores.json', '--num_resamples=20']
+    for name, array in arrays.items():
+      np.save(f'{folder}/{name}.npy', array)
+      arguments.append(f'--{name}={folder}/{name}.npy')
+    output, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+      try:
+        evaluate.main(arguments)
+      except SystemExit as error:
+        code = error.code
+    path = pathlib.Path(folder, 'scores.json')
+    scores = json.loads(path.read_text()) if path.exists() else None
+    return code, output.getvalue(), scores
+
+  def test_embeddings_from_anywhere_are_scored(self):
+    rng = np.random.default_rng(0)
+    embeddings, labels = rng.normal(size=(60, 5)), rng.integers(0, 9, 60)
+    code, output, scores = self._run(
+      embeddings=embeddings, labels=np.array([f'bird {i}' for i in labels])
+    )
+    self.assertEqual(code, 0, output)
+    expected = evaluate.score(
+      embeddings, labels, num_resamples=20, mesh=mesh_lib.make_mesh()
+    )
+    self.assertEqual(scores, json.loads(json.dumps(expected)))
+    low, high = expected['intervals']['recall@1']
+    self.assertIn(
+      f'{100 * expected["recall@1"]:.2f} [{100 * low:.2f}, {100 * high:.2f}]',
+      output,
+    )
+    self.assertIn('queries without match: 0', output)
+
+  def test_queries_and_cameras(self):
+    rng = np.random.default_rng(0)
+    embeddings, labels = rng.normal(size=(60, 5)), rng.integers(0, 9, 60)
+    cameras = rng.integers(0, 3, 60)
+    code, output, scores = self._run(
+      embeddings=embeddings[20:],
+      labels=labels[20:],
+      cameras=cameras[20:],
+      query_embeddings=embeddings[:20],
+      query_labels=labels[:20],
+      query_cameras=cameras[:20],
+    )
+    self.assertEqual(code, 0, output)
+    expected = _evaluate(
+      embeddings, labels, is_query=np.arange(60) < 20, cameras=cameras
+    )
+    for name in ('cmc@1', 'cmc@4', 'map', 'mrr', 'num_queries'):
+      self.assertAlmostEqual(scores[name], expected[name], 12, name)
+
+  @parameterized.parameters(
+    ({}, 'There are 3 embeddings, so labels'),
+    ({'query_labels': np.zeros(2)}, 'labels and --query_labels go together'),
+    (
+      {'query_embeddings': np.eye(3), 'query_labels': np.zeros(2)},
+      'query_labels.npy. must have as many rows as .*got 2',
+    ),
+  )
+  def test_what_does_not_fit_is_one_line(self, more, message):
+    code, output, _ = self._run(
+      embeddings=np.eye(3), labels=np.zeros(4), **more
+    )
+    self.assertEqual(code, 2)
+    self.assertRegex(output, message)
+    self.assertEqual(output.count('\n'), 1)
 
   def test_the_table_is_in_percent(self):
     table = evaluate.format_table(
       {
-        'trained': {'recall@1': 0.5, 'count': 3},
+        'trained': {
+          'recall@1': 0.5,
+          'nmi': 0.25,
+          'count': 3,
+          'intervals': {'recall@1': (0.25, 0.75)},
+        },
         'raw_pixels': {'recall@1': 1.0},
       }
     )
     self.assertEqual(
       table.splitlines(),
-      ['            recall@1', 'trained        50.00', 'raw pixels    100.00'],
+      [
+        '                       trained  raw pixels',
+        'recall@1  50.00 [25.00, 75.00]      100.00',
+        'nmi                      25.00            ',
+      ],
     )
 
 

@@ -137,7 +137,7 @@ class MainTest(parameterized.TestCase):
     self.assertRegex(
       self.output, r'step 12/20  loss .* images/s  0:00:\d\d left'
     )
-    self.assertRegex(self.output, r'trained +\d+\.\d\d')
+    self.assertRegex(self.output, r'recall@1 +\d+\.\d\d')
     self.assertRegex(self.output, r'rates are multiplied by 0.5\nstep 11/20')
     results = _results(self.straight)
     for title in ('selected', 'trained', 'untrained', 'raw_pixels'):
@@ -220,7 +220,7 @@ class MainTest(parameterized.TestCase):
     code, output = _run(self.straight, '/nowhere')
     self.assertEqual(code, 0, output)
     self.assertIn('This run is finished, at step 20', output)
-    self.assertRegex(output, r'trained +\d+\.\d\d')
+    self.assertRegex(output, r'recall@1 +\d+\.\d\d')
 
   def test_steps_can_be_added_to_a_finished_run(self):
     workdir = self._workdir()
@@ -234,7 +234,7 @@ class MainTest(parameterized.TestCase):
     command = _command(self.straight, self.data_dir) + ['--mode=eval']
     output = subprocess.check_output(command, env=_environment(), text=True)
     recall = 100 * _results(self.straight)['trained']['recall@1']
-    self.assertRegex(output, rf'trained +{recall:.2f}')
+    self.assertRegex(output, rf'recall@1 +{recall:.2f} \[')
 
   def test_a_second_run_in_the_workdir_is_refused(self):
     workdir = self._workdir()

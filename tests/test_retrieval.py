@@ -1,8 +1,12 @@
+from unittest import mock
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 from absl.testing import absltest, parameterized
 
+from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import metrics, retrieval
 
 
@@ -33,6 +37,28 @@ def _with_ties(seed, num_items=41, num_classes=6):
   embeddings = rng.integers(-2, 3, (num_items, 3)).astype(np.float64)
   labels = rng.integers(-1, num_classes - 1, num_items) * 10
   return embeddings, labels
+
+
+def _ranks(embeddings, labels, **kwargs):
+  """{query: the ranks of its positives}."""
+  return {
+    int(query): row[row > 0].tolist()
+    for queries, rows in retrieval.positive_ranks(embeddings, labels, **kwargs)
+    for query, row in zip(queries, rows)
+  }
+
+
+def _over(num_devices):
+  mesh = mesh_lib.make_mesh(jax.devices()[:num_devices])
+  return {'mesh': mesh, 'axis_name': mesh_lib.AXIS}
+
+
+def _with_copies(num_items=700, dim=37):
+  """Copies in other classes: ties of products that are not exact."""
+  rng = np.random.default_rng(0)
+  embeddings = rng.normal(size=(num_items, dim)).astype(np.float32)
+  embeddings[num_items // 2 :] = embeddings[: num_items // 2]
+  return embeddings, rng.integers(0, num_items // 8, num_items)
 
 
 class PositiveRanksTest(parameterized.TestCase):
@@ -106,22 +132,72 @@ class PositiveRanksTest(parameterized.TestCase):
       self.assertAlmostEqual(actual[name], value, 12, name)
 
   def test_results_do_not_depend_on_the_block_by_a_bit(self):
+    embeddings, labels = _with_copies()
+    expected = _ranks(embeddings, labels)
+    for block_size in (16, 96, 128):
+      actual = _ranks(embeddings, labels, block_size=block_size)
+      self.assertEqual(actual, expected)
+
+  @parameterized.product(num_devices=(1, 2, 3, 8), with_gallery=(False, True))
+  def test_devices_change_no_rank(self, num_devices, with_gallery):
+    embeddings, labels = _with_copies()
+    kwargs = {}
+    if with_gallery:
+      kwargs = {'gallery': (embeddings[200:], labels[200:])}
+      embeddings, labels = embeddings[:200], labels[:200]
+    expected = _ranks(embeddings, labels, block_size=64, **kwargs)
+    kwargs |= {'block_size': 64, **_over(num_devices)}
+    self.assertEqual(_ranks(embeddings, labels, **kwargs), expected)
+
+  @parameterized.product(
+    num_devices=(0, 2), with_gallery=(False, True), with_cameras=(False, True)
+  )
+  def test_the_nearest_alone_has_the_first_rank(
+      self, num_devices, with_gallery, with_cameras
+  ):
+    embeddings, labels = _with_ties(0, num_items=200, num_classes=40)
+    cameras = np.random.default_rng(0).integers(0, 2, 200)
+    kwargs = {'block_size': 64, **(_over(num_devices) if num_devices else {})}
+    if with_gallery:
+      kwargs['gallery'] = (embeddings[90:], labels[90:])
+      embeddings, labels = embeddings[:90], labels[:90]
+    if with_cameras:
+      items = cameras[90:] if with_gallery else cameras
+      kwargs['cameras'] = (cameras[: len(labels)], items)
+    expected = {
+      query: ranks[:1]
+      for query, ranks in _ranks(embeddings, labels, **kwargs).items()
+    }
+    actual = _ranks(embeddings, labels, nearest_only=True, **kwargs)
+    self.assertEqual(actual, expected)
+
+  @parameterized.parameters(0, 2)
+  def test_few_thresholds_at_once_change_no_rank(self, num_devices):
+    embeddings, labels = _with_copies()
+    expected = _ranks(embeddings, labels, block_size=64)
+    kwargs = {'block_size': 64, **(_over(num_devices) if num_devices else {})}
+    with mock.patch.object(retrieval, '_MAX_THRESHOLDS', 3000):
+      self.assertEqual(_ranks(embeddings, labels, **kwargs), expected)
+
+  @parameterized.parameters(
+    ([5, 6, 7, 40, 1, 1], [range(0, 2), range(2, 3), range(3, 4), range(4, 6)]),
+    ([1, 1], [range(0, 2)]),
+  )
+  def test_blocks_are_grouped_by_their_thresholds(self, numbers, expected):
+    layout = retrieval._Layout(None, None, 64)
+    with mock.patch.object(retrieval, '_MAX_THRESHOLDS', 12 * 64):
+      self.assertEqual(retrieval._groups(numbers, layout), expected)
+
+  @parameterized.parameters(3, 64, 512)
+  def test_products_are_rounded_alike_wherever_rows_lie(self, dim):
     rng = np.random.default_rng(0)
-    embeddings = rng.normal(size=(700, 37)).astype(np.float32)
-    # Copies of other classes: ties of products that are not exact.
-    embeddings[350:] = embeddings[:350]
-    labels = rng.integers(0, 90, 700)
-    expected = None
-    for block_size in (16, 96, 128, 1024):
-      ranks = {
-        int(query): row[row > 0].tolist()
-        for queries, rows in retrieval.positive_ranks(
-          embeddings, labels, block_size=block_size
-        )
-        for query, row in zip(queries, rows)
-      }
-      expected = expected or ranks
-      self.assertEqual(ranks, expected)
+    a, b = rng.normal(size=(2, dim)).astype(np.float32)
+    products = set()
+    for num_rows, num_columns in ((64, 64), (64, 1024), (192, 448)):
+      rows, columns = np.tile(a, (num_rows, 1)), np.tile(b, (num_columns, 1))
+      for pair in ((rows, columns), (columns, rows)):
+        products |= set(np.ravel(retrieval._similarities(*pair)).tolist())
+    self.assertLen(products, 1)
 
   def test_re_identification_by_hand(self):
     # The query is person 1 by camera 1. Nearest first: the same person and
@@ -188,6 +264,54 @@ class PositiveRanksTest(parameterized.TestCase):
     actual = _scores(embeddings, labels, 16)
     for name, value in expected.items():
       self.assertAlmostEqual(actual[name], value, 12, name)
+
+
+
+class NearestTest(parameterized.TestCase):
+
+  @parameterized.product(
+    num_devices=(0, 3), sizes=((1, 64), (5, 100), (699, 64), (300, 5000))
+  )
+  def test_equals_a_full_sort(self, num_devices, sizes):
+    k, block_size = sizes
+    kwargs = {'block_size': block_size}
+    kwargs |= _over(num_devices) if num_devices else {}
+    rng = np.random.default_rng(0)
+    gallery = rng.integers(-2, 3, (700, 3)).astype(np.float32)
+    for queries, is_self in ((gallery[:301] * 2, False), (gallery, True)):
+      expected = queries @ gallery.T
+      if is_self:
+        np.fill_diagonal(expected, -np.inf)
+      order = np.argsort(-expected, axis=1, kind='stable')[:, :k]
+      similarities, indices = retrieval.nearest(
+        queries, k, gallery=None if is_self else gallery, **kwargs
+      )
+      np.testing.assert_array_equal(indices, order)
+      np.testing.assert_array_equal(
+        similarities, np.take_along_axis(expected, order, axis=1)
+      )
+
+  def test_all_items_can_be_asked_for(self):
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.normal(size=(3, 4)), rng.normal(size=(70, 4))
+    _, indices = retrieval.nearest(queries, 70, gallery=gallery)
+    np.testing.assert_array_equal(
+      indices, np.argsort(-queries @ gallery.T, axis=1)
+    )
+
+  def test_approximate_neighbours_reach_the_recall(self):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(500, 8))
+    _, exact = retrieval.nearest(rows, 10)
+    _, found = retrieval.nearest(rows, 10, recall_target=0.8)
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(exact, found)])
+    self.assertGreaterEqual(recall, 0.8)
+
+  @parameterized.parameters((0, True), (9, True), (10, False))
+  def test_more_than_there_are_is_an_error(self, k, is_self):
+    rows = np.eye(9)
+    with self.assertRaisesRegex(ValueError, rf'k \({k}\) must be in'):
+      retrieval.nearest(rows, k, gallery=None if is_self else rows)
 
 
 if __name__ == '__main__':
