@@ -29,9 +29,10 @@ rates), and compares losses and nearest proxies.
 `originals` writes tests/originals/NAME.npz: the names and shapes of the tensors
 that an original publishes and, of a small picture and weights that
 tests/made_weights.py makes, its pooled features in evaluation and in training,
-the running variance after it that lies deepest, and the gradient of the
-features' sum for one early tensor; and small files of torch's two formats. A
-change of these files means that an original changed, or what it is given.
+the running variance after it that lies deepest or, of a transformer, the
+gradient of the features' sum for the class token; and small files of torch's
+two formats. A change of these files means that an original changed, or what it
+is given.
 """
 
 import argparse
@@ -460,12 +461,6 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   )
 
 
-_EARLY = {
-  'bn_inception': 'conv1_7x7_s2_bn.weight',
-  'resnet18': 'bn1.weight',
-  'resnet50': 'bn1.weight',
-  'resnet101': 'bn1.weight',
-}
 _DEEP = {
   'bn_inception': 'inception_5b_pool_proj_bn.running_var',
   'resnet18': 'layer4.1.bn2.running_var',
@@ -497,16 +492,15 @@ def store_original(name: str) -> None:
   original.train()
   trained = original.features(images)
   trained.sum().backward()
-  tensors = dict(original.backbone.named_parameters())
-  early = tensors[_EARLY.get(name, 'cls_token')].grad
   result = {
     'names': list(shapes),
     'shapes': [str(shape) for shape in shapes.values()],
     'size': size,
     'evaluated': evaluated.numpy(),
     'trained': trained.detach().numpy(),
-    'early_gradient': early.numpy(),
   }
+  if is_vit:
+    result['token_gradient'] = original.backbone.cls_token.grad
   if name in _DEEP:
     result['deep_variance'] = original.backbone.state_dict()[_DEEP[name]]
   np.savez_compressed(_ROOT / 'tests' / 'originals' / f'{name}.npz', **result)

