@@ -81,8 +81,7 @@ def dichotomies(config, *, num_images, num_classes):
   Numbers are of its README and config.json; those for In-Shop, which it does
   not train on, are SOP's. The factors 3 and 3 (on SOP 1 and 8) of embeddings
   and proxies are a temperature of 1/9 (1/8). Its proxies are normals divided by
-  8, of norm 1; the new layer begins there with a standard deviation of 0.001,
-  here with Flax's default.
+  8, of norm 1, and the new layer begins with a standard deviation of 0.001.
   """
   del num_classes
   is_large = config.dataset.name in ('sop', 'inshop')
@@ -90,6 +89,7 @@ def dichotomies(config, *, num_images, num_classes):
   _crop_originals(config, resize=256, image_size=227)
   config.model.name, config.model.init_from = _BN_INCEPTION
   config.model.embedding_dim = 64
+  config.model.embedding_stddev = 0.001
   config.model.batch_norm_momentum = 0.1  # Its port's, 0.9 in torch's terms.
   config.loss.kwargs.temperature = 1 / 8 if is_large else 1 / 9
   config.loss.kwargs.positive_in_denominator = True
