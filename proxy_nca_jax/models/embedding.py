@@ -133,8 +133,8 @@ def check_model(config: ml_collections.ConfigDict) -> None:
   ):
     if model[field] not in choices:
       raise ValueError(
-        f'Unknown {field} {model[field]!r} (config.model.{field}): choose one '
-        f'of {", ".join(choices)}.'
+        f'Unknown config.model.{field} {model[field]!r}: choose one of '
+        f'{", ".join(choices)}.'
       )
   for field in ('embedding_dim', 'width'):
     if model[field] < 1:
