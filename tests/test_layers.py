@@ -11,6 +11,7 @@ _PACKAGE = _ROOT / 'proxy_nca_jax'
 # Highest first; a module imports only from layers below its own.
 _LAYERS = (
   ('main', 'search'),
+  ('command_line',),
   ('train', 'report', 'inference'),
   ('evaluate',),
   ('state', 'optimizer', 'input_pipeline', 'metric_writer', 'workdir'),
@@ -25,7 +26,7 @@ _FENCES = {
   'tensorflow_datasets': ('datasets',),
   'grain': ('input_pipeline',),
   'orbax': ('state',),
-  'absl': ('main',),
+  'absl': ('main', 'command_line'),
   'tensorboardX': ('metric_writer',),
   'matplotlib': ('report', 'datasets'),
   'tensorflow': (),
@@ -85,7 +86,7 @@ class LayersTest(parameterized.TestCase):
   def test_pure_rooms_import_arrays_alone(self, room):
     allowed = {
       'jax', 'numpy', 'scipy', 'chex', 'proxy_nca_jax', 'collections',
-      'functools', 'typing',
+      'functools', 'heapq', 'typing',
     }
     for path in _files():
       if _room(path) == room:

@@ -1,0 +1,133 @@
+"""What commands with a --config and a --workdir share: flags, log, errors.
+
+Wrong input ends with one line on stderr and exit status 2.
+"""
+
+import errno
+import functools
+import logging
+import re
+import sys
+import threading
+from collections.abc import Callable
+
+import jax
+import ml_collections
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from configs import default
+from proxy_nca_jax import interruption, train
+
+_logger = logging.getLogger('proxy_nca_jax')
+
+
+def run(
+    work: Callable[[ml_collections.ConfigDict, str], object],
+    *,
+    config: str | None = None,
+) -> None:
+  """Runs work(config, workdir) as the command line says.
+
+  Args:
+    work: what to do.
+    config: the file to take if none is given; without it one must be.
+  """
+  config_flags.DEFINE_config_file(
+    'config', config, 'The configuration of the run.'
+  )
+  flags.DEFINE_string('workdir', None, 'Where the run is kept.')
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(functools.partial(_run, work), flags_parser=_parse_flags)
+
+
+def _run(work, argv: list[str]) -> None:
+  if len(argv) > 1:
+    _fail(f'Unexpected arguments: {" ".join(argv[1:])}')
+  _log_to_stdout()
+  config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+  _logger.info(
+    '%s in %s, on %d x %s, %s',
+    flags.FLAGS['config'].config_filename, workdir, jax.device_count(),
+    jax.devices()[0].device_kind,
+    ' '.join(f'{name} {x}' for name, x in train.versions().items()),
+  )
+  for name, value in flags.FLAGS['config'].override_values.items():
+    _logger.info('config.%s = %r', name, value)
+  _logger.debug('%s', config)
+  try:
+    work(config, workdir)
+  except interruption.Stopped as stopped:
+    print(f'Ended by {stopped}.', file=sys.stderr)
+    sys.exit(128 + stopped.number)
+  except (ValueError, OSError) as error:
+    _logger.debug('The run failed', exc_info=True)
+    _fail(_describe(error))
+
+
+def _describe(error: Exception) -> str:
+  text = ' '.join(str(error).split())
+  is_full = 'No space left' in text or 'RESOURCE_EXHAUSTED' in text
+  if is_full or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+    return (
+      f'The disk is full ({text[:300]}). Free some space and start the same '
+      'command: the run goes on from its last checkpoint.'
+    )
+  return text
+
+
+def _log_to_stdout() -> None:
+  # The libraries report their inner steps through absl.
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setLevel(logging.INFO)
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  _logger.addHandler(handler)
+  _logger.setLevel(logging.DEBUG)
+  _logger.propagate = False
+  # A full disk fails in the libraries' threads and in the log as well; the main
+  # thread is told, and says it in one line.
+  logging.raiseExceptions = False
+  threading.excepthook = _log_thread_error
+  sys.unraisablehook = lambda args: _logger.debug('%s', args.exc_value)
+
+
+def _log_thread_error(args: threading.ExceptHookArgs) -> None:
+  error = (args.exc_type, args.exc_value, args.exc_traceback)
+  _logger.debug('A thread failed', exc_info=error)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+    flags.FLAGS.config.to_dict()  # A missing file shows at the first use.
+    return rest
+  # A config file is the user's code, and may raise anything.
+  except Exception as error:
+    text = str(error).strip()
+    if 'Traceback' in text:
+      text = text.splitlines()[-1].removeprefix('ValueError: ')
+    _fail(_unknown_field(argv) or ' '.join(text.split()))
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """Describes the first `--config.x` that no config has."""
+  for argument in argv:
+    if not (match := re.match(r'--?(?:no)?config\.([^=]+)', argument)):
+      continue
+    fields, group = default.get_config(), 'config'
+    for name in match[1].split('.'):
+      if not hasattr(fields, 'keys') or name not in fields:
+        choices = sorted(fields) if hasattr(fields, 'keys') else ['nothing']
+        return (
+          f'{group} has no field {name!r} ({argument}): choose among '
+          f'{", ".join(choices)}.'
+        )
+      fields, group = fields[name], f'{group}.{name}'
+  return None
+
+
+def _fail(message: str) -> None:
+  print(f'Error: {message}', file=sys.stderr)
+  sys.exit(2)
