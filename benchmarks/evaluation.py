@@ -36,21 +36,21 @@ if hasattr(os, 'sched_setaffinity'):
   # XLA takes as many threads as the process has processors.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_THREADS])
 
-import faiss  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytorch_metric_learning  # noqa: E402
-import sklearn  # noqa: E402
-import torch  # noqa: E402
-from pytorch_metric_learning.utils.accuracy_calculator import (  # noqa: E402
+import faiss
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytorch_metric_learning
+import sklearn
+import torch
+from pytorch_metric_learning.utils.accuracy_calculator import (
   AccuracyCalculator,
 )
-from sklearn.metrics import normalized_mutual_info_score  # noqa: E402
+from sklearn.metrics import normalized_mutual_info_score
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from proxy_nca_jax import clustering, metrics, retrieval  # noqa: E402
+from proxy_nca_jax import clustering, metrics, retrieval
 
 _NUM_ITEMS, _NUM_CLASSES = 60502, 11316
 _RECALL_AT = (1, 10, 100, 1000)

@@ -32,11 +32,11 @@ from PIL import Image
 _ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(_ROOT), str(_ROOT / 'tests')]
 
-import made_archives  # noqa: E402
-from absl import flags  # noqa: E402
+import made_archives
+from absl import flags
 
-from configs import cub200  # noqa: E402
-from proxy_nca_jax import datasets, input_pipeline  # noqa: E402
+from configs import cub200
+from proxy_nca_jax import datasets, input_pipeline
 
 flags.FLAGS.mark_as_parsed()
 _CLASSES = (1, 2, 3, 101, 102, 103)

@@ -32,7 +32,7 @@ from pytorch_metric_learning import losses as peer_losses
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from proxy_nca_jax import losses  # noqa: E402
+from proxy_nca_jax import losses
 
 _SIZES = ((8, 4, 8), (48, 40, 64), (192, 300, 128))  # Batch, classes, dim.
 _CENTERS = 3

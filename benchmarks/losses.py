@@ -25,16 +25,16 @@ if hasattr(os, 'sched_setaffinity'):
   # XLA takes as many threads as the process has processors.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_THREADS])
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytorch_metric_learning as peer  # noqa: E402
-import torch  # noqa: E402
-from pytorch_metric_learning import losses as peer_losses  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytorch_metric_learning as peer
+import torch
+from pytorch_metric_learning import losses as peer_losses
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from proxy_nca_jax import proxy_nca_loss  # noqa: E402
+from proxy_nca_jax import proxy_nca_loss
 
 # Batch, classes, dim.
 _SIZES = (

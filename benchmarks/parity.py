@@ -60,14 +60,14 @@ from torch.nn import functional
 _ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(_ROOT), str(_ROOT / 'tests')]
 
-import made_weights  # noqa: E402
+import made_weights
 
-from configs import cub200  # noqa: E402
-from proxy_nca_jax import mesh as mesh_lib  # noqa: E402
-from proxy_nca_jax import models, proxies, train  # noqa: E402
-from proxy_nca_jax import optimizer as optimizer_lib  # noqa: E402
-from proxy_nca_jax import state as state_lib  # noqa: E402
-from proxy_nca_jax.models import (  # noqa: E402
+from configs import cub200
+from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax import models, proxies, train
+from proxy_nca_jax import optimizer as optimizer_lib
+from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.models import (
   backbones,
   embedding,
   pretrained,
@@ -403,7 +403,7 @@ def _train_original(original, points, config, batches, to_torch):
     optimizer.zero_grad()
     loss = _torch_loss(
       original(to_torch(images)), points, torch.tensor(labels),
-      config.loss.kwargs.label_smoothing,
+      config.loss.proxy_nca.label_smoothing,
     )
     loss.backward()
     optimizer.step()
@@ -432,7 +432,7 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
   state = state_lib.create(
-    config, model, optimizer, num_classes=20,
+    config, model, optimizer, class_sizes=np.ones(20, int),
     sharding=mesh_lib.replicated(mesh),
   )
   torch.manual_seed(0)
@@ -582,7 +582,7 @@ def main() -> None:
   )
   parser.add_argument('--models', default='')
   parser.add_argument('--steps', type=int, default=50)
-  parser.add_argument('--size', type=int, default=112)
+  parser.add_argument('--size', type=int, default=128)
   arguments = parser.parse_args()
   torch.set_num_threads(2)
   print(

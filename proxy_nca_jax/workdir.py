@@ -60,7 +60,11 @@ def hold(workdir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compilations_cached(folder: str) -> Iterator[None]:
-  """Keeps compiled programs in a folder; then leaves JAX as it was."""
+  """Keeps compiled programs in a folder; then leaves JAX as it was.
+
+  Where JAX has been given a folder already, that one is used.
+  """
+  folder = jax.config.jax_compilation_cache_dir or folder
   wanted = {
     'jax_compilation_cache_dir': os.path.abspath(folder),
     'jax_persistent_cache_min_compile_time_secs': 0,

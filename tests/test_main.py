@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -184,6 +185,12 @@ class MainTest(parameterized.TestCase):
     self._assert_equals_straight(workdir)
 
   def test_a_killed_run_goes_on_from_its_last_save_bit_for_bit(self):
+    # With no other place to keep what is compiled than its workdir.
+    environment = dict(os.environ)
+    del environment['JAX_COMPILATION_CACHE_DIR']
+    self.enter_context(
+      mock.patch.dict(os.environ, environment, clear=True)
+    )
     workdir = self._workdir()
     code, _ = _signal_at(signal.SIGKILL, 'step 12/20', workdir, self.data_dir)
     self.assertEqual(code, -signal.SIGKILL)
@@ -248,7 +255,7 @@ class MainTest(parameterized.TestCase):
       workdir, self.data_dir,
       **{
         'optimizer.name': 'sgd', 'optimizer.head.learning_rate': 1e30,
-        'model.normalize': False, 'loss.kwargs.temperature': 1e-30,
+        'model.normalize': False, 'loss.proxy_nca.temperature': 1e-30,
       },
     )
     self._assert_refused(code, output, 'not finite at step')
