@@ -1,6 +1,38 @@
 """Every field of a run, with its default. Other configs change some of them."""
 
 import ml_collections
+from ml_collections import config_dict
+
+_LOSS_ARGUMENTS = {
+  'arcface': dict(scale=64.0, margin=0.5),
+  'center': dict(),
+  'center_softmax': dict(weight=0.003),
+  'contrastive': dict(margin=1.0),
+  'cosface': dict(scale=64.0, margin=0.35),
+  'dynamic_proxy_nca': dict(temperature=1 / 9, normalize=True),
+  'facility_location': dict(margin_multiplier=1.0, num_refinements=5),
+  'fractional_proxy_nca': dict(temperature=1 / 9, normalize=True),
+  'lifted_structure': dict(margin=1.0),
+  'magnet': dict(alpha=1.0),
+  'multi_similarity': dict(alpha=2.0, beta=50.0, base=0.5, epsilon=0.1),
+  'n_pairs': dict(regularization=0.0),
+  'normalized_softmax': dict(temperature=0.05),
+  'proxy_anchor': dict(alpha=32.0, margin=0.1),
+  'proxy_nca': dict(
+    temperature=1 / 9,  # ProxyNCA++'s.
+    positive_in_denominator=False,  # The paper's form.
+    normalize=True,
+    label_smoothing=0.0,
+    proxy_chunk=config_dict.placeholder(int),  # Proxies at a time; None: all.
+  ),
+  'proxy_nca_pp': dict(
+    temperature=1 / 9, proxy_chunk=config_dict.placeholder(int)
+  ),
+  'proxy_triplet': dict(margin=0.2, normalize=True),
+  'soft_triple': dict(scale=20.0, margin=0.01, gamma=0.1, tau=0.2),
+  'subcenter_arcface': dict(scale=64.0, margin=0.5),
+  'triplet': dict(margin=0.2, mining='semi_hard'),
+}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -20,6 +52,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.min_styles = 8  # glyphs: fewest drawings of a class.
   config.dataset.num_classes = 0  # Use only so many classes; 0 is all.
   config.dataset.test_fraction = 0.5  # Of the classes.
+  config.dataset.num_train_classes = 0  # Learn only so many; 0 is all.
+  # Thins the train classes, the largest so many times the smallest; 0: not. A
+  # quarter of each is held out, and scored by frequency.
+  config.dataset.long_tail = 0.0
   config.dataset.validation = ''  # Train classes to select by: 2/2, 1/4, ...
   config.dataset.split_seed = 0  # Not `seed`: seeds compare on one split.
   config.dataset.images_per_class = 0  # Of a class in a batch; 0: any.
@@ -59,13 +95,17 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.name = 'proxy_nca'
   config.loss.num_centers = 3  # Of a class: soft_triple, subcenter_arcface, ...
   config.loss.num_proxies = 0  # dynamic and fractional; 0: one a class.
-  config.loss.kwargs = ml_collections.ConfigDict()
-  config.loss.kwargs.temperature = 1 / 9  # ProxyNCA++'s.
-  config.loss.kwargs.positive_in_denominator = False  # The paper's form.
-  config.loss.kwargs.label_smoothing = 0.0
+  # For classes of different sizes n: each example's loss times n^-power (1: all
+  # classes weigh alike), and n's log times so much in the logits; 0: not.
+  config.loss.class_weighting = 0.0
+  config.loss.logit_adjustment = 0.0  # proxy_nca and proxy_nca_pp.
+  # Arguments of each loss, which its function explains; those of `name` count.
+  for name, arguments in _LOSS_ARGUMENTS.items():
+    config.loss[name] = ml_collections.ConfigDict(arguments)
 
   config.proxies = ml_collections.ConfigDict()
   config.proxies.init_norm = 1.0  # About the norm of each proxy at first.
+  config.proxies.by_size = False  # fractional: more for large classes.
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'adam'  # adam, adamw, rmsprop or sgd.

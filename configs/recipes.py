@@ -91,9 +91,9 @@ def dichotomies(config, *, num_images, num_classes):
   config.model.embedding_dim = 64
   config.model.embedding_stddev = 0.001
   config.model.batch_norm_momentum = 0.1  # Its port's, 0.9 in torch's terms.
-  config.loss.kwargs.temperature = 1 / 8 if is_large else 1 / 9
-  config.loss.kwargs.positive_in_denominator = True
-  config.loss.kwargs.label_smoothing = 0.1
+  config.loss.proxy_nca.temperature = 1 / 8 if is_large else 1 / 9
+  config.loss.proxy_nca.positive_in_denominator = True
+  config.loss.proxy_nca.label_smoothing = 0.1
   config.optimizer.name = 'adam'
   epochs = 20 if config.dataset.name == 'cub200' else 50
   steps = _set_epochs(config, epochs, num_images=num_images)
@@ -144,7 +144,7 @@ def proxynca_pp(config, *, num_images, num_classes, embedding_dim=2048):
   config.model.pooling = 'max'
   config.model.layer_norm = True
   config.model.embedding_dim = embedding_dim
-  config.loss.kwargs.positive_in_denominator = True
+  config.loss.proxy_nca.positive_in_denominator = True
   config.proxies.init_norm = math.sqrt(embedding_dim) / 8
   config.optimizer.name = 'adam'
   config.optimizer.eps = 1.0
@@ -190,9 +190,8 @@ def proxy_anchor(config, *, num_images, num_classes):
   config.model.batch_norm_momentum = 0.1  # Its port's, 0.9 in torch's terms.
   config.model.freeze_batch_norm_steps = -1 if has_frozen_norms else 0
   config.loss.name = 'proxy_anchor'
-  # Instead of Proxy-NCA's arguments, of which it has none.
-  kwargs = ml_collections.ConfigDict(dict(alpha=32.0, margin=0.1))
-  config.loss.kwargs = kwargs.lock()
+  config.loss.proxy_anchor.alpha = 32.0
+  config.loss.proxy_anchor.margin = 0.1
   config.proxies.init_norm = _kaiming_norm(config, num_classes)
   config.optimizer.name = 'adamw'
   config.optimizer.decay_vectors = True
@@ -242,7 +241,7 @@ def vit(config, *, num_images, num_classes):
   config.model.pooling = 'cls'
   config.model.layer_norm = True
   config.model.embedding_dim = 384
-  config.loss.kwargs.positive_in_denominator = True
+  config.loss.proxy_nca.positive_in_denominator = True
   config.proxies.init_norm = _kaiming_norm(config, num_classes)
   config.optimizer.name = 'adamw'
   config.optimizer.decay_vectors = True

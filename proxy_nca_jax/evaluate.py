@@ -109,6 +109,9 @@ def score(
     'num_classes' and 'zero_embeddings'. Queries without match, such as those
     alone in their class, are in no mean. With `num_resamples`, 'intervals' maps
     each score of retrieval to the bounds of its central 95% over the draws.
+    Where classes differ in size, 'recall@1_head', 'recall@1_middle' and
+    'recall@1_tail' are of the queries of the largest, middle and smallest
+    thirds of the classes, by the items of each that are searched.
 
   Raises:
     ValueError: if lengths differ, there is no query or none with a match, or
@@ -140,6 +143,11 @@ def score(
   scores = {
     name: math.fsum(each) / len(each) for name, each in of_queries.items()
   }
+  if cameras is None:
+    searched = labels if is_query is None else labels[~is_query]
+    scores |= _by_frequency(
+      of_queries['mrr'] == 1, query_labels[has_match], searched
+    )
   num_classes = len(np.unique(labels))
   if cameras is None and kmeans_iterations:
     clusters = clustering.kmeans(
@@ -243,6 +251,36 @@ def _score_queries(
       parts[name].append(score_fn(ranks))
   scores = {name: np.concatenate(values) for name, values in parts.items()}
   return scores, labels[np.concatenate(order)]
+
+
+def _by_frequency(
+    is_hit: np.ndarray, labels: np.ndarray, searched: np.ndarray
+) -> dict[str, float]:
+  """Recall@1 of the largest, middle and smallest thirds of the classes.
+
+  Classes of equal size are of one part, the smaller; a part without a query is
+  left out, and all are where sizes do not differ.
+
+  Args:
+    is_hit: bool [num_queries].
+    labels: int [num_queries].
+    searched: int [num_items], the labels of what is searched.
+  """
+  classes, sizes = np.unique(searched, return_counts=True)
+  if sizes.min() == sizes.max():
+    return {}
+  low, high = np.quantile(sizes, (1 / 3, 2 / 3), method='lower')
+  sizes = sizes[np.searchsorted(classes, labels)]
+  parts = {
+    'head': sizes > high,
+    'middle': (sizes > low) & (sizes <= high),
+    'tail': sizes <= low,
+  }
+  return {
+    f'recall@1_{name}': float(np.mean(is_hit[part]))
+    for name, part in parts.items()
+    if part.any()
+  }
 
 
 def _cluster_scores(labels, clusters) -> dict[str, float]:

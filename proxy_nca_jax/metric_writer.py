@@ -76,7 +76,7 @@ class Progress:
     self._clock, self._clock_step = None, None
 
   def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Takes a step's 'loss', 'gradient_norm' and 'proxy_accuracy'."""
+    """Takes a step's scalars, 'loss' and 'gradient_norm' among them."""
     self._step = step
     self._pending.append((step, metrics))
     if self._clock is None:
@@ -122,13 +122,13 @@ class Progress:
         f'  {rates["images_per_second"]:.0f} images/s  '
         f'{_format_seconds(left / rate)} left'
       )
+    accuracy = ''
+    if 'proxy_accuracy' in scalars:  # Of losses whose labels index proxies.
+      share = 100 * scalars['proxy_accuracy']
+      accuracy = f'  nearest proxy right {share:.0f}%'
     _logger.info(
-      'step %d/%d  loss %.4f  nearest proxy right %.0f%%%s',
-      self._step,
-      self._num_steps,
-      scalars['loss'],
-      100 * scalars['proxy_accuracy'],
-      timing,
+      'step %d/%d  loss %.4f%s%s',
+      self._step, self._num_steps, scalars['loss'], accuracy, timing,
     )
     self._clock, self._clock_step = time.monotonic(), self._step
 

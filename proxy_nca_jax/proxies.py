@@ -1,8 +1,11 @@
 """Proxies: their initialisation, who belongs to whom, and how well."""
 
+import heapq
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from proxy_nca_jax import distances
 
@@ -43,6 +46,46 @@ def random_assignment(
   order = jnp.where(beyond, order - num_classes, order) % num_proxies
   order = order.reshape(most, num_classes).T
   return jax.random.permutation(key, order).astype(jnp.int32)
+
+
+def assignment_by_size(
+    class_sizes: np.ndarray, num_proxies: int
+) -> np.ndarray:
+  """Gives each class a proxy, and the rest to those with the most examples.
+
+  One by one, the next proxy goes to the class with the most examples a proxy
+  (the method of D'Hondt); the first of equals.
+
+  Args:
+    class_sizes: int [num_classes], the examples of each.
+    num_proxies: at least num_classes.
+
+  Returns:
+    int32 [num_classes, k], the proxies of each class, ascending, in
+    [0, num_proxies); k is the most that a class has. A row with fewer repeats
+    its first.
+
+  Raises:
+    ValueError: if there are fewer proxies than classes.
+  """
+  num_classes = len(class_sizes)
+  if num_proxies < num_classes:
+    raise ValueError(
+      f'{num_proxies} proxies are too few for one of each of {num_classes} '
+      'classes: assign them at random, or ask for more.'
+    )
+  queue = [(-float(size), label) for label, size in enumerate(class_sizes)]
+  heapq.heapify(queue)
+  numbers = np.ones(num_classes, int)
+  for _ in range(num_proxies - num_classes):
+    _, label = queue[0]
+    numbers[label] += 1
+    share = class_sizes[label] / numbers[label]
+    heapq.heapreplace(queue, (-float(share), label))
+  firsts = np.cumsum(numbers) - numbers
+  places = np.arange(numbers.max())[None, :]
+  places = np.where(places < numbers[:, None], places, 0)
+  return (firsts[:, None] + places).astype(np.int32)
 
 
 def nearest_proxies(embeddings: chex.Array, proxies: chex.Array) -> jax.Array:

@@ -44,16 +44,16 @@ def create_loss_arrays(
     config: ml_collections.ConfigDict,
     keys: Sequence[jax.Array],
     *,
-    num_classes: int,
+    class_sizes: np.ndarray,
 ) -> dict[str, jax.Array]:
   """Draws the arrays that `losses.NEEDS` tells of the loss, by their names.
 
   Args:
     config: of the run.
     keys: three, of proxies, centers and assignment.
-    num_classes: of the labels.
+    class_sizes: int [num_classes], the training examples of each.
   """
-  needs = losses.NEEDS[config.loss.name]
+  needs, num_classes = losses.NEEDS[config.loss.name], len(class_sizes)
   num_free = config.loss.num_proxies or num_classes
 
   def draw(key, form):
@@ -72,8 +72,10 @@ def create_loss_arrays(
   if needs.centers:
     arrays['centers'] = draw(keys[1], needs.centers)
   if needs.assignment:
-    arrays['assignment'] = proxies.random_assignment(
-      keys[2], num_classes, num_free
+    arrays['assignment'] = (
+      proxies.assignment_by_size(class_sizes, num_free)
+      if config.proxies.by_size
+      else proxies.random_assignment(keys[2], num_classes, num_free)
     )
   return arrays
 
@@ -83,7 +85,7 @@ def create(
     model,
     optimizer: optax.GradientTransformation,
     *,
-    num_classes: int,
+    class_sizes: np.ndarray,
     sharding: jax.sharding.Sharding,
 ) -> TrainState:
   """Initialises everything from `config.seed`, on the devices of `sharding`."""
@@ -94,7 +96,7 @@ def create(
     images = jnp.zeros((1, size, size, 3))
     variables = model.init(model_key, images, train=False)
     params = variables.pop('params')
-    loss_state = create_loss_arrays(config, loss_keys, num_classes=num_classes)
+    loss_state = create_loss_arrays(config, loss_keys, class_sizes=class_sizes)
     params['proxies'] = loss_state.pop('proxies', {})
     return TrainState(
       step=jnp.int32(0),

@@ -53,34 +53,63 @@ def make_loss(config: ml_collections.ConfigDict) -> Loss:
   """Returns the loss that `config.loss` names, with its arguments.
 
   Raises:
-    ValueError: if the name or an argument is unknown, or they do not fit.
+    ValueError: if the name is unknown, or the arguments do not fit.
   """
-  name, kwargs = config.loss.name, config.loss.kwargs.to_dict()
+  name = config.loss.name
   if name not in losses.LOSSES:
     raise ValueError(
       f'Unknown loss {name!r} (config.loss.name): choose one of '
       f'{", ".join(sorted(losses.LOSSES))}.'
     )
-  signature = inspect.signature(losses.LOSSES[name]).parameters.values()
-  known = {p.name for p in signature if p.kind is p.KEYWORD_ONLY}
-  known -= {'where', 'centers', 'assignment'}
-  if unknown := sorted(set(kwargs) - known):
-    raise ValueError(
-      f'The loss {name!r} has no argument {", ".join(unknown)} '
-      f'(config.loss.kwargs): choose among {", ".join(sorted(known))}.'
-    )
-  loss = Loss(
-    functools.partial(losses.LOSSES[name], **kwargs), losses.NEEDS[name]
-  )
+  fn = functools.partial(losses.LOSSES[name], **config.loss[name])
+  loss = Loss(fn, losses.NEEDS[name])
 
   def call():
     keys = jax.random.split(jax.random.key(0), 3)
-    arrays = state_lib.create_loss_arrays(config, keys, num_classes=2)
+    arrays = state_lib.create_loss_arrays(
+      config, keys, class_sizes=np.ones(2, int)
+    )
     embeddings = jnp.zeros((2, config.model.embedding_dim))
     return loss.fn(embeddings=embeddings, labels=jnp.arange(2), **arrays)
 
-  jax.eval_shape(call)
+  is_of_batch = not jax.eval_shape(call).shape
+  if config.loss.class_weighting and is_of_batch:
+    raise ValueError(
+      f'The loss {name!r} is one of a batch as a whole: its examples cannot be '
+      'weighted (config.loss.class_weighting).'
+    )
+  if config.loss.logit_adjustment and 'log_priors' not in (
+    inspect.signature(fn).parameters
+  ):
+    raise ValueError(
+      f'The loss {name!r} takes no log_priors: config.loss.logit_adjustment is '
+      'for proxy_nca and proxy_nca_pp.'
+    )
   return loss
+
+
+def correct_for_frequency(
+    loss: Loss, config: ml_collections.ConfigDict, class_sizes: np.ndarray
+) -> Loss:
+  """Weights and adjusts a loss for classes of different sizes, if configured.
+
+  Args:
+    loss: of `make_loss`.
+    config: of the run.
+    class_sizes: int [num_classes], the training examples of each.
+  """
+  fn = loss.fn
+  if power := config.loss.logit_adjustment:
+    priors = losses.log_priors(class_sizes, power=power)
+    fn = functools.partial(fn, log_priors=priors)
+  if not (power := config.loss.class_weighting):
+    return Loss(fn, loss.needs)
+  weights = losses.class_weights(class_sizes, power=power)
+
+  def weighted(*, labels, **arrays):
+    return weights[labels] * fn(labels=labels, **arrays)
+
+  return Loss(weighted, loss.needs)
 
 
 def make_train_step(
@@ -343,7 +372,7 @@ def train_and_evaluate(
       config,
       model,
       optimizer,
-      num_classes=data.train.num_classes,
+      class_sizes=data.train.class_sizes,
       sharding=mesh_lib.replicated(mesh),
     )
     _logger.debug(parameter_overview.get_parameter_overview(state.params))
@@ -399,7 +428,12 @@ def train_and_evaluate(
       selected=selected,
       writer=writer,
       batches=batches,
-      train_step=make_train_step(model, optimizer, loss, normalize),
+      train_step=make_train_step(
+        model,
+        optimizer,
+        correct_for_frequency(loss, config, data.train.class_sizes),
+        normalize,
+      ),
       score=score,
       mesh=mesh,
     )
@@ -411,6 +445,7 @@ def train_and_evaluate(
     results = {
       **_score_selected(config, state, run),
       'trained': trained,
+      **({'seen_classes': score(state, data.seen)} if data.seen else {}),
       **baselines,
       'step': config.num_steps,
       'dataset': _summary(data),
@@ -739,7 +774,9 @@ def _summary(data: datasets.Datasets) -> dict:
 def _log_table(results: Mapping) -> None:
   rows = {
     title: results[title]
-    for title in ('selected', 'trained', 'untrained', 'raw_pixels')
+    for title in (
+      'selected', 'trained', 'seen_classes', 'untrained', 'raw_pixels'
+    )
     if title in results
   }
   _logger.info('Scores on unseen classes, percent:')

@@ -1,17 +1,19 @@
 """Every config loads, and what it names can be built."""
 
 import importlib
+import inspect
 import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from configs import default, recipes
-from proxy_nca_jax import models, train, workdir
+from proxy_nca_jax import losses, models, train, workdir
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
@@ -52,7 +54,7 @@ class ConfigsTest(parameterized.TestCase):
 
     def embed(images):
       state = state_lib.create(
-        config, model, optimizer, num_classes=7, sharding=sharding
+        config, model, optimizer, class_sizes=np.ones(7, int), sharding=sharding
       )
       self.assertSameElements(state.params, ('backbone', 'head', 'proxies'))
       params = {k: state.params[k] for k in ('backbone', 'head')}
@@ -86,20 +88,30 @@ class ConfigsTest(parameterized.TestCase):
 
   @parameterized.parameters(*_CONFIGS)
   def test_config_has_no_field_beside_the_defaults(self, name, recipe):
-    def fields(config):
-      names = workdir.flatten(config.to_dict())
-      # Another loss has other arguments.
-      return {name for name in names if not name.startswith('loss.kwargs.')}
+    fields = workdir.flatten(_load(name, recipe).to_dict())
+    defaults = workdir.flatten(default.get_config().to_dict())
+    self.assertSameElements(fields, defaults)
 
-    config = _load(name, recipe)
-    self.assertEqual(fields(config), fields(default.get_config()))
+  def test_each_loss_has_its_arguments_and_their_defaults(self):
+    for name, fn in losses.LOSSES.items():
+      arguments = {
+        argument.name: argument.default
+        for argument in inspect.signature(fn).parameters.values()
+        if argument.kind is argument.KEYWORD_ONLY
+      }
+      # What the trainer gives.
+      for given in ('where', 'centers', 'assignment', 'log_priors'):
+        arguments.pop(given, None)
+      self.assertEqual(
+        default.get_config().loss[name].to_dict(), arguments, name
+      )
 
   def test_a_misspelled_field_is_refused(self):
     with self.assertRaisesRegex(AttributeError, 'num_stepz'):
       default.get_config().num_stepz = 3
     config = _load('cub200', 'proxy_anchor')
     with self.assertRaisesRegex(AttributeError, 'alhpa'):
-      config.loss.kwargs.alhpa = 3.0
+      config.loss.proxy_anchor.alhpa = 3.0
 
 
 class RecipesTest(parameterized.TestCase):
@@ -122,12 +134,12 @@ class RecipesTest(parameterized.TestCase):
   def test_the_command_line_takes_a_recipe_and_changes_it(self):
     config = _parse(
       f'--config={_ROOT}/configs/cars196.py:proxy_anchor',
-      '--config.loss.kwargs.alpha=16.0',
+      '--config.loss.proxy_anchor.alpha=16.0',
       '--config.optimizer.head.decay_at=(10, 20)',
     )
     self.assertEqual(config.dataset.name, 'cars196')
     self.assertEqual(
-      config.loss.kwargs.to_dict(), {'alpha': 16.0, 'margin': 0.1}
+      config.loss.proxy_anchor.to_dict(), {'alpha': 16.0, 'margin': 0.1}
     )
     self.assertEqual(config.optimizer.head.decay_at, (10, 20))
 

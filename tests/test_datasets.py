@@ -163,6 +163,63 @@ class ValidationTest(parameterized.TestCase):
       loading.split_validation(np.arange(9), part)
 
 
+class ThinOutTest(parameterized.TestCase):
+
+  def test_classes_become_long_tailed(self):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(50), 80))
+    learned, held_out = loading.thin_out(labels, 20.0, seed=0)
+    self.assertEmpty(np.intersect1d(learned, held_out))
+    np.testing.assert_array_equal(np.bincount(labels[held_out]), 20)
+    sizes = np.sort(np.bincount(labels[learned]))
+    # 60 are left of 80, and 3 is a twentieth of them.
+    self.assertEqual((sizes[0], sizes[-1]), (3, 60))
+    np.testing.assert_allclose(
+      sizes, 60 * 20 ** -np.linspace(1, 0, 50), atol=0.5
+    )
+
+  def test_the_seed_decides(self):
+    labels = np.repeat(np.arange(5), 40)
+    first, again, other = (
+      loading.thin_out(labels, 10.0, seed=seed)[0] for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    self.assertNotEqual(
+      np.bincount(labels[first]).tolist(), np.bincount(labels[other]).tolist()
+    )
+
+  def test_two_pictures_are_enough(self):
+    learned, held_out = loading.thin_out(np.array([0, 0, 1, 1]), 9.0, seed=0)
+    self.assertEqual((len(learned), len(held_out)), (2, 2))
+
+  @parameterized.parameters(
+    ([0, 0, 1, 1], 1.0, 'long_tail .1.0. must be above 1'),
+    ([0, 1, 1], 9.0, '1 classes have one alone'),
+  )
+  def test_what_cannot_be_is_an_error(self, labels, ratio, message):
+    with self.assertRaisesRegex(ValueError, message):
+      loading.thin_out(np.array(labels), ratio, seed=0)
+
+
+class ChooseClassesTest(absltest.TestCase):
+
+  def test_fewer_are_among_more(self):
+    classes = np.arange(10, 40)
+    few, more = (
+      loading.choose_classes(classes, number, seed=3) for number in (5, 20)
+    )
+    self.assertLen(few, 5)
+    self.assertContainsSubset(few, more)
+    self.assertContainsSubset(more, classes)
+    np.testing.assert_array_equal(more, np.sort(more))
+    np.testing.assert_array_equal(
+      loading.choose_classes(classes, 0, seed=3), classes
+    )
+
+  def test_what_is_not_there_is_an_error(self):
+    with self.assertRaisesRegex(ValueError, 'num_train_classes .31. must be'):
+      loading.choose_classes(np.arange(30), 31, seed=0)
+
+
 class ResizeTest(parameterized.TestCase):
 
   @parameterized.parameters(
@@ -391,6 +448,18 @@ class ImageFolderTest(absltest.TestCase):
   def test_a_class_with_one_picture_stays(self):
     self._write_classes('abcd', count=1)
     self.assertLen(self._records(self._load()), 4)
+
+  def test_held_out_pictures_search_those_that_are_learned(self):
+    self._write_classes('abcd')
+    whole, data = self._load(), self._load(long_tail=2.0)
+    self.assertIsNone(whole.seen)
+    self.assertLess(len(data.train), len(whole.train))
+    self.assertNotEqual(data.digest, whole.digest)
+    np.testing.assert_array_equal(
+      data.seen.rows[~data.seen.is_query], data.train.rows
+    )
+    self.assertContainsSubset(data.seen.rows, whole.train.rows)
+    self.assertSameElements(data.seen.labels, range(whole.train.num_classes))
 
   def test_train_and_test_folders_are_taken_as_they_are(self):
     self._write_classes(['train/a', 'train/b', 'test/b', 'test/c', 'test/d'])

@@ -114,6 +114,25 @@ class ScoreTest(parameterized.TestCase):
     self.assertEqual(scores['recall@1'], 2 / 4)
     self.assertEqual(scores['num_classes'], 3)
 
+  def test_recall_of_frequent_and_rare_classes(self):
+    # Two classes of 2, two of 3, two of 5, far apart; one of 5 is split.
+    sizes = np.array([2, 2, 3, 3, 5, 5])
+    labels = np.repeat(np.arange(6), sizes)
+    embeddings = np.eye(7)[labels]
+    embeddings[-1] = np.eye(7)[6]
+    scores = _evaluate(embeddings, labels)
+    self.assertEqual(scores['recall@1_tail'], 1)
+    self.assertEqual(scores['recall@1_middle'], 1)
+    self.assertEqual(scores['recall@1_head'], 9 / 10)
+    # By what is searched, the split class is the rarest.
+    is_query = np.zeros(20, bool)
+    is_query[-4:] = True
+    scores = _evaluate(embeddings, labels, is_query=is_query)
+    self.assertEqual(scores['recall@1_tail'], 3 / 4)
+    self.assertNotIn('recall@1_head', scores)
+    even = _evaluate(embeddings[:4], labels[:4])
+    self.assertNotIn('recall@1_tail', even)
+
   def test_no_match_at_all_is_an_error(self):
     with self.assertRaisesRegex(ValueError, 'None of the 3 queries'):
       _evaluate(np.eye(3), [0, 1, 2])
@@ -165,7 +184,7 @@ class ScoreTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     embeddings, labels = rng.normal(size=(60, 3)), rng.integers(0, 9, 60)
     scores = _evaluate(embeddings, labels, num_resamples=100)
-    names = [*scores][: [*scores].index('nmi')]
+    names = [*scores][: [*scores].index('recall@1_head')]
     self.assertEqual([*scores['intervals']], names)
     for name, (low, high) in scores['intervals'].items():
       self.assertLess(low, scores[name])

@@ -71,6 +71,36 @@ def _squared(x, y):
   return np.sum((x - y) ** 2, axis=-1)
 
 
+class BySizeTest(parameterized.TestCase):
+
+  def test_by_hand(self):
+    # 9 for one proxy, then 4.5, then 3: the third of class 1 comes before the
+    # second of class 2, which has 2.
+    np.testing.assert_array_equal(
+      proxies.assignment_by_size(np.array([1, 9, 2]), 5),
+      [[0, 0, 0], [1, 2, 3], [4, 4, 4]],
+    )
+
+  @parameterized.parameters(40, 57, 200)
+  def test_no_class_would_be_better_off_with_a_proxy_of_another(self, number):
+    sizes = np.random.default_rng(0).integers(1, 100, 40)
+    assignment = proxies.assignment_by_size(sizes, number)
+    numbers = np.array([len(set(row)) for row in assignment.tolist()])
+    self.assertEqual(numbers.sum(), number)
+    np.testing.assert_array_equal(np.unique(assignment), np.arange(number))
+    # An example of one that has several is no better off than one elsewhere.
+    shared = sizes[numbers > 1] / numbers[numbers > 1]
+    if shared.size:
+      self.assertGreaterEqual(
+        np.min(sizes[numbers > 1] / (numbers[numbers > 1] - 1)),
+        np.max(sizes / numbers),
+      )
+
+  def test_too_few_are_an_error(self):
+    with self.assertRaisesRegex(ValueError, '3 proxies are too few'):
+      proxies.assignment_by_size(np.ones(4, int), 3)
+
+
 class BoundsTest(parameterized.TestCase):
 
   def test_error_by_hand(self):

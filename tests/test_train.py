@@ -51,7 +51,7 @@ def _run(config, *, num_steps, devices=None, change=lambda batch: batch):
     config,
     model,
     optimizer,
-    num_classes=_NUM_CLASSES,
+    class_sizes=np.ones(_NUM_CLASSES, int),
     sharding=mesh_lib.replicated(mesh),
   )
   history = []
@@ -66,7 +66,7 @@ class TrainStepTest(parameterized.TestCase):
 
   @parameterized.parameters(True, False)
   def test_training_brings_examples_to_their_proxies(self, softmax):
-    config = _config(**{'loss.kwargs.positive_in_denominator': softmax})
+    config = _config(**{'loss.proxy_nca.positive_in_denominator': softmax})
     state, history, embed = _run(config, num_steps=60)
     self.assertLess(history[-1]['loss'], history[0]['loss'] - 1)
     self.assertGreater(history[-1]['proxy_accuracy'], 0.9)
@@ -132,15 +132,15 @@ class TrainStepTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('triplet', {}, ()),
-    ('magnet', {'alpha': 4.0}, ()),
+    ('magnet', {'loss.magnet.alpha': 4.0}, ()),
     ('center_softmax', {}, ('proxy_accuracy', 'proxy_error', 'ranking_bound')),
     ('soft_triple', {}, ('proxy_accuracy',)),
     ('fractional_proxy_nca', {}, ()),
   )
-  def test_losses_are_given_what_they_need(self, name, kwargs, metrics):
-    config = _config(**{'loss.name': name, 'loss.num_proxies': 4})
-    with config.unlocked():
-      config.loss.kwargs = kwargs
+  def test_losses_are_given_what_they_need(
+      self, name, arguments, metrics
+  ):
+    config = _config(**{'loss.name': name, 'loss.num_proxies': 4, **arguments})
     needs = losses.NEEDS[name]
     before, _, _ = _run(config, num_steps=0)
     after, history, _ = _run(config, num_steps=10)
@@ -194,6 +194,60 @@ class TrainStepTest(parameterized.TestCase):
     self.assertTrue(np.isfinite(history[0]['loss']))
 
 
+class FrequencyTest(parameterized.TestCase):
+
+  def _loss(self, **fields):
+    config = _config(**fields)
+    return train.correct_for_frequency(
+      train.make_loss(config), config, np.array([8, 4, 2])
+    )
+
+  def test_weights_and_priors_reach_the_loss(self):
+    rng = np.random.default_rng(0)
+    arrays = {
+      'embeddings': jnp.array(rng.normal(size=(4, 5))),
+      'proxies': jnp.array(rng.normal(size=(3, 5))),
+    }
+    labels, sizes = np.array([0, 1, 2, 2]), np.array([8, 4, 2])
+    weights = losses.class_weights(sizes, power=0.5)
+    np.testing.assert_allclose(
+      self._loss(**{'loss.class_weighting': 0.5}).fn(labels=labels, **arrays),
+      weights[labels] * losses.proxy_nca_loss(labels=labels, **arrays),
+      rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+      self._loss(**{'loss.logit_adjustment': 2.0}).fn(labels=labels, **arrays),
+      losses.proxy_nca_loss(
+        labels=labels, log_priors=losses.log_priors(sizes, power=2.0), **arrays
+      ),
+      rtol=1e-6,
+    )
+
+  @parameterized.parameters(
+    ({'loss.name': 'triplet', 'loss.class_weighting': 1.0}, 'batch as a whole'),
+    (
+      {'loss.name': 'cosface', 'loss.logit_adjustment': 1.0},
+      "'cosface' takes no log_priors",
+    ),
+  )
+  def test_losses_that_cannot_are_refused(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      train.make_loss(_config(**fields))
+
+  def test_large_classes_have_more_proxies(self):
+    config = _config(**{
+      'loss.name': 'fractional_proxy_nca', 'loss.num_proxies': 4,
+      'proxies.by_size': True,
+    })
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = state_lib.create_loss_arrays(
+      config, keys, class_sizes=np.array([1, 9, 1])
+    )
+    np.testing.assert_array_equal(
+      arrays['assignment'], [[0, 0], [1, 2], [3, 3]]
+    )
+
+
 class ConfigTest(parameterized.TestCase):
 
   @parameterized.parameters(
@@ -221,22 +275,15 @@ class ConfigTest(parameterized.TestCase):
   @parameterized.parameters(*losses.LOSSES)
   def test_every_loss_can_be_chosen(self, name):
     config = _config(**{'loss.name': name})
-    with config.unlocked():
-      config.loss.kwargs = {}
     self.assertEqual(train.make_loss(config).needs, losses.NEEDS[name])
 
-  def test_unknown_loss_and_argument_list_the_choices(self):
+  def test_an_unknown_loss_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, 'choose one of .*proxy_nca'):
       train.make_loss(_config(**{'loss.name': 'proxy_ncaa'}))
-    config = _config()
-    with config.unlocked():
-      config.loss.kwargs.temprature = 1.0
-    with self.assertRaisesRegex(ValueError, 'temprature.*temperature'):
-      train.make_loss(config)
 
   def test_arguments_that_do_not_fit_are_refused_before_training(self):
     with self.assertRaisesRegex(ValueError, 'label_smoothing'):
-      train.make_loss(_config(**{'loss.kwargs.label_smoothing': 0.1}))
+      train.make_loss(_config(**{'loss.proxy_nca.label_smoothing': 0.1}))
 
 
 if __name__ == '__main__':

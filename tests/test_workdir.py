@@ -52,7 +52,7 @@ class SameRunTest(parameterized.TestCase):
     self._check(_config(), **fields)
 
   @parameterized.parameters(
-    {'seed': 1}, {'batch_size': 32}, {'loss.kwargs.temperature': 0.5},
+    {'seed': 1}, {'batch_size': 32}, {'loss.proxy_nca.temperature': 0.5},
     {'optimizer.proxies.learning_rate': 2.0}, {'eval_every': 7},
     {'dataset.split_seed': 1}, {'num_steps': 10},
   )

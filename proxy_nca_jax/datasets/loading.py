@@ -78,8 +78,23 @@ class Split:
   def num_classes(self) -> int:
     return len(self.class_names)
 
+  @property
+  def class_sizes(self) -> np.ndarray:
+    """int64 [num_classes], the records of each class."""
+    return np.bincount(self.labels, minlength=self.num_classes)
+
   def __len__(self) -> int:
     return len(self.rows)
+
+  def take(self, indices: np.ndarray) -> 'Split':
+    """Returns the split of these records, int [num_taken], in this order."""
+    return dataclasses.replace(
+      self,
+      rows=self.rows[indices],
+      labels=self.labels[indices],
+      is_query=None if self.is_query is None else self.is_query[indices],
+      cameras=None if self.cameras is None else self.cameras[indices],
+    )
 
   def __getitem__(self, index: int) -> dict:
     """Returns a record as it is stored, with its label in this split.
@@ -112,6 +127,9 @@ class Datasets:
     train: the records to learn from.
     validation: of classes kept from training, to select by; None if not asked.
     test: the records to measure on.
+    seen: a quarter of the pictures of each train class, kept from training,
+      as queries, and those that are learned as the gallery; None without
+      `config.long_tail`.
     skipped: (file, reason) of what could not be read.
     num_shared_classes: classes of the test split that training sees too; 0
       but where a user's own train and test folders share names.
@@ -123,6 +141,7 @@ class Datasets:
   train: Split
   validation: Split | None
   test: Split
+  seen: Split | None
   skipped: tuple[tuple[str, str], ...]
   num_shared_classes: int
   is_resized_source: bool
@@ -152,6 +171,9 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
   train_classes, validation_classes = split_validation(
     train_classes, config.validation
   )
+  train_classes = choose_classes(
+    train_classes, config.num_train_classes, seed=config.split_seed
+  )
   names = [name for name in _SPLITS if name in builder.info.splits]
   source = builder.as_data_source(
     split='+'.join(names), decoders={'image': tfds.decode.SkipDecoding()}
@@ -180,6 +202,17 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
 
   train = make_split(train_classes, trained)
   test = make_split(test_classes, evaluated)
+  seen = None
+  if config.long_tail:
+    learned, held_out = thin_out(
+      train.labels, config.long_tail, seed=config.split_seed
+    )
+    everything = np.sort(np.concatenate([learned, held_out]))
+    seen = dataclasses.replace(
+      make_split(train_classes, evaluated).take(everything),
+      is_query=np.isin(everything, held_out),
+    )
+    train = train.take(learned)
   train_names, test_names = (
     {os.path.basename(name) for name in split.class_names}
     for split in (train, test)
@@ -191,11 +224,13 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
       if config.validation else None
     ),
     test=test,
+    seen=seen,
     skipped=tuple((name, reason) for name, reason in skipped),
     num_shared_classes=len(train_names & test_names),
     is_resized_source=is_resized_source,
     digest=_digest(
-      class_names, labels, train_classes, validation_classes, test_classes
+      class_names, labels, train_classes, validation_classes, test_classes,
+      *(() if seen is None else (train.rows, seen.rows)),
     ),
   )
 
@@ -431,6 +466,71 @@ def split_validation(
       f'{last - first} validation classes, and each needs at least 2.'
     )
   return train, classes[first:last]
+
+
+def choose_classes(
+    classes: np.ndarray, number: int, *, seed: int
+) -> np.ndarray:
+  """Keeps so many of the train classes, ascending; 0 keeps all.
+
+  With the same seed the fewer are among the more.
+
+  Raises:
+    ValueError: if there are not so many.
+  """
+  if not number:
+    return classes
+  if not 2 <= number <= len(classes):
+    raise ValueError(
+      f'config.dataset.num_train_classes ({number}) must be in '
+      f'[2, {len(classes)}], the number of train classes, or 0 for all.'
+    )
+  order = np.random.default_rng(seed).permutation(len(classes))
+  return classes[np.sort(order[:number])]
+
+
+def thin_out(
+    labels: np.ndarray, ratio: float, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Makes classes long-tailed: of the i-th of C, a share ratio^(-i / (C - 1)).
+
+  It is the profile of https://arxiv.org/abs/1901.05555, over the classes in a
+  random order. Before, a quarter of each class is held out, at least 1.
+
+  Args:
+    labels: int [num_records].
+    ratio: of the largest share to the smallest, above 1.
+    seed: of the order of the classes and of the records.
+
+  Returns:
+    (learned, held_out): int64, ascending indices of `labels`; a class keeps at
+    least one of each.
+
+  Raises:
+    ValueError: if the ratio is not above 1, or a class has one record alone.
+  """
+  if not ratio > 1:
+    raise ValueError(
+      f'config.dataset.long_tail ({ratio}) must be above 1, the ratio of the '
+      'largest class to the smallest, or 0 for classes as they are.'
+    )
+  _, sizes = np.unique(labels, return_counts=True)
+  if sizes.min() < 2:
+    raise ValueError(
+      f'config.dataset.long_tail holds out pictures of each class, and '
+      f'{np.sum(sizes < 2)} classes have one alone.'
+    )
+  classes = np.split(np.argsort(labels, kind='stable'), np.cumsum(sizes)[:-1])
+  rng = np.random.default_rng(seed)
+  shares = ratio ** -np.linspace(0, 1, len(classes))
+  learned, held_out = [], []
+  for share, place in zip(shares, rng.permutation(len(classes))):
+    members = rng.permutation(classes[place])
+    num_out = max(len(members) // 4, 1)
+    num_learned = max(round(share * (len(members) - num_out)), 1)
+    held_out.append(members[:num_out])
+    learned.append(members[num_out : num_out + num_learned])
+  return tuple(np.sort(np.concatenate(rows)) for rows in (learned, held_out))
 
 
 def _digest(class_names, *arrays) -> str:

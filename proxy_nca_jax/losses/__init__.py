@@ -15,6 +15,7 @@ from proxy_nca_jax.losses.classification import (
   soft_triple_loss,
   subcenter_arcface_loss,
 )
+from proxy_nca_jax.losses.frequency import class_weights, log_priors
 from proxy_nca_jax.losses.inputs import check_labels
 from proxy_nca_jax.losses.pairwise import (
   contrastive_loss,
@@ -105,6 +106,8 @@ __all__ = [
   'NEEDS',
   'Needs',
   'check_labels',
+  'class_weights',
+  'log_priors',
   'update_centers',
   *(loss.__name__ for loss in LOSSES.values()),
 ]

@@ -34,6 +34,7 @@ def proxy_nca_loss(
     normalize: bool = True,
     label_smoothing: float = 0.0,
     proxy_chunk: int | None = None,
+    log_priors: chex.Array | None = None,
     where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the Proxy-NCA loss of each example.
@@ -70,6 +71,9 @@ def proxy_nca_loss(
     proxy_chunk: proxies to compare with at a time. Memory is then that of
       [batch, proxy_chunk], not of [batch, num_proxies], for one more product;
       the loss is the same up to rounding. By default all at once.
+    log_priors: float [num_proxies], added to -d(x, p) / T of each proxy, such
+      as `frequency.log_priors`: logit adjustment for classes of different
+      sizes (https://arxiv.org/abs/2007.07314). By default nothing.
     where: bool [batch], examples that count. The others have a loss and
       gradients of 0, whatever their values.
 
@@ -100,13 +104,16 @@ def proxy_nca_loss(
     _check_others(num_proxies)
   if proxy_chunk is not None and proxy_chunk < 1:
     raise ValueError(f'proxy_chunk ({proxy_chunk}) must be at least 1.')
+  if log_priors is not None:
+    chex.assert_shape(log_priors, (num_proxies,))
+    log_priors = jnp.asarray(log_priors, jnp.float32)
 
   if normalize:
     embeddings = distances.unit_norm(embeddings)
   scaled = 2 / temperature * embeddings
   share = label_smoothing / max(num_proxies - 1, 1)
 
-  def compare(proxies, first):
+  def compare(proxies, priors, first):
     """The part of these proxies in each example's two terms."""
     # As in `negative_distances`. The own proxies are gathered: another sum
     # over the similarities would keep a copy of them, and twice the time.
@@ -120,6 +127,9 @@ def proxy_nca_loss(
       squares = jnp.sum(proxies**2, axis=1) / temperature
       own -= squares.at[local].get(mode='clip')
       logits -= squares[None, :]
+    if priors is not None:
+      own += priors.at[local].get(mode='clip')
+      logits += priors[None, :]
     size = proxies.shape[0]
     target = jnp.where((local >= 0) & (local < size), own, 0)
     if label_smoothing:
@@ -131,24 +141,29 @@ def proxy_nca_loss(
     return masked.log_sum_exp(logits, axis=1, where=in_sum), target
 
   if proxy_chunk is None:
-    log_sum, target = compare(proxies, 0)
+    log_sum, target = compare(proxies, log_priors, 0)
   else:
-    log_sums, targets = _map_chunks(compare, proxies, proxy_chunk)
+    log_sums, targets = _map_chunks(compare, proxies, log_priors, proxy_chunk)
     log_sum = jax.nn.logsumexp(log_sums, axis=0)
     target = jnp.sum(targets, axis=0)
   return inputs.finish(log_sum - target, labels, num_proxies, where)
 
 
-def _map_chunks(fn, proxies: chex.Array, size: int):
-  """Stacks fn(chunk, index of its first proxy); the last is filled with 0.
+def _map_chunks(fn, proxies: chex.Array, priors: chex.Array | None, size: int):
+  """Stacks fn(proxies, priors, index of the first), chunk by chunk.
 
-  Backwards a chunk is computed again: nothing of a chunk is kept.
+  The last is filled with 0. Backwards a chunk is computed again: nothing of a
+  chunk is kept.
   """
-  chunks = jnp.pad(proxies, ((0, -proxies.shape[0] % size), (0, 0)))
-  chunks = chunks.reshape(-1, size, proxies.shape[1])
-  firsts = size * jnp.arange(chunks.shape[0])
+
+  def divide(rows):
+    filling = ((0, -rows.shape[0] % size),) + ((0, 0),) * (rows.ndim - 1)
+    return jnp.pad(rows, filling).reshape(-1, size, *rows.shape[1:])
+
+  chunks = jax.tree.map(divide, (proxies, priors))
+  firsts = size * jnp.arange(chunks[0].shape[0])
   return jax.lax.map(
-    jax.checkpoint(lambda chunk: fn(*chunk)), (chunks, firsts)
+    jax.checkpoint(lambda chunk: fn(*chunk)), (*chunks, firsts)
   )
 
 
@@ -172,6 +187,7 @@ def proxy_nca_pp_loss(
     *,
     temperature: float = 1 / 9,
     proxy_chunk: int | None = None,
+    log_priors: chex.Array | None = None,
     where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the loss of ProxyNCA++ of each example.
@@ -189,6 +205,7 @@ def proxy_nca_pp_loss(
     temperature=temperature,
     positive_in_denominator=True,
     proxy_chunk=proxy_chunk,
+    log_priors=log_priors,
     where=where,
   )
 
