@@ -1,0 +1,74 @@
+"""How many proxies does a class need? The paper's static and dynamic ones.
+
+python experiments/proxy_fraction.py --workdir=DIR [--config=FILE]
+
+Proxy-NCA with a tenth of a proxy a class to two. Static: classes are assigned
+to proxies at random beforehand. Dynamic: each point belongs to its nearest
+proxy, and labels say only which points are alike, of which a batch needs
+several: four images a class.
+"""
+
+import os
+import pathlib
+import sys
+
+import ml_collections
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from experiments import runs
+from proxy_nca_jax import command_line, datasets
+
+_FRACTIONS = (0.1, 0.25, 0.5, 1.0, 2.0)
+_ASSIGNMENTS = {
+  'static': {'loss.name': 'fractional_proxy_nca'},
+  'dynamic': {
+    'loss.name': 'dynamic_proxy_nca', 'dataset.images_per_class': 4
+  },
+}
+
+
+def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+  num_classes = datasets.load(config).train.num_classes
+  numbers = [max(round(f * num_classes), 2) for f in _FRACTIONS]
+  seeds = range(runs.NUM_SEEDS.value)
+  results = runs.train_all(
+    config,
+    {
+      f'{name}_{number}_{seed}': {
+        **fields, 'loss.num_proxies': number, 'seed': seed
+      }
+      for name, fields in _ASSIGNMENTS.items()
+      for number in numbers for seed in seeds
+    },
+    workdir,
+  )
+  figure = runs.Figure(1, title='Recall@1 against proxies a class')
+  (axes,) = figure.axes
+  rows = [{'proxies a class': f'{f:g}', 'proxies': n}
+          for f, n in zip(_FRACTIONS, numbers)]
+  for name in _ASSIGNMENTS:
+    scores = np.array([
+      [results[f'{name}_{n}_{seed}'].scores['trained']['recall@1']
+       for n in numbers]
+      for seed in seeds
+    ])
+    figure.draw(axes, name, _FRACTIONS, scores)
+    for row, values in zip(rows, scores.T):
+      row[f'{name}, Recall@1, %'] = runs.spread(values)
+  axes.set_xscale('log')
+  axes.set_xticks(_FRACTIONS, [f'{f:g}' for f in _FRACTIONS])
+  axes.minorticks_off()
+  axes.set_xlabel('proxies a class')
+  text = runs.caption(
+    'Lines are means over the seeds, bands their range.', config,
+    next(iter(results.values())),
+  )
+  path = os.path.join(workdir, 'proxy_fraction')
+  runs.write_table(rows, path, text=text)
+  figure.save(path, text=text)
+
+
+if __name__ == '__main__':
+  command_line.run(main, config=runs.DEFAULT_CONFIG)

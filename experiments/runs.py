@@ -1,0 +1,182 @@
+"""What the experiments share: many runs from one config, tables and figures.
+
+An experiment is a number of runs, each a config with some fields changed, in a
+folder of its own under WORKDIR/runs. Runs that are finished are kept and a
+stopped one goes on, so that the same command goes on where it stopped. What was
+found is written as WORKDIR/NAME.csv, .md, .png and .svg, each with a caption
+that says what was run.
+"""
+
+import csv
+import datetime
+import logging
+import os
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib
+import matplotlib.figure
+import ml_collections
+import numpy as np
+from absl import flags
+
+from proxy_nca_jax import metric_writer, train
+
+NUM_SEEDS = flags.DEFINE_integer(
+  'num_seeds', 3, 'Runs of everything that is compared, with seeds 0, 1, ...',
+  lower_bound=1,
+)
+
+DEFAULT_CONFIG = str(pathlib.Path(__file__).parent / 'glyphs.py')
+
+# Okabe and Ito's colours, which everybody tells apart.
+_COLORS = (
+  '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'
+)
+_MARKERS = 'os^Dv*x'
+
+_logger = logging.getLogger('proxy_nca_jax')
+
+
+class Result(NamedTuple):
+  """What a run left: results.json, and the rows of metrics.jsonl."""
+
+  scores: Mapping[str, Any]
+  rows: Sequence[Mapping[str, float]]
+
+  def curve(self, name: str = 'recall@1') -> tuple[np.ndarray, np.ndarray]:
+    """The steps that were scored, from 0 on, and their scores on the test."""
+    points = {0: self.scores['untrained'][name]}
+    for row in self.rows:
+      if f'test.{name}' in row:
+        points[row['step']] = row[f'test.{name}']
+    return np.array(list(points)), np.array(list(points.values()))
+
+  def seconds_per_step(self) -> float:
+    """The median over the logged intervals, evaluation and compiling apart."""
+    return self.scores['batch_size'] / statistics.median(
+      row['images_per_second'] for row in self.rows
+      if 'images_per_second' in row
+    )
+
+
+def train_all(
+    config: ml_collections.ConfigDict,
+    changes: Mapping[str, Mapping[str, Any]],
+    workdir: str,
+) -> dict[str, Result]:
+  """Trains each run, by its name: the config with these fields changed."""
+  if not jax.config.jax_compilation_cache_dir:
+    folder = os.path.abspath(os.path.join(workdir, 'compilation_cache'))
+    jax.config.update('jax_compilation_cache_dir', folder)
+  results = {}
+  for number, (name, fields) in enumerate(changes.items(), 1):
+    _logger.info('Run %d of %d: %s', number, len(changes), name)
+    folder = os.path.join(workdir, 'runs', name)
+    changed = ml_collections.ConfigDict(config)
+    changed.update_from_flattened_dict(fields)
+    scores = train.train_and_evaluate(changed, folder)
+    results[name] = Result(
+      scores | {'batch_size': changed.batch_size},
+      metric_writer.read_metrics(folder),
+    )
+    # Programs of the runs before would fill the memory.
+    jax.clear_caches()
+  return results
+
+
+def spread(values: Sequence[float]) -> str:
+  """Formats shares as percent: the mean and, of several, the range."""
+  mean = f'{100 * statistics.mean(values):.2f}'
+  if len(values) == 1:
+    return mean
+  return f'{mean} [{100 * min(values):.2f}, {100 * max(values):.2f}]'
+
+
+def caption(
+    text: str, config: ml_collections.ConfigDict, result: Result
+) -> str:
+  """Adds to a text what was run: data, network, budget, devices, versions."""
+  data, versions = result.scores['dataset'], result.scores['versions']
+  train_split, test_split = data['train'], data['test']
+  seeds = NUM_SEEDS.value
+  return (
+    f'{text} {config.dataset.name}: {train_split["classes"]} classes '
+    f'({train_split["images"]} images) learned, {test_split["classes"]} others '
+    f'({test_split["images"]}) measured; {config.model.name} at '
+    f'{config.dataset.image_size} pixels, {config.model.embedding_dim} '
+    f'dimensions, {config.num_steps} steps of {config.batch_size}, '
+    f'{config.optimizer.name}; {seeds} seed{"s" if seeds > 1 else ""}; '
+    f'{result.scores["devices"]}, jax {versions["jax"]}, '
+    f'{datetime.date.today()}.'
+  )
+
+
+def write_table(
+    rows: Sequence[Mapping[str, str]], path: str, *, text: str
+) -> None:
+  """Writes PATH.csv and PATH.md, and logs the latter."""
+  with open(path + '.csv', 'w', newline='') as file:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  lines = [list(rows[0]), ['---'] * len(rows[0]), *(r.values() for r in rows)]
+  table = '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
+  with open(path + '.md', 'w') as file:
+    file.write(f'{table}\n\n{text}\n')
+  _logger.info('%s\n\n%s', table, text)
+
+
+class Figure:
+  """Axes side by side, a colour and marker for each series, and a caption."""
+
+  def __init__(self, num_axes: int, *, title: str):
+    matplotlib.rcParams.update({
+      'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
+      'svg.hashsalt': 'proxy-nca',
+    })
+    self._figure = matplotlib.figure.Figure(
+      (4.8 * num_axes, 4.4), layout='constrained'
+    )
+    self._figure.suptitle(title)
+    self.axes = self._figure.subplots(1, num_axes, squeeze=False)[0]
+    self._styles = {}
+
+  def draw(self, axes, name: str, x, values: Sequence[Sequence[float]]):
+    """Draws a line through the means of the seeds and a band of their range.
+
+    Args:
+      axes: of `axes`.
+      name: of the series; the same one has the same colour everywhere.
+      x: float [num_points].
+      values: float [num_seeds, num_points], shares; drawn as percent.
+    """
+    number = self._styles.setdefault(name, len(self._styles))
+    color = _COLORS[number % len(_COLORS)]
+    values = 100 * np.asarray(values)
+    axes.plot(
+      x, values.mean(axis=0), label=name, color=color, markersize=4,
+      marker=_MARKERS[number % len(_MARKERS)], linewidth=1.5,
+    )
+    if len(values) > 1:
+      axes.fill_between(
+        x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15,
+        linewidth=0,
+      )
+
+  def save(self, path: str, *, text: str) -> None:
+    """Writes PATH.png and PATH.svg."""
+    for axes in self.axes:
+      axes.grid(alpha=0.3)
+      if not axes.get_ylabel():
+        axes.set_ylabel('Recall@1 on unseen classes, %')
+    self.axes[-1].legend(frameon=False)
+    self._figure.supxlabel(text, fontsize=6.5, wrap=True, x=0.01, ha='left')
+    for suffix in ('png', 'svg'):
+      self._figure.savefig(
+        f'{path}.{suffix}', dpi=150,
+        metadata={'Date': None} if suffix == 'svg' else {'Software': None},
+      )

@@ -1,0 +1,168 @@
+"""The experiments' tables and figures, from runs that are made up, and one."""
+
+import csv
+import os
+import types
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, flagsaver, parameterized
+from PIL import Image
+
+from configs import glyphs as glyphs_config
+from configs import image_folder as image_folder_config
+from experiments import (
+  convergence,
+  identities,
+  imbalance,
+  proxy_fraction,
+  runs,
+)
+from proxy_nca_jax import datasets
+
+
+def _made_up(config, changes, workdir):
+  """Runs whose Recall@1 grows by a hundredth a run ."""
+  del workdir
+  results = {}
+  for number, (name, fields) in enumerate(changes.items()):
+    end = 0.3 + number / 100
+    trained = {'recall@1': end}
+    results[name] = runs.Result(
+      {
+        'trained': trained,
+        'untrained': {'recall@1': 0.1},
+        'seen_classes': trained | {
+          f'recall@1_{part}': end / 2 for part in ('head', 'middle', 'tail')
+        },
+        'selected_by': trained,
+        'dataset': {
+          split: {'images': 9, 'classes': 3} for split in ('train', 'test')
+        },
+        'devices': '1 x cpu',
+        'versions': {'jax': '0.0'},
+        'batch_size': config.batch_size,
+      },
+      [
+        {'step': 10, 'images_per_second': 640.0},
+        {'step': 10, 'test.recall@1': 0.2},
+        {'step': 20, 'test.recall@1': end},
+      ],
+    )
+    assert fields
+  return results
+
+
+class ExperimentsTest(parameterized.TestCase):
+
+  def _rows(self, experiment, config):
+    workdir = self.create_tempdir().full_path
+    name = experiment.__name__.split('.')[-1]
+    experiment.main(config, workdir)
+    for suffix in ('png', 'svg', 'md', 'csv'):
+      path = os.path.join(workdir, f'{name}.{suffix}')
+      self.assertGreater(os.path.getsize(path), 100, suffix)
+    with open(os.path.join(workdir, f'{name}.md')) as file:
+      self.assertRegex(file.read(), r'20 steps of 64, adam; \d seeds?; 1 x cpu')
+    with open(os.path.join(workdir, f'{name}.csv')) as file:
+      return list(csv.DictReader(file))
+
+  @flagsaver.flagsaver(num_seeds=2)
+  def _made_up_rows(self, experiment):
+    config = glyphs_config.get_config()
+    config.num_steps = 20
+    split = types.SimpleNamespace(
+      num_classes=40, class_sizes=np.array([50] + 39 * [5])
+    )
+    with (
+      mock.patch.object(runs, 'train_all', _made_up),
+      mock.patch.object(
+        datasets, 'load', lambda _: types.SimpleNamespace(train=split)
+      ),
+    ):
+      return self._rows(experiment, config)
+
+  def test_convergence(self):
+    rows = self._made_up_rows(convergence)
+    self.assertLen(rows, 6)
+    # Of the runs of the grid the last is the best; seeds come after each other.
+    self.assertEqual(rows[0]['rates'], 'x4')
+    self.assertEqual(rows[0]['Recall@1, %'], '30.50 [30.00, 31.00]')
+    # The best baseline is the last, which reaches its own score at the end.
+    self.assertEqual(rows[-1]['steps to the best baseline'], '20')
+    self.assertEqual(rows[-1]['fewer'], '1.00x')
+    self.assertEqual(rows[0]['steps to the best baseline'], 'not reached')
+    self.assertEqual(rows[0]['ms a step'], '100')
+
+  def test_proxy_fraction(self):
+    rows = self._made_up_rows(proxy_fraction)
+    numbers = [row['proxies'] for row in rows]
+    self.assertEqual(numbers, ['4', '10', '20', '40', '80'])
+    self.assertEqual(rows[0]['static, Recall@1, %'], '30.50 [30.00, 31.00]')
+    self.assertEqual(rows[0]['dynamic, Recall@1, %'], '40.50 [40.00, 41.00]')
+
+  def test_identities(self):
+    rows = self._made_up_rows(identities)
+    self.assertEqual([row['train classes'] for row in rows], ['10', '30', '40'])
+    self.assertEqual(rows[1]['Recall@1, %'], '32.50 [32.00, 33.00]')
+
+  def test_imbalance(self):
+    rows = self._made_up_rows(imbalance)
+    self.assertLen(rows, 6)
+    self.assertEqual(rows[0]['tail'], '15.25 [15.00, 15.50]')
+    self.assertEqual(rows[0]['all'], rows[0]['unseen'])
+
+  def _pictures(self):
+    rng = np.random.default_rng(0)
+    root = self.create_tempdir().full_path
+    for label in range(16):
+      os.mkdir(os.path.join(root, str(label)))
+      for number in range(3):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(pixels)
+        picture.save(os.path.join(root, str(label), f'{number}.png'))
+    return root
+
+  @flagsaver.flagsaver(num_seeds=1)
+  def test_a_real_one_goes_on_where_it_stopped(self):
+    config = image_folder_config.get_config()
+    config.dataset.root = self._pictures()
+    config.dataset.data_dir = self.create_tempdir().full_path
+    config.dataset.resize, config.dataset.image_size = 16, 16
+    config.model.width = 4
+    config.num_steps, config.batch_size, config.log_every = 20, 8, 10
+    config.evaluation.batch_size = 32
+    config.evaluation.kmeans_iterations = 0
+    workdir = self.create_tempdir().full_path
+    changes = {'a': {'dataset.num_train_classes': 6}}
+    first = runs.train_all(config, changes, workdir)
+    changes['b'] = {'seed': 1}
+    again = runs.train_all(config, changes, workdir)
+    self.assertEqual(again['a'], first['a'])
+    self.assertEqual(again['a'].scores['dataset']['train']['classes'], 6)
+    steps, scores = again['b'].curve()
+    self.assertEqual(steps.tolist(), [0, 20])
+    self.assertEqual(scores[1], again['b'].scores['trained']['recall@1'])
+    self.assertGreater(again['b'].seconds_per_step(), 0)
+
+
+class StepsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+    (0.05, 0), (0.1, 0), (0.2, 5), (0.3, 10), (0.4, 20), (0.6, np.inf)
+  )
+  def test_the_step_lies_on_the_line(self, level, expected):
+    steps, scores = np.array([0, 10, 20]), np.array([0.1, 0.3, 0.4])
+    self.assertAlmostEqual(
+      convergence.steps_to(level, steps, scores), expected
+    )
+
+  @parameterized.parameters(
+    (5, [5]), (10, [10]), (150, [10, 30, 100, 150]), (300, [10, 30, 100, 300])
+  )
+  def test_numbers_of_classes(self, total, expected):
+    self.assertEqual(identities.class_numbers(total), expected)
+
+
+if __name__ == '__main__':
+  absltest.main()
