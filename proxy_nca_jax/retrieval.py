@@ -65,7 +65,11 @@ def positive_ranks(
   chex.assert_rank([embeddings, labels], [2, 1])
   is_self = gallery is None
   layout = _Layout(mesh, axis_name, -(-block_size // 64) * 64)
-  gallery = (embeddings, labels) if is_self else gallery
+  embeddings = _as_float32(embeddings)
+  if is_self:
+    gallery = (embeddings, labels)
+  else:
+    gallery = (_as_float32(gallery[0]), gallery[1])
   query_classes, item_classes = _number_by_size(labels, gallery[1])
   queries = _sort(embeddings, query_classes, layout)
   items = queries if is_self else _sort(gallery[0], item_classes, layout)
@@ -78,8 +82,9 @@ def positive_ranks(
   numbers = [1 if nearest_only else band.number for band in bands]
   groups = _groups(numbers, layout)
   for group in groups:
-    thresholds = [
-      _thresholds(
+    thresholds = []
+    for block in group:
+      of_block = _thresholds(
         queries.embeddings,
         _place_band(bands[block], gallery[0], items, cameras, layout, block),
         block,
@@ -88,8 +93,8 @@ def positive_ranks(
         nearest_only=nearest_only,
         layout=layout,
       )
-      for block in group
-    ]
+      # So that one band is held at a time.
+      thresholds.append(jax.block_until_ready(of_block))
     thresholds, counts = _count(
       queries[:2],
       items[:2],
@@ -121,20 +126,24 @@ class _Layout(NamedTuple):
   def place(self, rows: np.ndarray) -> jax.Array:
     """Divides rows among the devices."""
     if self.mesh is None:
-      return jnp.asarray(rows)
+      return jax.device_put(rows)
     sharding = NamedSharding(self.mesh, PartitionSpec(self.axis_name))
     rows = np.asarray(rows)
     return jax.make_array_from_callback(
       rows.shape, sharding, lambda index: rows[index]
     )
 
-  def take(self, rows, order: np.ndarray) -> jax.Array:
+  def take(self, rows: jax.Array | np.ndarray, order: np.ndarray) -> jax.Array:
     """Places the rows in this order; an order beyond them is a filling of NaN.
 
     A similarity to NaN reaches no threshold.
     """
-    rows = jnp.asarray(rows, jnp.float32)
-    return self.place(rows.at[order].get(mode='fill', fill_value=jnp.nan))
+    if isinstance(rows, jax.Array):
+      return self.place(_take(rows, order))
+    taken = np.empty((len(order), *rows.shape[1:]), rows.dtype)
+    np.take(rows, order, axis=0, mode='clip', out=taken)
+    taken[order >= len(rows)] = np.nan
+    return self.place(taken)
 
   def on_each(self, fn, *, is_shared: bool = False):
     """Maps (rows of a device, what all share) to rows, or to what all share."""
@@ -148,6 +157,18 @@ class _Layout(NamedTuple):
       out_specs=PartitionSpec() if is_shared else rows,
       check_vma=False,
     )
+
+
+def _as_float32(rows: chex.Array) -> jax.Array | np.ndarray:
+  """Leaves rows where they are: another copy of all of them is memory."""
+  if isinstance(rows, jax.Array):
+    return rows.astype(jnp.float32)
+  return np.asarray(rows, np.float32)
+
+
+@jax.jit
+def _take(rows, order):
+  return rows.at[order].get(mode='fill', fill_value=jnp.nan)
 
 
 class _Sorted(NamedTuple):
@@ -621,7 +642,9 @@ def nearest(
   share = -(-num_items // num_devices)
   layout = _Layout(mesh, axis_name, -(-min(block_size, share) // 64) * 64)
   filling = -num_items % (num_devices * layout.block_size)
-  items = layout.take(gallery, np.arange(num_items + filling))
+  items = layout.take(
+    _as_float32(gallery), np.arange(num_items + filling)
+  )
   queries = jnp.asarray(queries, jnp.float32)
   num_queries, dim = queries.shape
   queries = jnp.pad(queries, ((0, -num_queries % _QUERIES), (0, 0)))
