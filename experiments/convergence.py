@@ -22,7 +22,6 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from experiments import runs
-from proxy_nca_jax import command_line
 
 _BALANCED = {'dataset.images_per_class': 4}
 _PAIRS = {'dataset.images_per_class': 2}
@@ -38,6 +37,10 @@ _PROXY_LOSSES = ('Proxy-NCA', 'Proxy-triplet')
 _FACTORS = (0.25, 1.0, 4.0)
 
 
+def _folder(*parts) -> str:
+  return '_'.join(map(str, parts)).replace(',', '').replace(' ', '_')
+
+
 def scale_rates(config, factor: float) -> dict[str, float]:
   return {
     f'optimizer.{group}.learning_rate':
@@ -49,7 +52,7 @@ def scale_rates(config, factor: float) -> dict[str, float]:
 def choose_factors(config, workdir: str) -> dict[str, float]:
   """Returns the factor of each loss with the best validation score."""
   changes = {
-    f'{name} x{factor:g}'.replace(',', '').replace(' ', '_'): {
+    _folder(name, f'x{factor:g}'): {
       **fields, **scale_rates(config, factor), 'dataset.validation': '2/2',
       'eval_every': config.num_steps,
     }
@@ -91,8 +94,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   results = runs.train_all(
     config,
     {
-      f'{name} {seed}'.replace(',', '').replace(' ', '_'): fields
-      for (name, seed), fields in changes.items()
+      _folder(name, seed): fields for (name, seed), fields in changes.items()
     },
     workdir,
   )
@@ -126,18 +128,20 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     })
   figure.axes[0].set_xlabel('steps')
   figure.axes[1].set_xlabel('seconds of training')
-  text = runs.caption(
-    'Lines are means over the seeds, bands their range. The best baseline is '
-    f'the best mean Recall@1 of a loss without proxies, {100 * level:.2f}%, '
-    f'after all steps. Rates are those of the config times the best of '
-    f'{_FACTORS} on half of the train classes.',
-    config,
-    next(iter(results.values())),
+  runs.publish(
+    rows,
+    figure,
+    os.path.join(workdir, 'convergence'),
+    text=(
+      'Lines are means over the seeds, bands their range. The best baseline is '
+      f'the best mean Recall@1 of a loss without proxies, {100 * level:.2f}%, '
+      f'after all steps. Rates are those of the config times the best of '
+      f'{_FACTORS} on half of the train classes.'
+    ),
+    config=config,
+    result=next(iter(results.values())),
   )
-  path = os.path.join(workdir, 'convergence')
-  runs.write_table(rows, path, text=text)
-  figure.save(path, text=text)
 
 
 if __name__ == '__main__':
-  command_line.run(main, config=runs.DEFAULT_CONFIG)
+  runs.start(main)

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from experiments import runs
-from proxy_nca_jax import command_line, datasets
+from proxy_nca_jax import datasets
 
 
 def class_numbers(total: int) -> list[int]:
@@ -61,14 +61,18 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   axes.set_xticks(numbers, [f'{n:,}' for n in numbers])
   axes.minorticks_off()
   axes.set_xlabel('train classes')
-  text = runs.caption(
-    'The line is the mean over the seeds, the band their range. Untrained, '
-    f'seed 0: {100 * untrained:.2f}%.', config, last,
+  runs.publish(
+    rows,
+    figure,
+    os.path.join(workdir, 'identities'),
+    text=(
+      'The line is the mean over the seeds, the band their range. Untrained, '
+      f'seed 0: {100 * untrained:.2f}%.'
+    ),
+    config=config,
+    result=last,
   )
-  path = os.path.join(workdir, 'identities')
-  runs.write_table(rows, path, text=text)
-  figure.save(path, text=text)
 
 
 if __name__ == '__main__':
-  command_line.run(main, config=runs.DEFAULT_CONFIG)
+  runs.start(main)

@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from experiments import runs
-from proxy_nca_jax import command_line, datasets
+from proxy_nca_jax import datasets
 
 _RATIO = 50.0
 _PARTS = ('recall@1_head', 'recall@1_middle', 'recall@1_tail')
@@ -73,17 +73,19 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     rows.append({'Recall@1, %': name, **cells})
   axes.set_xticks(range(len(_PARTS)), ['head', 'middle', 'tail'])
   axes.set_ylabel('Recall@1 of held-out pictures, %')
-  text = runs.caption(
-    f'Train classes have {sizes.min()} to {sizes.max()} images; head, middle '
-    'and tail are thirds of them. Lines are means over the seeds, bands their '
-    'range. Unseen are the test classes, which are not thinned out.',
-    config,
-    next(iter(results.values())),
+  runs.publish(
+    rows,
+    figure,
+    os.path.join(workdir, 'imbalance'),
+    text=(
+      f'Train classes have {sizes.min()} to {sizes.max()} images; head, middle '
+      'and tail are thirds of them. Lines are means over the seeds, bands '
+      'their range. Unseen are the test classes, which are not thinned out.'
+    ),
+    config=config,
+    result=next(iter(results.values())),
   )
-  path = os.path.join(workdir, 'imbalance')
-  runs.write_table(rows, path, text=text)
-  figure.save(path, text=text)
 
 
 if __name__ == '__main__':
-  command_line.run(main, config=runs.DEFAULT_CONFIG)
+  runs.start(main)

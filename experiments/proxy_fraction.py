@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from experiments import runs
-from proxy_nca_jax import command_line, datasets
+from proxy_nca_jax import datasets
 
 _FRACTIONS = (0.1, 0.25, 0.5, 1.0, 2.0)
 _ASSIGNMENTS = {
@@ -61,14 +61,17 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   axes.set_xticks(_FRACTIONS, [f'{f:g}' for f in _FRACTIONS])
   axes.minorticks_off()
   axes.set_xlabel('proxies a class')
-  text = runs.caption(
-    'Lines are means over the seeds, bands their range.', config,
-    next(iter(results.values())),
+  runs.publish(
+    rows,
+    figure,
+    os.path.join(workdir, 'proxy_fraction'),
+    text=(
+      'Lines are means over the seeds, bands their range.'
+    ),
+    config=config,
+    result=next(iter(results.values())),
   )
-  path = os.path.join(workdir, 'proxy_fraction')
-  runs.write_table(rows, path, text=text)
-  figure.save(path, text=text)
 
 
 if __name__ == '__main__':
-  command_line.run(main, config=runs.DEFAULT_CONFIG)
+  runs.start(main)

@@ -13,7 +13,7 @@ import logging
 import os
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,14 +23,14 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from proxy_nca_jax import metric_writer, train
+from proxy_nca_jax import command_line, metric_writer, train
 
 NUM_SEEDS = flags.DEFINE_integer(
   'num_seeds', 3, 'Runs of everything that is compared, with seeds 0, 1, ...',
   lower_bound=1,
 )
 
-DEFAULT_CONFIG = str(pathlib.Path(__file__).parent / 'glyphs.py')
+_DEFAULT_CONFIG = str(pathlib.Path(__file__).parent / 'glyphs.py')
 
 # Okabe and Ito's colours, which everybody tells apart.
 _COLORS = (
@@ -39,6 +39,18 @@ _COLORS = (
 _MARKERS = 'os^Dv*x'
 
 _logger = logging.getLogger('proxy_nca_jax')
+
+
+# The flag is that of the experiment, whose --help lists it.
+flags.disclaim_key_flags()
+
+
+def start(
+    experiment: Callable[[ml_collections.ConfigDict, str], object]
+) -> None:
+  """Runs experiment(config, workdir) as the command line says."""
+  flags.declare_key_flag('num_seeds')
+  command_line.run(experiment, config=_DEFAULT_CONFIG)
 
 
 class Result(NamedTuple):
@@ -96,7 +108,7 @@ def spread(values: Sequence[float]) -> str:
   return f'{mean} [{100 * min(values):.2f}, {100 * max(values):.2f}]'
 
 
-def caption(
+def _caption(
     text: str, config: ml_collections.ConfigDict, result: Result
 ) -> str:
   """Adds to a text what was run: data, network, budget, devices, versions."""
@@ -115,10 +127,10 @@ def caption(
   )
 
 
-def write_table(
-    rows: Sequence[Mapping[str, str]], path: str, *, text: str
+def _write_table(
+    rows: Sequence[Mapping[str, str]], path: str, text: str
 ) -> None:
-  """Writes PATH.csv and PATH.md, and logs the latter."""
+  """Writes PATH.csv and PATH.md with a caption, and logs the latter."""
   with open(path + '.csv', 'w', newline='') as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
@@ -167,8 +179,8 @@ class Figure:
         linewidth=0,
       )
 
-  def save(self, path: str, *, text: str) -> None:
-    """Writes PATH.png and PATH.svg."""
+  def save(self, path: str, text: str) -> None:
+    """Writes PATH.png and PATH.svg with a caption."""
     for axes in self.axes:
       axes.grid(alpha=0.3)
       if not axes.get_ylabel():
@@ -180,3 +192,27 @@ class Figure:
         f'{path}.{suffix}', dpi=150,
         metadata={'Date': None} if suffix == 'svg' else {'Software': None},
       )
+
+
+def publish(
+    rows: Sequence[Mapping[str, str]],
+    figure: Figure,
+    path: str,
+    *,
+    text: str,
+    config: ml_collections.ConfigDict,
+    result: Result,
+) -> None:
+  """Writes the table and the figure of an experiment, with one caption.
+
+  Args:
+    rows: of the table, with the same columns.
+    figure: is saved.
+    path: of the files, without suffix.
+    text: what the reader of the figure must know; what was run follows it.
+    config: of the runs.
+    result: of one of them.
+  """
+  text = _caption(text, config, result)
+  _write_table(rows, path, text)
+  figure.save(path, text)

@@ -22,6 +22,9 @@ from proxy_nca_jax import interruption, train
 
 _logger = logging.getLogger('proxy_nca_jax')
 
+# The flags are those of the command, whose --help lists them.
+flags.disclaim_key_flags()
+
 
 def run(
     work: Callable[[ml_collections.ConfigDict, str], object],
@@ -38,7 +41,7 @@ def run(
     'config', config, 'The configuration of the run.'
   )
   flags.DEFINE_string('workdir', None, 'Where the run is kept.')
-  flags.mark_flags_as_required(['config', 'workdir'])
+  flags.mark_flags_as_required(['workdir'] if config else ['config', 'workdir'])
   app.run(functools.partial(_run, work), flags_parser=_parse_flags)
 
 

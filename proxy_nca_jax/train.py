@@ -72,6 +72,11 @@ def make_loss(config: ml_collections.ConfigDict) -> Loss:
     embeddings = jnp.zeros((2, config.model.embedding_dim))
     return loss.fn(embeddings=embeddings, labels=jnp.arange(2), **arrays)
 
+  if config.proxies.by_size and not loss.needs.assignment:
+    raise ValueError(
+      f'The loss {name!r} assigns no classes to proxies: '
+      'config.proxies.by_size is for fractional_proxy_nca.'
+    )
   is_of_batch = not jax.eval_shape(call).shape
   if config.loss.class_weighting and is_of_batch:
     raise ValueError(

@@ -314,5 +314,20 @@ class MainTest(parameterized.TestCase):
     self.assertRegex(errors[0], message)
 
 
+class HelpTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+    ('main.py', ('--config:', '--workdir:', '--mode:')),
+    ('experiments/identities.py', ('--config:', '--workdir:', '--num_seeds:')),
+  )
+  def test_help_lists_the_flags(self, command, names):
+    output = subprocess.run(
+      [sys.executable, str(_ROOT / command), '--help'],
+      env=_environment(), capture_output=True, text=True,
+    ).stdout
+    for name in names:
+      self.assertIn(name, output)
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -229,6 +229,7 @@ class FrequencyTest(parameterized.TestCase):
       {'loss.name': 'cosface', 'loss.logit_adjustment': 1.0},
       "'cosface' takes no log_priors",
     ),
+    ({'proxies.by_size': True}, "'proxy_nca' assigns no classes"),
   )
   def test_losses_that_cannot_are_refused(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
