@@ -4,12 +4,11 @@ python benchmarks/losses.py [--rounds=11]
 
 Needs pytorch-metric-learning and torch besides. First the time of a forward and
 backward pass with gradients for embeddings and proxies: both in one process,
-each with two threads, in turn; medians after a first round that compiles, and
-the ratio of the medians. Then the peak of memory above inputs and parameters,
-each in a process of its own, the compiler's not counted. At last a million
-proxies in chunks: memory above inputs, parameters and gradients, and the
-largest difference from the plain form at a tenth of the proxies. Memory is read
-from /proc: Linux alone.
+each with two threads, in turn; medians, and the ratio of the medians. Then the
+peak of memory above inputs and parameters, each in a process of its own, the
+compiler's not counted. At last a million proxies in chunks: memory above
+inputs, parameters and gradients, and the largest difference from the plain form
+at a tenth of the proxies. Memory is read from /proc: Linux alone.
 """
 
 import argparse
@@ -95,14 +94,20 @@ CONTENDERS = {
 
 
 def milliseconds(steps, rounds: int) -> dict[str, float]:
-  """Medians of the steps, which take turns."""
+  """Medians of the steps, which take turns of three.
+
+  The first of a turn does not count: the threads of the one before still wait
+  for work, busily, and the caches hold its arrays.
+  """
   times = {name: [] for name in steps}
-  for _ in range(rounds + 1):
+  for _ in range(rounds):
     for name, step in steps.items():
-      start = time.perf_counter()
       step()
-      times[name].append(1e3 * (time.perf_counter() - start))
-  return {name: statistics.median(row[1:]) for name, row in times.items()}
+      for _ in range(2):
+        start = time.perf_counter()
+        step()
+        times[name].append(1e3 * (time.perf_counter() - start))
+  return {name: statistics.median(row) for name, row in times.items()}
 
 
 def read_peak() -> float:

@@ -17,12 +17,21 @@ def unit_norm(x: chex.Array) -> jax.Array:
   small entries neither overflow nor vanish.
   """
   x = x.astype(jnp.float32)
+  x = x / _largest_entry(x)
+  return x * _inverse_norm(x)
+
+
+def _largest_entry(x: chex.Array) -> jax.Array:
+  """The largest |entry| of each row, float [..., 1], or 1 if that is 0."""
   largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-  largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
-  x = x / largest
+  return jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+
+
+def _inverse_norm(x: chex.Array) -> jax.Array:
+  """1 / ||x|| of each row, float [..., 1], or 1 if that is 1 / 0."""
   squares = jnp.sum(x**2, axis=-1, keepdims=True)
   # The square root has no derivative at 0; a zero row gets the gradient of 1.
-  return x * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1))
+  return jax.lax.rsqrt(jnp.where(squares > 0, squares, 1))
 
 
 def products(x: chex.Array, y: chex.Array) -> jax.Array:
@@ -34,9 +43,38 @@ def products(x: chex.Array, y: chex.Array) -> jax.Array:
   )
 
 
+def projections(x: chex.Array, y: chex.Array) -> jax.Array:
+  """Returns x.y / ||y|| of all pairs, float32 [n, m]; 0 where y is 0.
+
+  The same as products(x, unit_norm(y)), but it never holds unit_norm(y), which
+  is as large as all proxies, neither forwards nor backwards. Entries of y from
+  1e-37 to 1e35 lose nothing.
+  """
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  largest = _largest_entry(y)
+  return _project(x, y, _inverse_norm(y / largest) / largest)
+
+
+@jax.custom_jvp
+def _project(x, y, inverse):
+  return products(x, y) * inverse.T
+
+
+@_project.defjvp
+def _project_jvp(primals, tangents):
+  # Of u = y / ||y||, du = (dy - u (u.dy)) / ||y||, which holds what `inverse`
+  # changes. Transposed, it sums over dim; derived from x.y / ||y|| it would
+  # keep all products, to sum over n.
+  (x, y, inverse), (dx, dy, _) = primals, tangents
+  unit = y * inverse
+  across = dy - unit * jnp.sum(unit * dy, axis=1, keepdims=True)
+  tangent = (products(dx, y) + products(x, across)) * inverse.T
+  return _project(x, y, inverse), tangent
+
+
 def cosines(x: chex.Array, y: chex.Array) -> jax.Array:
   """Returns the cosines of all pairs, float32 [n, m]; 0 for a zero row."""
-  return products(unit_norm(x), unit_norm(y))
+  return projections(unit_norm(x), y)
 
 
 def squared_distances(x: chex.Array, y: chex.Array) -> jax.Array:

@@ -118,15 +118,15 @@ def proxy_nca_loss(
     # As in `negative_distances`. The own proxies are gathered: another sum
     # over the similarities would keep a copy of them, and twice the time.
     proxies = jnp.asarray(proxies, jnp.float32)
-    if normalize:
-      proxies = distances.unit_norm(proxies)
     local = labels - first
-    own = jnp.sum(scaled * proxies.at[local].get(mode='clip'), axis=1)
-    logits = distances.products(scaled, proxies)
-    if not normalize:
+    positives = proxies.at[local].get(mode='clip')
+    if normalize:
+      own = jnp.sum(scaled * distances.unit_norm(positives), axis=1)
+      logits = distances.projections(scaled, proxies)
+    else:
+      own = jnp.sum(scaled * positives - positives**2 / temperature, axis=1)
       squares = jnp.sum(proxies**2, axis=1) / temperature
-      own -= squares.at[local].get(mode='clip')
-      logits -= squares[None, :]
+      logits = distances.products(scaled, proxies) - squares[None, :]
     if priors is not None:
       own += priors.at[local].get(mode='clip')
       logits += priors[None, :]
