@@ -87,7 +87,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   changes = {
     (name, seed): {
       **fields, **scale_rates(config, factors[name]), 'seed': seed,
-      'eval_every': max(config.num_steps // 15, 1),
+      'eval_every': max(config.num_steps // 10, 1),
     }
     for name, fields in _LOSSES.items() for seed in seeds
   }
