@@ -7,6 +7,7 @@ found is written as WORKDIR/NAME.csv, .md, .png and .svg, each with a caption
 that says what was run.
 """
 
+import copy
 import csv
 import datetime
 import logging
@@ -88,7 +89,8 @@ def train_all(
   for number, (name, fields) in enumerate(changes.items(), 1):
     _logger.info('Run %d of %d: %s', number, len(changes), name)
     folder = os.path.join(workdir, 'runs', name)
-    changed = ml_collections.ConfigDict(config)
+    # A new ConfigDict of another would share its groups.
+    changed = copy.deepcopy(config)
     changed.update_from_flattened_dict(fields)
     scores = train.train_and_evaluate(changed, folder)
     results[name] = Result(

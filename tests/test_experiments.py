@@ -86,7 +86,7 @@ class ExperimentsTest(parameterized.TestCase):
     rows = self._made_up_rows(convergence)
     self.assertLen(rows, 6)
     # Of the runs of the grid the last is the best; seeds come after each other.
-    self.assertEqual(rows[0]['rates'], 'x4')
+    self.assertEqual(rows[0]['rates'], 'x10')
     self.assertEqual(rows[0]['Recall@1, %'], '30.50 [30.00, 31.00]')
     # The best baseline is the last, which reaches its own score at the end.
     self.assertEqual(rows[-1]['steps to the best baseline'], '20')
@@ -124,6 +124,27 @@ class ExperimentsTest(parameterized.TestCase):
     return root
 
   @flagsaver.flagsaver(num_seeds=1)
+  def test_what_one_run_changes_no_other_has(self):
+    config, seen = glyphs_config.get_config(), {}
+
+    def train_and_evaluate(config, folder):
+      seen[os.path.basename(folder)] = config
+      return {}
+
+    with mock.patch.object(
+      runs.train, 'train_and_evaluate', train_and_evaluate
+    ):
+      runs.train_all(
+        config,
+        {'a': {'dataset.validation': '2/2', 'loss.name': 'triplet'}, 'b': {}},
+        self.create_tempdir().full_path,
+      )
+    self.assertEqual(seen['a'].dataset.validation, '2/2')
+    self.assertEqual(seen['a'].loss.name, 'triplet')
+    for other in (seen['b'], config):
+      self.assertEqual(other.dataset.validation, '')
+      self.assertEqual(other.loss.name, 'proxy_nca')
+
   def test_a_real_one_goes_on_where_it_stopped(self):
     config = image_folder_config.get_config()
     config.dataset.root = self._pictures()
