@@ -432,8 +432,7 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
   state = state_lib.create(
-    config, model, optimizer, class_sizes=np.ones(20, int),
-    sharding=mesh_lib.replicated(mesh),
+    config, model, optimizer, class_sizes=np.ones(20, int), mesh=mesh
   )
   torch.manual_seed(0)
   original = _Original(name, size)

@@ -106,6 +106,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.proxies = ml_collections.ConfigDict()
   config.proxies.init_norm = 1.0  # About the norm of each proxy at first.
   config.proxies.by_size = False  # fractional: more for large classes.
+  config.proxies.sharded = False  # Each device holds some, none all of them.
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'adam'  # adam, adamw, rmsprop or sgd.

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from configs import default
-from proxy_nca_jax import interruption, train
+from proxy_nca_jax import interruption, processes, train
 
 _logger = logging.getLogger('proxy_nca_jax')
 
@@ -41,6 +41,18 @@ def run(
     'config', config, 'The configuration of the run.'
   )
   flags.DEFINE_string('workdir', None, 'Where the run is kept.')
+  flags.DEFINE_string(
+    'coordinator_address', None,
+    'Of several processes, HOST:PORT where process 0 listens. SLURM, Open MPI '
+    'and TPU pods tell it themselves, and the number and the id.',
+  )
+  flags.DEFINE_integer('num_processes', None, 'Of the run.', lower_bound=1)
+  flags.DEFINE_integer(
+    'process_id', None, 'Of this one, from 0.', lower_bound=0
+  )
+  flags.DEFINE_bool(
+    'multiprocess', False, 'Join the other hosts of a TPU pod slice.'
+  )
   flags.mark_flags_as_required(['workdir'] if config else ['config', 'workdir'])
   app.run(functools.partial(_run, work), flags_parser=_parse_flags)
 
@@ -48,6 +60,17 @@ def run(
 def _run(work, argv: list[str]) -> None:
   if len(argv) > 1:
     _fail(f'Unexpected arguments: {" ".join(argv[1:])}')
+  # The libraries report their inner steps through absl.
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  try:
+    processes.initialize(
+      coordinator_address=flags.FLAGS.coordinator_address,
+      num_processes=flags.FLAGS.num_processes,
+      process_id=flags.FLAGS.process_id,
+      multiprocess=flags.FLAGS.multiprocess,
+    )
+  except (ValueError, RuntimeError) as error:
+    _fail(_describe(error))
   _log_to_stdout()
   config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
   _logger.info(
@@ -67,6 +90,15 @@ def _run(work, argv: list[str]) -> None:
   except (ValueError, OSError) as error:
     _logger.debug('The run failed', exc_info=True)
     _fail(_describe(error))
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    _logger.debug('The run failed', exc_info=True)
+    _fail(
+      'Another process of this run has ended or cannot be reached '
+      f'({_describe(error)[:300]}). Start all of them again: the run goes on '
+      'from its last checkpoint.'
+    )
 
 
 def _describe(error: Exception) -> str:
@@ -81,10 +113,11 @@ def _describe(error: Exception) -> str:
 
 
 def _log_to_stdout() -> None:
-  # The libraries report their inner steps through absl.
-  absl_logging.set_verbosity(absl_logging.FATAL)
   handler = logging.StreamHandler(sys.stdout)
-  handler.setLevel(logging.INFO)
+  # Process 0 speaks for all.
+  handler.setLevel(
+    logging.INFO if processes.is_first() else logging.WARNING
+  )
   handler.setFormatter(logging.Formatter('%(message)s'))
   _logger.addHandler(handler)
   _logger.setLevel(logging.DEBUG)

@@ -1,9 +1,13 @@
 """SIGTERM and Ctrl-C as an exception that waits for a safe place."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Stopped(KeyboardInterrupt):
@@ -22,14 +26,34 @@ class StopSignals:
 
   A second signal takes its default course, so that nobody is kept waiting. The
   handlers can be set in the main thread only; elsewhere nothing changes.
+
+  Where a run has several processes, it is enough that one is told: all stop
+  after the same step, which JAX's preemption service finds. So nothing is
+  raised but by `check`.
   """
 
   def __enter__(self) -> 'StopSignals':
     self._is_deferred, self._received, self._previous = False, None, {}
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._handle)
+    if threading.current_thread() is not threading.main_thread():
+      return self
+    if jax.process_count() > 1:
+      # SIGTERM has the handler of JAX.
+      self._previous[signal.SIGINT] = signal.signal(
+        signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+      )
+      return self
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._previous[number] = signal.signal(number, self._handle)
     return self
+
+  def check(self, step: int) -> None:
+    """Raises `Stopped` if several processes have agreed to stop at a step.
+
+    All call it before each step, with the number of those done.
+    """
+    if jax.process_count() > 1:
+      if multihost_utils.reached_preemption_sync_point(step):
+        raise Stopped(signal.SIGTERM)
 
   def __exit__(self, *exception) -> None:
     self._restore()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -30,6 +31,28 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The leading dimension divided among the devices."""
   return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def pad_rows(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+  """Adds rows of 0, so that the devices can share them alike; inside `jit`."""
+  filling = ((0, -x.shape[0] % mesh.size),) + ((0, 0),) * (x.ndim - 1)
+  x = jax.lax.with_sharding_constraint(x, by_row(mesh))
+  return jax.lax.with_sharding_constraint(jnp.pad(x, filling), by_row(mesh))
+
+
+def unpad_rows(
+    x: jax.Array, num_rows: int, mesh: jax.sharding.Mesh
+) -> jax.Array:
+  """Takes what `pad_rows` added away; each device keeps its rows.
+
+  Inside `jit`, the last devices may have fewer rows than the others.
+  """
+  return jax.lax.with_sharding_constraint(x[:num_rows], by_row(mesh))
+
+
+def replicate(tree, mesh: jax.sharding.Mesh):
+  """Gives every device the whole arrays; inside `jit`."""
+  return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def shard_batch(

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import tensorboardX
 
+from proxy_nca_jax import processes
+
 _logger = logging.getLogger(__name__)
 
 
@@ -30,10 +32,14 @@ class MetricWriter:
   """Writes rows of scalars; the names of the methods are clu's.
 
   A resumed run repeats the steps after its checkpoint, so their rows are
-  removed: its file has the same rows as that of a straight run.
+  removed: its file has the same rows as that of a straight run. Process 0 of a
+  run writes, the others nothing.
   """
 
   def __init__(self, workdir: str, *, first_step: int):
+    self._file = self._board = None
+    if not processes.is_first():
+      return
     path = os.path.join(workdir, 'metrics.jsonl')
     kept = [row for row in read_metrics(workdir) if row['step'] <= first_step]
     with open(path + '.tmp', 'w') as file:
@@ -45,16 +51,22 @@ class MetricWriter:
     )
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    if self._file is None:
+      return
     self._file.write(json.dumps({'step': step, **scalars}) + '\n')
     self._file.flush()
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    if self._file is None:
+      return
     for name, text in texts.items():
       self._board.add_text(name, text, step)
 
   def close(self) -> None:
+    if self._file is None:
+      return
     self._file.close()
     self._board.close()
 

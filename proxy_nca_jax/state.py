@@ -1,6 +1,7 @@
 """The state of training: created, saved, restored. All Orbax calls are here."""
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from proxy_nca_jax import losses, proxies
+from proxy_nca_jax import losses, processes, proxies
+from proxy_nca_jax import mesh as mesh_lib
 
 _logger = logging.getLogger(__name__)
 
@@ -86,9 +88,13 @@ def create(
     optimizer: optax.GradientTransformation,
     *,
     class_sizes: np.ndarray,
-    sharding: jax.sharding.Sharding,
+    mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """Initialises everything from `config.seed`, on the devices of `sharding`."""
+  """Initialises everything from `config.seed`, on the devices of a mesh.
+
+  Each has a copy; but with `config.proxies.sharded` they share the rows of the
+  proxies, and of what the optimiser keeps of them, filled up with rows of 0.
+  """
 
   def init():
     model_key, *loss_keys = jax.random.split(jax.random.key(config.seed), 4)
@@ -98,6 +104,8 @@ def create(
     params = variables.pop('params')
     loss_state = create_loss_arrays(config, loss_keys, class_sizes=class_sizes)
     params['proxies'] = loss_state.pop('proxies', {})
+    if config.proxies.sharded:
+      params['proxies'] = mesh_lib.pad_rows(params['proxies'], mesh)
     return TrainState(
       step=jnp.int32(0),
       params=params,
@@ -106,7 +114,14 @@ def create(
       opt_state=optimizer.init(params),
     )
 
-  return jax.jit(init, out_shardings=sharding)()
+  def sharding(path, array):
+    is_of_proxies = jax.tree_util.DictKey('proxies') in path and array.ndim > 1
+    if config.proxies.sharded and is_of_proxies:
+      return mesh_lib.by_row(mesh)
+    return mesh_lib.replicated(mesh)
+
+  shardings = jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(init))
+  return jax.jit(init, out_shardings=shardings)()
 
 
 class Checkpoints:
@@ -138,7 +153,9 @@ class Checkpoints:
   @property
   def steps(self) -> list[int]:
     """The steps of the saved states, ascending."""
-    return sorted(entry.step for entry in self._checkpointer.checkpoints)
+    return processes.of_first(
+      lambda: sorted(entry.step for entry in self._checkpointer.checkpoints)
+    )
 
   def save(self, step: int, state: TrainState) -> None:
     """Begins to save a state, unless that step is saved; waits for the last."""
@@ -175,15 +192,19 @@ class Checkpoints:
     """
     steps = [s for s in self.steps if step in (None, s)]
     for step in reversed(steps):
+      state = None
       try:
-        return self._restore_step(step, like)
+        state = self._restore_step(step, like)
       except Exception as error:  # Orbax lets the types of its readers through.
         reason = (str(error).splitlines() or [''])[0][:200]
         _logger.warning(
           'The checkpoint of step %d cannot be used (%s: %s). It is moved to '
           '%d.broken.', step, type(error).__name__, reason, step,
         )
-        self._move_aside(step)
+      if processes.all_of(state is not None):
+        return state
+      processes.of_first(functools.partial(self._move_aside, step))
+      self._open()
     if steps:
       raise ValueError(
         f'None of the checkpoints of steps {steps} in {self._directory!r} can '
@@ -197,7 +218,12 @@ class Checkpoints:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       like_saved,
     )
-    saved = self._checkpointer.load(step, abstract)
+    # Rows of 0 are added to sharded proxies for another number of devices, or
+    # taken away; the sums do not see them, and would see any others.
+    context = ocp.Context()
+    context.array.loading.enable_padding_and_truncation = True
+    with context:
+      saved = self._checkpointer.load(step, abstract)
     state = TrainState(**saved['state'])
     wrong = np.flatnonzero(np.asarray(_sums(state) != saved['sums']))
     if wrong.size or int(state.step) != step:
@@ -211,7 +237,6 @@ class Checkpoints:
       number += 1
       target = f'{path}.broken{number}'
     os.rename(path, target)
-    self._open()
 
   def close(self) -> None:
     self.wait()

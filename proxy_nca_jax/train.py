@@ -19,7 +19,6 @@ import ml_collections
 import numpy as np
 import optax
 from clu import parameter_overview
-from jax.experimental import multihost_utils
 
 from proxy_nca_jax import (
   datasets,
@@ -29,6 +28,7 @@ from proxy_nca_jax import (
   losses,
   metric_writer,
   models,
+  processes,
   proxies,
 )
 from proxy_nca_jax import mesh as mesh_lib
@@ -77,6 +77,14 @@ def make_loss(config: ml_collections.ConfigDict) -> Loss:
       f'The loss {name!r} assigns no classes to proxies: '
       'config.proxies.by_size is for fractional_proxy_nca.'
     )
+  if config.proxies.sharded and (
+    loss.needs.proxies not in ('one', 'several')
+    or config.loss[name].get('proxy_chunk')
+  ):
+    raise ValueError(
+      'config.proxies.sharded is for losses whose classes have proxies of '
+      f'their own, without proxy_chunk; config.loss.name is {name!r}.'
+    )
   is_of_batch = not jax.eval_shape(call).shape
   if config.loss.class_weighting and is_of_batch:
     raise ValueError(
@@ -122,6 +130,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: Loss,
     normalize: Callable[[jax.Array], jax.Array],
+    *,
+    share: Callable[..., tuple] = lambda *arrays: arrays,
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step: (state, batch, rate_scale) -> (state, metrics).
 
@@ -129,6 +139,13 @@ def make_train_step(
   `freeze_batch_norm=True` the stored statistics are used and kept. The mean of
   the loss, the batch statistics and the metrics are those of the global batch,
   however many devices share it. The given state is donated.
+
+  Args:
+    model: `apply` gives (embeddings, model state).
+    optimizer: of all parameters.
+    loss: of `make_loss`.
+    normalize: of `make_normalize`.
+    share: of `make_share`.
   """
 
   def train_step(state, batch, rate_scale=1.0, *, freeze_batch_norm=False):
@@ -144,27 +161,29 @@ def make_train_step(
         train=not freeze_batch_norm,
         mutable=list(state.model_state),
       )
+      embeddings, points, labels, mask = share(
+        embeddings, points, batch['label'], batch['mask']
+      )
       value = loss.fn(
         embeddings=embeddings,
-        labels=batch['label'],
-        where=batch['mask'],
+        labels=labels,
+        where=mask,
         **({'proxies': points} if loss.needs.proxies else {}),
         **state.loss_state,
       )
       # A loss of the batch as a whole is a scalar already.
       if value.ndim:
-        value = jnp.sum(value) / jnp.maximum(jnp.sum(batch['mask']), 1)
-      return value, (embeddings, model_state)
+        value = jnp.sum(value) / jnp.maximum(jnp.sum(mask), 1)
+      metrics = _proxy_metrics(
+        loss.needs.proxies, embeddings, points, labels, mask
+      )
+      return value, (embeddings, metrics, model_state)
 
-    (value, (embeddings, model_state)), gradients = jax.value_and_grad(
+    (value, (embeddings, metrics, model_state)), gradients = jax.value_and_grad(
       mean_loss, has_aux=True
     )(state.params)
     metrics = {
-      'loss': value,
-      'gradient_norm': optax.tree.norm(gradients),
-      **_proxy_metrics(
-        loss.needs.proxies, embeddings, state.params['proxies'], batch
-      ),
+      'loss': value, 'gradient_norm': optax.tree.norm(gradients), **metrics
     }
     loss_state = state.loss_state
     if loss.needs.centers:
@@ -208,7 +227,32 @@ def make_normalize(
   )
 
 
-def _proxy_metrics(form, embeddings, points, batch) -> dict[str, jax.Array]:
+def make_share(
+    config: ml_collections.ConfigDict, num_classes: int, mesh
+) -> Callable[..., tuple]:
+  """Returns (embeddings, points, labels, mask) -> the same, where they meet.
+
+  Inside `jit`. By default each device compares its part of the batch with its
+  copy of the proxies. With `config.proxies.sharded` it has the rows of some of
+  them, and the batch comes to them: of all devices together no more than the
+  embeddings travels, and no device has a [batch, num_classes] matrix.
+  """
+  if not config.proxies.sharded:
+    return lambda *arrays: arrays
+
+  def share(embeddings, points, labels, mask):
+    embeddings, labels, mask = mesh_lib.replicate(
+      (embeddings, labels, mask), mesh
+    )
+    points = mesh_lib.unpad_rows(points, num_classes, mesh)
+    return embeddings, points, labels, mask
+
+  return share
+
+
+def _proxy_metrics(
+    form, embeddings, points, labels, mask
+) -> dict[str, jax.Array]:
   """Compares the batch with the proxies, where labels index them.
 
   `proxy_error` is the paper's eps, of the batch instead of all points, and
@@ -216,7 +260,7 @@ def _proxy_metrics(form, embeddings, points, batch) -> dict[str, jax.Array]:
   """
   if form not in ('one', 'several'):
     return {}
-  labels, mask = batch['label'], batch['mask']
+  embeddings, points = jax.lax.stop_gradient((embeddings, points))
   rows = points.reshape(-1, points.shape[-1])
   num_centers = rows.shape[0] // points.shape[0]
   nearest = proxies.nearest_proxies(embeddings, rows) // num_centers
@@ -334,16 +378,11 @@ def train_and_evaluate(
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(interruption.StopSignals())
     stack.enter_context(workdir_lib.hold(workdir))
-    saved = workdir_lib.read_json(os.path.join(workdir, 'run.json'))
-    if saved:
-      workdir_lib.check_same_run(
-        config,
-        saved['config'],
-        may_add_steps=not optimizer_lib.depends_on_num_steps(config),
-      )
-    elif mode == 'eval':
+    saved, results = processes.of_first(
+      functools.partial(_read_run, config, workdir)
+    )
+    if mode == 'eval' and not saved:
       raise ValueError(f'{workdir!r} holds no run: train one first.')
-    results = workdir_lib.read_json(os.path.join(workdir, 'results.json'))
     if mode == 'train' and results and results['step'] >= config.num_steps:
       _logger.info('This run is finished, at step %d.', results['step'])
       _log_table(results)
@@ -358,7 +397,9 @@ def train_and_evaluate(
         'The data set has changed since this run began (other classes, '
         'records or split). Restore it, or use another workdir.'
       )
-    weights_digest = _digest_weights(config, saved)
+    weights_digest = processes.of_first(
+      functools.partial(_digest_weights, config, saved)
+    )
     workdir_lib.write_json(
       os.path.join(workdir, 'run.json'),
       {
@@ -378,7 +419,7 @@ def train_and_evaluate(
       model,
       optimizer,
       class_sizes=data.train.class_sizes,
-      sharding=mesh_lib.replicated(mesh),
+      mesh=mesh,
     )
     _logger.debug(parameter_overview.get_parameter_overview(state.params))
     checkpoints = state_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -438,6 +479,7 @@ def train_and_evaluate(
         optimizer,
         correct_for_frequency(loss, config, data.train.class_sizes),
         normalize,
+        share=make_share(config, data.train.num_classes, mesh),
       ),
       score=score,
       mesh=mesh,
@@ -482,6 +524,7 @@ def _fit(
       _evaluate(config, state, run)
     rate_scale = _rate_scale(config, run.workdir)
     while done < last:
+      run.signals.check(done)
       with run.signals.deferred():
         batch = next(run.batches)
         losses.check_labels(batch['label'], run.data.train.num_classes)
@@ -521,13 +564,30 @@ def _fit(
   return state
 
 
+def _read_run(config, workdir: str) -> tuple[dict | None, dict | None]:
+  """Returns what run.json and results.json hold, or None.
+
+  Raises:
+    ValueError: if the run has another configuration.
+  """
+  saved, results = (
+    workdir_lib.read_json(os.path.join(workdir, name))
+    for name in ('run.json', 'results.json')
+  )
+  if saved:
+    workdir_lib.check_same_run(
+      config,
+      saved['config'],
+      may_add_steps=not optimizer_lib.depends_on_num_steps(config),
+    )
+  return saved, results
+
+
 def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:
   """Loads on process 0 first, which prepares; the others wait for it."""
-  if jax.process_count() == 1:
-    return datasets.load(config)
-  data = datasets.load(config) if jax.process_index() == 0 else None
-  multihost_utils.sync_global_devices('process 0 has prepared the data set')
-  return data or datasets.load(config)
+  data = []
+  processes.of_first(lambda: data.append(datasets.load(config)))
+  return data[0] if data else datasets.load(config)
 
 
 def _is_batch_norm_frozen(config, done: int) -> bool:
@@ -605,10 +665,14 @@ def _is_written(step: int, run: _Run) -> bool:
   """Whether a step's evaluation is among the metrics."""
   return any(
     name.startswith(_evaluated_split(run))
-    for row in metric_writer.read_metrics(run.workdir)
+    for row in _read_metrics(run.workdir)
     if row['step'] == step
     for name in row
   )
+
+
+def _read_metrics(workdir: str) -> list[dict]:
+  return processes.of_first(lambda: metric_writer.read_metrics(workdir))
 
 
 def _select(config, workdir: str) -> tuple[int, float]:
@@ -640,7 +704,7 @@ def _validation_scores(config, workdir: str) -> dict[int, float]:
   names = _AVERAGED if select_by == 'harmonic_mean' else (select_by,)
   values = {
     row['step']: [row[f'validation.{name}'] for name in names]
-    for row in metric_writer.read_metrics(workdir)
+    for row in _read_metrics(workdir)
     if all(f'validation.{name}' in row for name in names)
   }
   return {
@@ -723,7 +787,7 @@ def _score_settings(config, mesh, split: datasets.Split) -> dict:
 
 def _read_baselines(workdir: str) -> dict[str, dict[str, float]]:
   """Returns the scores that a run began with: its first row of metrics."""
-  rows = metric_writer.read_metrics(workdir)
+  rows = _read_metrics(workdir)
   baselines = {}
   for name, value in (rows[0] if rows else {}).items():
     if name != 'step':

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 
-from proxy_nca_jax import locks
+from proxy_nca_jax import locks, processes
 
 # Fields that do not change the mathematics: a resumed run may change them.
 _FREE_FIELDS = (
@@ -21,6 +21,7 @@ _FREE_FIELDS = (
   'dataset.root',
   'keep_checkpoints',
   'log_every',
+  'proxies.sharded',
   'save_every',
 )
 
@@ -29,33 +30,35 @@ _FREE_FIELDS = (
 def hold(workdir: str) -> Iterator[None]:
   """Makes and locks a workdir, and logs and caches compilations in it.
 
-  Process 0 holds the lock for all processes of a run.
+  Process 0 holds the lock and writes the log for all processes of a run.
 
   Raises:
     ValueError: if another run holds it.
   """
-  os.makedirs(workdir, exist_ok=True)
   with contextlib.ExitStack() as stack:
-    if jax.process_index() == 0:
-      try:
-        stack.enter_context(
-          locks.hold(os.path.join(workdir, 'lock'), wait=False)
-        )
-      except BlockingIOError:
-        raise ValueError(
-          f'Another run is at work in {workdir!r}: wait for it, or use another '
-          'workdir.'
-        ) from None
+    processes.of_first(lambda: _lock(workdir, stack))
     stack.enter_context(
       _compilations_cached(os.path.join(workdir, 'compilation_cache'))
     )
-    handler = logging.FileHandler(os.path.join(workdir, 'log.txt'))
-    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
-    package = logging.getLogger('proxy_nca_jax')
-    package.addHandler(handler)
-    stack.callback(handler.close)
-    stack.callback(package.removeHandler, handler)
+    if processes.is_first():
+      handler = logging.FileHandler(os.path.join(workdir, 'log.txt'))
+      handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+      package = logging.getLogger('proxy_nca_jax')
+      package.addHandler(handler)
+      stack.callback(handler.close)
+      stack.callback(package.removeHandler, handler)
     yield
+
+
+def _lock(workdir: str, stack: contextlib.ExitStack) -> None:
+  os.makedirs(workdir, exist_ok=True)
+  try:
+    stack.enter_context(locks.hold(os.path.join(workdir, 'lock'), wait=False))
+  except BlockingIOError:
+    raise ValueError(
+      f'Another run is at work in {workdir!r}: wait for it, or use another '
+      'workdir.'
+    ) from None
 
 
 @contextlib.contextmanager
@@ -146,7 +149,9 @@ def read_json(path: str) -> dict | None:
 
 
 def write_json(path: str, content: Mapping) -> None:
-  """Writes a file as a whole or not at all."""
+  """Writes a file as a whole or not at all; process 0 does."""
+  if not processes.is_first():
+    return
   with open(path + '.tmp', 'w') as file:
     json.dump(content, file, indent=2)
     file.write('\n')

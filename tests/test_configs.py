@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from configs import default, recipes
 from proxy_nca_jax import losses, models, train, workdir
+from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
@@ -50,11 +51,11 @@ class ConfigsTest(parameterized.TestCase):
     train.make_loss(config)
     model = models.create_model(config)
     optimizer = optimizer_lib.make_optimizer(config)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = mesh_lib.make_mesh(jax.devices()[:1])
 
     def embed(images):
       state = state_lib.create(
-        config, model, optimizer, class_sizes=np.ones(7, int), sharding=sharding
+        config, model, optimizer, class_sizes=np.ones(7, int), mesh=mesh
       )
       self.assertSameElements(state.params, ('backbone', 'head', 'proxies'))
       params = {k: state.params[k] for k in ('backbone', 'head')}

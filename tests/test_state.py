@@ -1,3 +1,4 @@
+import dataclasses
 import os
 
 import jax
@@ -12,20 +13,20 @@ from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
 
-def _create(seed=0, devices=None):
+def _create(seed=0, devices=None, sharded=False):
   config = default.get_config()
+  config.proxies.sharded = sharded
   config.seed = seed
   config.model.width = 4
   config.dataset.image_size = 8
   # What waits has a state of its own.
   config.optimizer.backbone.freeze_steps = 3
-  sharding = mesh_lib.replicated(mesh_lib.make_mesh(devices))
   return state_lib.create(
     config,
     models.create_model(config),
     optimizer_lib.make_optimizer(config),
     class_sizes=np.ones(5, int),
-    sharding=sharding,
+    mesh=mesh_lib.make_mesh(devices),
   )
 
 
@@ -94,6 +95,39 @@ class StateTest(absltest.TestCase):
     self.assertEqual(
       state.params['proxies'].sharding, like.params['proxies'].sharding
     )
+
+  def test_shared_proxies_move_to_other_numbers_of_devices(self):
+    # Five classes: 8, 2 and 1 devices fill up to 8, 6 and 5 rows.
+    state = _create(sharded=True)
+    for step, devices, sharded in (
+      (1, 8, True), (2, 2, True), (3, 8, False), (4, 8, True)
+    ):
+      checkpoints = self._open()
+      checkpoints.save(
+        step, dataclasses.replace(state, step=jnp.int32(step))
+      )
+      checkpoints.wait()
+      like = _create(seed=9, devices=jax.devices()[:devices], sharded=sharded)
+      state = self._open().restore(like)
+      self.assertEqual(int(state.step), step)
+      self.assertEqual(
+        state.params['proxies'].sharding, like.params['proxies'].sharding
+      )
+      points, filling = np.split(state.params['proxies'], [5])
+      np.testing.assert_array_equal(points, _create().params['proxies'])
+      np.testing.assert_array_equal(filling, np.zeros_like(filling))
+
+  def test_proxies_that_were_cut_off_do_not_restore(self):
+    state = _create()
+    points = jax.random.normal(jax.random.key(0), (7, 64))
+    more = dataclasses.replace(
+      state, params=state.params | {'proxies': points}
+    )
+    checkpoints = self._open()
+    checkpoints.save(0, more)
+    checkpoints.wait()
+    with self.assertRaisesRegex(ValueError, 'None of the checkpoints'):
+      self._open().restore(_create())
 
   def test_old_states_are_removed(self):
     checkpoints = self._open(keep=2)

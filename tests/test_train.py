@@ -45,14 +45,15 @@ def _run(config, *, num_steps, devices=None, change=lambda batch: batch):
   optimizer = optimizer_lib.make_optimizer(config)
   normalize = train.make_normalize(config)
   step = train.make_train_step(
-    model, optimizer, train.make_loss(config), normalize
+    model, optimizer, train.make_loss(config), normalize,
+    share=train.make_share(config, _NUM_CLASSES, mesh),
   )
   state = state_lib.create(
     config,
     model,
     optimizer,
     class_sizes=np.ones(_NUM_CLASSES, int),
-    sharding=mesh_lib.replicated(mesh),
+    mesh=mesh,
   )
   history = []
   for batch in _batches(config, num_steps):
@@ -192,6 +193,73 @@ class TrainStepTest(parameterized.TestCase):
 
     _, history, _ = _run(_config(), num_steps=1, change=corrupt)
     self.assertTrue(np.isfinite(history[0]['loss']))
+
+
+class ShardedProxiesTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+    'proxy_nca', 'proxy_nca_pp', 'normalized_softmax', 'cosface', 'arcface',
+    'proxy_anchor', 'proxy_triplet', 'center_softmax', 'soft_triple',
+    'subcenter_arcface',
+  )
+  def test_eight_devices_that_share_them_equal_one(self, name):
+    # Six classes: some of the devices have none.
+    fields = {'loss.name': name, 'optimizer.name': 'sgd'}
+    one, one_history, _ = _run(
+      _config(**fields), num_steps=5, devices=jax.devices()[:1]
+    )
+    eight, eight_history, _ = _run(
+      _config(**fields, **{'proxies.sharded': True}), num_steps=5
+    )
+    for a, b in zip(one_history, eight_history):
+      for metric in a:
+        np.testing.assert_allclose(a[metric], b[metric], rtol=2e-5, atol=1e-5)
+    points, filling = np.split(eight.params['proxies'], [_NUM_CLASSES])
+    np.testing.assert_allclose(
+      points, one.params['proxies'], rtol=1e-3, atol=1e-5
+    )
+    np.testing.assert_array_equal(filling, np.zeros_like(filling))
+
+  def test_no_device_holds_all_of_them(self):
+    num_classes, batch_size, dim = 40_003, 32, 16
+    mesh = mesh_lib.make_mesh()
+    config = _config(**{'proxies.sharded': True, 'model.embedding_dim': dim})
+    share = train.make_share(config, num_classes, mesh)
+    loss = train.make_loss(config)
+
+    def mean_loss(points, embeddings, labels):
+      mask = jnp.ones(batch_size, bool)
+      x, p, y, where = share(embeddings, points, labels, mask)
+      metrics = train._proxy_metrics('one', x, p, y, where)
+      value = loss.fn(embeddings=x, proxies=p, labels=y, where=where)
+      return jnp.mean(value), metrics
+
+    rows = mesh_lib.by_row(mesh)
+    compiled = jax.jit(
+      jax.value_and_grad(mean_loss, (0, 1), has_aux=True),
+      out_shardings=(mesh_lib.replicated(mesh), (rows, rows)),
+    ).lower(*(
+      jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+      for shape, dtype in (
+        ((40_008, dim), jnp.float32),
+        ((batch_size, dim), jnp.float32),
+        ((batch_size,), jnp.int32),
+      )
+    )).compile()
+    memory = compiled.memory_analysis()
+    # Less than one [batch, proxies] matrix.
+    self.assertLess(memory.temp_size_in_bytes, 4 * num_classes * batch_size)
+    self.assertLess(memory.argument_size_in_bytes, num_classes * dim)
+    self.assertNotRegex(compiled.as_text(), r'\[40008|\[40003|,40008|,40003')
+
+  @parameterized.parameters(
+    ({'loss.name': 'triplet'},),
+    ({'loss.name': 'dynamic_proxy_nca'},),
+    ({'loss.proxy_nca.proxy_chunk': 2},),
+  )
+  def test_what_cannot_be_shared_is_said(self, fields):
+    with self.assertRaisesRegex(ValueError, 'config.proxies.sharded'):
+      train.make_loss(_config(**fields, **{'proxies.sharded': True}))
 
 
 class FrequencyTest(parameterized.TestCase):
