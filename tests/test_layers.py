@@ -14,7 +14,11 @@ _LAYERS = (
   ('command_line',),
   ('train', 'report', 'inference'),
   ('evaluate',),
-  ('state', 'optimizer', 'input_pipeline', 'metric_writer', 'workdir'),
+  ('train_step',),
+  (
+    'state', 'optimizer', 'input_pipeline', 'device_data', 'metric_writer',
+    'workdir',
+  ),
   ('models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering'),
   ('metrics', 'distances', 'mesh', 'locks', 'interruption'),
 )
