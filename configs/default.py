@@ -60,6 +60,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.split_seed = 0  # Not `seed`: seeds compare on one split.
   config.dataset.images_per_class = 0  # Of a class in a batch; 0: any.
   config.dataset.num_workers = 0  # Reading processes; 0 is threads.
+  # Hold the resized train pictures in the devices' memory, each a part; crop
+  # and flip there: the same batches, with next to nothing to send.
+  config.dataset.on_device = False
 
   # Resized, cropped and flipped as uint8 on the host, normalised on the device.
   config.dataset.resize = 0  # Before the crop, to so many pixels; 0: not.

@@ -6,6 +6,9 @@ split. The order of the records and each record's augmentation are functions of
 the seed and the position in training: a step is all that a resumed run needs to
 know. Each process reads its own rows of every global batch.
 
+With `config.dataset.on_device` a training batch holds, instead of images, where
+to cut them out of the pictures that lie on the devices: see `device_data`.
+
 Pictures are augmented as uint8 by Pillow. Crops and colours have the ranges and
 distributions of torchvision's transforms of the same names, and its pixels.
 """
@@ -48,7 +51,11 @@ def train_batches(
     process: this process's index and their number.
   """
   index, count = process
-  read = functools.partial(_read_train, split, config.dataset)
+  if config.dataset.on_device:
+    height, width = split.picture(0).shape[:2]
+    read = functools.partial(_read_place, split, height, width, config.dataset)
+  else:
+    read = functools.partial(_read_train, split, config.dataset)
   records = _positions(split, config).random_map(read)
   batches = records.batch(config.batch_size // count)
   # Batch s of process p is the piece s * count + p of the record stream.
@@ -167,6 +174,15 @@ def check_train_batches(
     raise ValueError(
       f'config.dataset.erasing ({fields.erasing}) must be in [0, 1].'
     )
+  if fields.on_device and (
+    fields.crop != 'random' or any(jitter) or fields.erasing
+  ):
+    raise ValueError(
+      'config.dataset.on_device=True crops, pads and flips on the device, and '
+      f'nothing else; crop={fields.crop}, color_jitter={jitter} and '
+      f'erasing={fields.erasing} were given. Set crop=random, color_jitter to '
+      'zeros and erasing=0, or on_device=False.'
+    )
 
 
 def evaluation_batches(
@@ -205,7 +221,8 @@ def evaluation_batches(
 def _read_train(split, config, position, rng) -> Batch:
   image = split.picture(position)
   if config.crop == 'random':
-    image = random_crop(image, config.image_size, config.padding, rng)
+    top, left, is_flipped = _draw_place(*image.shape[:2], config, rng)
+    image = crop(image, top, left, config.image_size, config.padding)
   elif config.crop == 'random_resized':
     image = random_resized_crop(
       image,
@@ -215,9 +232,10 @@ def _read_train(split, config, position, rng) -> Batch:
       interpolation=config.interpolation,
       rng=rng,
     )
+    is_flipped = _draw_flip(config, rng)
   else:
     raise ValueError(f'Unknown crop {config.crop!r}.')
-  if config.flip and rng.random() < 0.5:
+  if is_flipped:
     # Twice as fast as a copy of a view with negative strides.
     image = image.take(np.arange(image.shape[1])[::-1], axis=1)
   if any(config.color_jitter):
@@ -225,6 +243,34 @@ def _read_train(split, config, position, rng) -> Batch:
   if config.erasing and rng.random() < config.erasing:
     image = random_erasing(image, rng)
   return _row(image, split.labels[position], position, True)
+
+
+def _read_place(split, height, width, config, position, rng) -> Batch:
+  """The row of `_read_train`, with what it draws instead of the image."""
+  top, left, is_flipped = _draw_place(height, width, config, rng)
+  return {
+    'top': np.int32(top),
+    'left': np.int32(left),
+    'flip': np.bool_(is_flipped),
+    'label': np.int32(split.labels[position]),
+    'mask': np.bool_(True),
+    'id': np.int32(position),
+  }
+
+
+def _draw_place(height, width, config, rng) -> tuple[int, int, bool]:
+  """Draws a square of a padded picture, and whether to mirror it.
+
+  Host and device share these draws, so that their batches are the same.
+  """
+  height, width = height + 2 * config.padding, width + 2 * config.padding
+  top = rng.integers(height - config.image_size + 1)
+  left = rng.integers(width - config.image_size + 1)
+  return top, left, _draw_flip(config, rng)
+
+
+def _draw_flip(config, rng) -> bool:
+  return config.flip and rng.random() < 0.5
 
 
 def _row(image, label, position, mask) -> Batch:
@@ -236,16 +282,17 @@ def _row(image, label, position, mask) -> Batch:
   }
 
 
-def random_crop(
-    image: np.ndarray, size: int, padding: int, rng: np.random.Generator
+def crop(
+    image: np.ndarray, top: int, left: int, size: int, padding: int
 ) -> np.ndarray:
-  """Crops a random square out of an image padded with black.
+  """Crops a square out of an image padded with black.
 
   Args:
     image: uint8 [height, width, 3], at least `size` with the padding.
+    top: first row, of the padded image.
+    left: first column, of the padded image.
     size: side of the square.
     padding: pixels added on each side.
-    rng: of the place.
 
   Returns:
     uint8 [size, size, 3].
@@ -253,8 +300,6 @@ def random_crop(
   if padding:
     margin = ((padding, padding), (padding, padding), (0, 0))
     image = np.pad(image, margin)
-  top = rng.integers(image.shape[0] - size + 1)
-  left = rng.integers(image.shape[1] - size + 1)
   return image[top : top + size, left : left + size]
 
 

@@ -1,11 +1,17 @@
 """The optimiser: groups of parameters with their own rates and schedules."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import jax
-import ml_collections
 import optax
+
+if TYPE_CHECKING:
+  # Who trains without a config does without the library.
+  import ml_collections
 
 GROUPS = ('backbone', 'head', 'proxies')
 _OPTIMIZERS = ('adam', 'adamw', 'rmsprop', 'sgd')

@@ -1,21 +1,26 @@
 """The state of training: created, saved, restored. All Orbax calls are here."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
 from proxy_nca_jax import losses, processes, proxies
 from proxy_nca_jax import mesh as mesh_lib
+
+if TYPE_CHECKING:
+  # Who trains without a config does without the library.
+  import ml_collections
 
 _logger = logging.getLogger(__name__)
 

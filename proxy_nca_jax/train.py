@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from clu import parameter_overview
 
 from proxy_nca_jax import (
   datasets,
+  device_data,
   evaluate,
   input_pipeline,
   interruption,
@@ -29,24 +29,17 @@ from proxy_nca_jax import (
   metric_writer,
   models,
   processes,
-  proxies,
 )
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax import workdir as workdir_lib
+from proxy_nca_jax.train_step import Loss, make_train_step
 
 # The scores whose harmonic mean ProxyNCA++ selects by.
 _AVERAGED = ('nmi', 'recall@1')
 
 _logger = logging.getLogger(__name__)
-
-
-class Loss(NamedTuple):
-  """A loss with its arguments, and what it is given besides."""
-
-  fn: Callable[..., jax.Array]
-  needs: losses.Needs
 
 
 def make_loss(config: ml_collections.ConfigDict) -> Loss:
@@ -125,95 +118,6 @@ def correct_for_frequency(
   return Loss(weighted, loss.needs)
 
 
-def make_train_step(
-    model,
-    optimizer: optax.GradientTransformation,
-    loss: Loss,
-    normalize: Callable[[jax.Array], jax.Array],
-    *,
-    share: Callable[..., tuple] = lambda *arrays: arrays,
-) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
-  """Returns the jitted step: (state, batch, rate_scale) -> (state, metrics).
-
-  `rate_scale` multiplies all learning rates; it is 1 by default. With
-  `freeze_batch_norm=True` the stored statistics are used and kept. The mean of
-  the loss, the batch statistics and the metrics are those of the global batch,
-  however many devices share it. The given state is donated.
-
-  Args:
-    model: `apply` gives (embeddings, model state).
-    optimizer: of all parameters.
-    loss: of `make_loss`.
-    normalize: of `make_normalize`.
-    share: of `make_share`.
-  """
-
-  def train_step(state, batch, rate_scale=1.0, *, freeze_batch_norm=False):
-    images = normalize(batch['image'])
-
-    def mean_loss(params):
-      params = dict(params)
-      points = params.pop('proxies')
-      embeddings, model_state = model.apply(
-        {'params': params, **state.model_state},
-        images,
-        # Nothing but batch normalisation differs in training.
-        train=not freeze_batch_norm,
-        mutable=list(state.model_state),
-      )
-      embeddings, points, labels, mask = share(
-        embeddings, points, batch['label'], batch['mask']
-      )
-      value = loss.fn(
-        embeddings=embeddings,
-        labels=labels,
-        where=mask,
-        **({'proxies': points} if loss.needs.proxies else {}),
-        **state.loss_state,
-      )
-      # A loss of the batch as a whole is a scalar already.
-      if value.ndim:
-        value = jnp.sum(value) / jnp.maximum(jnp.sum(mask), 1)
-      metrics = _proxy_metrics(
-        loss.needs.proxies, embeddings, points, labels, mask
-      )
-      return value, (embeddings, metrics, model_state)
-
-    (value, (embeddings, metrics, model_state)), gradients = jax.value_and_grad(
-      mean_loss, has_aux=True
-    )(state.params)
-    metrics = {
-      'loss': value, 'gradient_norm': optax.tree.norm(gradients), **metrics
-    }
-    loss_state = state.loss_state
-    if loss.needs.centers:
-      loss_state = {
-        'centers': losses.update_centers(
-          loss_state['centers'],
-          embeddings,
-          batch['label'],
-          where=batch['mask'],
-        )
-      }
-    updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.params
-    )
-    state = state_lib.TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(
-        state.params, optax.tree.scale(rate_scale, updates)
-      ),
-      loss_state=loss_state,
-      model_state=model_state,
-      opt_state=opt_state,
-    )
-    return state, metrics
-
-  return jax.jit(
-    train_step, donate_argnums=0, static_argnames='freeze_batch_norm'
-  )
-
-
 def make_normalize(
     config: ml_collections.ConfigDict,
 ) -> Callable[[jax.Array], jax.Array]:
@@ -250,32 +154,24 @@ def make_share(
   return share
 
 
-def _proxy_metrics(
-    form, embeddings, points, labels, mask
-) -> dict[str, jax.Array]:
-  """Compares the batch with the proxies, where labels index them.
+def make_prepare(
+    config: ml_collections.ConfigDict,
+    split: datasets.Split,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
+  """Returns the map from `train_batches` to batches on the devices.
 
-  `proxy_error` is the paper's eps, of the batch instead of all points, and
-  `ranking_bound` what follows from it.
+  Raises:
+    ValueError: if the pictures are to lie there and cannot.
   """
-  if form not in ('one', 'several'):
-    return {}
-  embeddings, points = jax.lax.stop_gradient((embeddings, points))
-  rows = points.reshape(-1, points.shape[-1])
-  num_centers = rows.shape[0] // points.shape[0]
-  nearest = proxies.nearest_proxies(embeddings, rows) // num_centers
-  metrics = {'proxy_accuracy': jnp.mean(nearest == labels, where=mask)}
-  if form == 'one':
-    error = proxies.proxy_approximation_error(
-      embeddings, points, labels, where=mask
-    )
-    metrics |= {
-      'proxy_error': error,
-      'ranking_bound': proxies.ranking_bound(
-        embeddings, points, labels, error, where=mask
-      ),
-    }
-  return metrics
+  if not config.dataset.on_device:
+    return functools.partial(mesh_lib.shard_batch, mesh=mesh)
+  return device_data.make_prepare(
+    split,
+    mesh,
+    image_size=config.dataset.image_size,
+    padding=config.dataset.padding,
+  )
 
 
 def make_embed_fn(model, normalize, mesh) -> Callable[..., jax.Array]:
@@ -347,9 +243,9 @@ class _Run(NamedTuple):
   selected: state_lib.Checkpoints
   writer: metric_writer.MetricWriter
   batches: Iterator[dict[str, np.ndarray]]
+  prepare: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
   train_step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
   score: Callable[[state_lib.TrainState, datasets.Split], dict[str, float]]
-  mesh: jax.sharding.Mesh
 
 
 def train_and_evaluate(
@@ -436,6 +332,7 @@ def train_and_evaluate(
       _log_table(results)
       return results
 
+    prepare = make_prepare(config, data.train, mesh)
     baselines = _read_baselines(workdir)
     is_new = not baselines
     if config.model.init_from and (is_new or not checkpoints.steps):
@@ -474,6 +371,7 @@ def train_and_evaluate(
       selected=selected,
       writer=writer,
       batches=batches,
+      prepare=prepare,
       train_step=make_train_step(
         model,
         optimizer,
@@ -482,7 +380,6 @@ def train_and_evaluate(
         share=make_share(config, data.train.num_classes, mesh),
       ),
       score=score,
-      mesh=mesh,
     )
     state = _fit(config, state, run)
     trained = score(state, data.test)
@@ -530,7 +427,7 @@ def _fit(
         losses.check_labels(batch['label'], run.data.train.num_classes)
         state, metrics = run.train_step(
           state,
-          mesh_lib.shard_batch(batch, run.mesh),
+          run.prepare(batch),
           rate_scale,
           freeze_batch_norm=_is_batch_norm_frozen(config, done),
         )

@@ -18,6 +18,7 @@ _FREE_FIELDS = (
   'dataset.fonts_dir',
   'dataset.manual_dir',
   'dataset.num_workers',
+  'dataset.on_device',
   'dataset.root',
   'keep_checkpoints',
   'log_every',

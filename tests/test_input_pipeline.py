@@ -230,6 +230,9 @@ class BalancedBatchesTest(parameterized.TestCase):
     (dict(color_jitter=(0.1, 0.1, 0.1)), 'color_jitter.*four numbers'),
     (dict(color_jitter=(0.1, 0.1, 0.1, 0.6)), 'hue at most 0.5'),
     (dict(erasing=1.5), 'erasing .1.5. must be in'),
+    (dict(on_device=True, crop='random_resized'), 'on_device.*=random_resized'),
+    (dict(on_device=True, color_jitter=(0, 0, 0, 0.1)), 'on_device=True crops'),
+    (dict(on_device=True, erasing=0.5), 'on_device.*erasing=0.5 were given'),
   )
   def test_batches_that_cannot_be_are_errors(self, fields, message):
     split = _split()
@@ -360,19 +363,27 @@ class RandomErasingTest(absltest.TestCase):
 class CropTest(absltest.TestCase):
 
   def test_random_crops_reach_every_place_and_the_padding_is_black(self):
-    image = np.arange(1, 10, dtype=np.uint8).reshape(3, 3, 1).repeat(3, 2)
-    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
-    places = {
-      padded[top : top + 3, left : left + 3].tobytes()
-      for top in range(3)
-      for left in range(3)
-    }
-    rng = np.random.default_rng(0)
-    seen = {
-      input_pipeline.random_crop(image, 3, 1, rng).tobytes()
-      for _ in range(300)
-    }
-    self.assertEqual(seen, places)
+    split = _split(size=8)
+    whole = [np.asarray(images.decode(r['image'])) for r in split.source]
+    margin = ((1, 1), (1, 1), (0, 0))
+    padded = [np.pad(image, margin) for image in whole]
+    config = _config(image_size=8, padding=1, flip=False)
+    batches = input_pipeline.train_batches(split, config)
+    seen = set()
+    for _ in range(60):
+      batch = next(batches)
+      for index, image in zip(batch['id'], batch['image']):
+        (place,) = [
+          (top, left)
+          for top in range(3)
+          for left in range(3)
+          if np.array_equal(
+            image, padded[index][top : top + 8, left : left + 8]
+          )
+        ]
+        seen.add(place)
+    batches.close()
+    self.assertLen(seen, 9)
 
   def test_the_central_crop_is_central(self):
     image = np.arange(36).reshape(6, 6, 1)

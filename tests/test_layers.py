@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 from absl.testing import absltest, parameterized
 
@@ -14,7 +16,11 @@ _LAYERS = (
   ('command_line',),
   ('train', 'report', 'inference'),
   ('evaluate',),
-  ('state', 'optimizer', 'input_pipeline', 'metric_writer', 'workdir'),
+  ('train_step',),
+  (
+    'state', 'optimizer', 'input_pipeline', 'device_data', 'metric_writer',
+    'workdir',
+  ),
   ('models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering'),
   ('metrics', 'distances', 'mesh', 'locks', 'interruption'),
 )
@@ -92,6 +98,23 @@ class LayersTest(parameterized.TestCase):
       if _room(path) == room:
         libraries = {name.split('.')[0] for name in _imports(path)}
         self.assertLessEqual(libraries, allowed, path)
+
+  def test_the_step_needs_no_library_of_data_or_configs(self):
+    # benchmarks/train_step.py runs on machines that have none.
+    program = (
+      'import sys\n'
+      'from proxy_nca_jax import models, optimizer, train_step\n'
+      'print(*sorted({name.split(".")[0] for name in sys.modules}))'
+    )
+    loaded = subprocess.run(
+      [sys.executable, '-c', program], cwd=_ROOT, check=True,
+      capture_output=True, text=True,
+    ).stdout.split()
+    self.assertIn('optax', loaded)
+    self.assertNoCommonElements(
+      loaded,
+      ('clu', 'grain', 'ml_collections', 'tensorboardX', 'tensorflow_datasets'),
+    )
 
 
 if __name__ == '__main__':

@@ -223,6 +223,19 @@ class MainTest(parameterized.TestCase):
     self.assertIn('Resuming after step 16', output)
     self._assert_equals_straight(workdir)
 
+  def test_pictures_on_the_device_change_nothing(self):
+    workdir = self._workdir()
+    code, output = _signal_at(
+      signal.SIGTERM, 'step 7/', workdir, self.data_dir,
+      **{'dataset.on_device': True},
+    )
+    self.assertEqual(code, 128 + signal.SIGTERM, output)
+    self.assertRegex(output, r'Placing \d+ pictures on the devices')
+    code, output = _run(workdir, self.data_dir)
+    self.assertEqual(code, 0, output)
+    self.assertRegex(output, r'Resuming after step \d+')
+    self._assert_equals_straight(workdir)
+
   def test_a_finished_run_prints_its_table(self):
     code, output = _run(self.straight, '/nowhere')
     self.assertEqual(code, 0, output)

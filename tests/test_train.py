@@ -1,3 +1,4 @@
+import itertools
 import types
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from configs import default
-from proxy_nca_jax import losses, models, proxies, train
+from proxy_nca_jax import interruption, losses, models, proxies, train
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
@@ -230,7 +231,7 @@ class ShardedProxiesTest(parameterized.TestCase):
     def mean_loss(points, embeddings, labels):
       mask = jnp.ones(batch_size, bool)
       x, p, y, where = share(embeddings, points, labels, mask)
-      metrics = train._proxy_metrics('one', x, p, y, where)
+      metrics = train_step._proxy_metrics('one', x, p, y, where)
       value = loss.fn(embeddings=x, proxies=p, labels=y, where=where)
       return jnp.mean(value), metrics
 
@@ -353,6 +354,53 @@ class ConfigTest(parameterized.TestCase):
   def test_arguments_that_do_not_fit_are_refused_before_training(self):
     with self.assertRaisesRegex(ValueError, 'label_smoothing'):
       train.make_loss(_config(**{'loss.proxy_nca.label_smoothing': 0.1}))
+
+
+class LoopTest(absltest.TestCase):
+
+  def test_batches_are_sent_while_steps_compute(self):
+    # The host waits for the first step, which compiles, and to report.
+    events = []
+
+    class Scalar:
+
+      def block_until_ready(self):
+        events.append('wait')
+
+      def __array__(self):
+        events.append('wait')
+        return np.float32(1)
+
+    def train_step(state, batch, rate_scale, *, freeze_batch_norm):
+      del batch, rate_scale, freeze_batch_norm
+      events.append('step')
+      return state, {'loss': Scalar(), 'gradient_norm': Scalar()}
+
+    nothing = lambda *args: None
+    quiet = types.SimpleNamespace(
+      save=nothing, wait=nothing, write_scalars=nothing
+    )
+    run = train._Run(
+      workdir='',
+      data=types.SimpleNamespace(
+        train=types.SimpleNamespace(num_classes=_NUM_CLASSES)
+      ),
+      signals=self.enter_context(interruption.StopSignals()),
+      checkpoints=quiet,
+      selected=quiet,
+      writer=quiet,
+      batches=_batches(_config(), 8),
+      prepare=lambda batch: events.append('send'),
+      train_step=train_step,
+      score=None,
+    )
+    config = _config(num_steps=8, log_every=4)
+    train._fit(config, types.SimpleNamespace(step=0), run)
+    names = [event for event, _ in itertools.groupby(events)]
+    sent = ['send', 'step']
+    self.assertEqual(
+      names, [*sent, 'wait', *3 * sent, 'wait', *4 * sent, 'wait']
+    )
 
 
 if __name__ == '__main__':

@@ -1,13 +1,19 @@
 """The embedding network: backbone, pooling, linear head."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import linen as nn
 
 from proxy_nca_jax.models import backbones
+
+if TYPE_CHECKING:
+  # Who builds a network without a config does without the library.
+  import ml_collections
 
 POOLINGS = ('average', 'max', 'average_max', 'gem', 'cls')
 
