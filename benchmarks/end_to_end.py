@@ -100,7 +100,7 @@ class Contest:
     self._start = jax.device_get(
       state_lib.create(
         config, model, optimizer, class_sizes=split.class_sizes,
-        sharding=mesh_lib.replicated(self._mesh),
+        mesh=self._mesh,
       )
     )
     self._prepare = {}

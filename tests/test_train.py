@@ -7,7 +7,14 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from configs import default
-from proxy_nca_jax import interruption, losses, models, proxies, train
+from proxy_nca_jax import (
+  interruption,
+  losses,
+  models,
+  proxies,
+  train,
+  train_step,
+)
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
