@@ -30,6 +30,7 @@ from proxy_nca_jax import (
   metric_writer,
   models,
   proxies,
+  watch,
 )
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
@@ -38,6 +39,10 @@ from proxy_nca_jax import workdir as workdir_lib
 
 # The scores whose harmonic mean ProxyNCA++ selects by.
 _AVERAGED = ('nmi', 'recall@1')
+# What the log says that a step waits for.
+_INPUT = 'its input'
+_DEVICE = 'the device, or a compilation'
+_SAVING = 'checkpoints to be written'
 
 _logger = logging.getLogger(__name__)
 
@@ -122,6 +127,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: Loss,
     normalize: Callable[[jax.Array], jax.Array],
+    *,
+    learning_rates: Callable[[jax.Array], dict] = lambda num_updates: {},
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step: (state, batch, rate_scale) -> (state, metrics).
 
@@ -129,6 +136,16 @@ def make_train_step(
   `freeze_batch_norm=True` the stored statistics are used and kept. The mean of
   the loss, the batch statistics and the metrics are those of the global batch,
   however many devices share it. The given state is donated.
+
+  Where the optimiser skips what is not finite, a step whose loss or gradient
+  norm is not changes nothing but `step` and the counts of what is skipped.
+
+  Args:
+    model: of `models.create_model`.
+    optimizer: of the groups of parameters.
+    loss: of `make_loss`.
+    normalize: of `make_normalize`.
+    learning_rates: (updates done) -> {group: rate}, for the metrics.
   """
 
   def train_step(state, batch, rate_scale=1.0, *, freeze_batch_norm=False):
@@ -159,13 +176,24 @@ def make_train_step(
     (value, (embeddings, model_state)), gradients = jax.value_and_grad(
       mean_loss, has_aux=True
     )(state.params)
+    skipped = optimizer_lib.skip_counts(state.opt_state)
+    num_updates = state.step - skipped.get('skipped_steps', 0)
     metrics = {
       'loss': value,
       'gradient_norm': optax.tree.norm(gradients),
+      **_group_metrics(
+        state.params, gradients, learning_rates(num_updates), rate_scale
+      ),
       **_proxy_metrics(
         loss.needs.proxies, embeddings, state.params['proxies'], batch
       ),
     }
+    if skipped:
+      is_finite = jnp.isfinite(value) & jnp.isfinite(metrics['gradient_norm'])
+      # A loss that is not finite can have a gradient that is.
+      gradients = jax.tree.map(
+        lambda x: jnp.where(is_finite, x, jnp.nan), gradients
+      )
     loss_state = state.loss_state
     if loss.needs.centers:
       loss_state = {
@@ -179,16 +207,23 @@ def make_train_step(
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )
+    params = optax.apply_updates(
+      state.params, optax.tree.scale(rate_scale, updates)
+    )
+    if skipped:
+      params, loss_state, model_state = jax.tree.map(
+        functools.partial(jnp.where, is_finite),
+        (params, loss_state, model_state),
+        (state.params, state.loss_state, state.model_state),
+      )
     state = state_lib.TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(
-        state.params, optax.tree.scale(rate_scale, updates)
-      ),
+      params=params,
       loss_state=loss_state,
       model_state=model_state,
       opt_state=opt_state,
     )
-    return state, metrics
+    return state, metrics | optimizer_lib.skip_counts(opt_state)
 
   return jax.jit(
     train_step, donate_argnums=0, static_argnames='freeze_batch_norm'
@@ -206,6 +241,27 @@ def make_normalize(
     std=backbone.std,
     is_bgr=backbone.is_bgr,
   )
+
+
+def _group_metrics(
+    params, gradients, rates, rate_scale
+) -> dict[str, jax.Array]:
+  """The gradient norm and the learning rate of each group, before the step.
+
+  `proxy_norm` is the mean over the proxies. Where a loss sees directions alone,
+  an update turns a proxy by its share of the norm: long proxies learn slowly.
+  """
+  metrics = {}
+  for group in optimizer_lib.GROUPS:
+    if not jax.tree.leaves(params[group]):  # No proxies in this loss.
+      continue
+    metrics[f'gradient_norm.{group}'] = optax.tree.norm(gradients[group])
+    if group in rates:
+      metrics[f'learning_rate.{group}'] = rate_scale * rates[group]
+  if jax.tree.leaves(params['proxies']):
+    norms = jnp.linalg.norm(params['proxies'], axis=-1)
+    metrics['proxy_norm'] = jnp.mean(norms)
+  return metrics
 
 
 def _proxy_metrics(form, embeddings, points, batch) -> dict[str, jax.Array]:
@@ -254,14 +310,15 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError if a number cannot be; names are checked at their use."""
   for field, least in (
     ('num_steps', 1), ('batch_size', 1), ('log_every', 1), ('save_every', 1),
-    ('eval_every', 0), ('keep_checkpoints', 1),
-    ('model.freeze_batch_norm_steps', -1),
+    ('eval_every', 0), ('keep_checkpoints', 1), ('stall_seconds', 0),
+    ('model.freeze_batch_norm_steps', -1), ('optimizer.max_skipped_steps', 1),
   ):
     value = operator.attrgetter(field)(config)
     if value < least:
       raise ValueError(
         f'config.{field} ({value}) must be at least {least}.'
       )
+  _check_profile_steps(config)
   factor = config.optimizer.plateau_factor
   if not 0 < factor <= 1 or config.optimizer.plateau_patience < 0:
     raise ValueError(
@@ -293,6 +350,19 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       )
 
 
+def _check_profile_steps(config) -> None:
+  steps = config.profile_steps
+  if not steps:
+    return
+  is_pair = len(steps) == 2 and all(isinstance(step, int) for step in steps)
+  if not is_pair or not 1 <= steps[0] <= steps[1] <= config.num_steps:
+    raise ValueError(
+      f'config.profile_steps ({steps}) must be () or the first and the last '
+      f'step to trace, in 1 to {config.num_steps} (config.num_steps), as '
+      '100,110.'
+    )
+
+
 class _Run(NamedTuple):
   """What `_fit` needs beside the configuration."""
 
@@ -306,6 +376,8 @@ class _Run(NamedTuple):
   train_step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
   score: Callable[[state_lib.TrainState, datasets.Split], dict[str, float]]
   mesh: jax.sharding.Mesh
+  watchdog: watch.Watchdog
+  trace: watch.Trace
 
 
 def train_and_evaluate(
@@ -438,9 +510,14 @@ def train_and_evaluate(
         optimizer,
         correct_for_frequency(loss, config, data.train.class_sizes),
         normalize,
+        learning_rates=optimizer_lib.make_learning_rates(config),
       ),
       score=score,
       mesh=mesh,
+      watchdog=stack.enter_context(watch.Watchdog(config.stall_seconds)),
+      trace=stack.enter_context(
+        watch.Trace(os.path.join(workdir, 'profile'), config.profile_steps)
+      ),
     )
     state = _fit(config, state, run)
     trained = score(state, data.test)
@@ -453,6 +530,7 @@ def train_and_evaluate(
       **({'seen_classes': score(state, data.seen)} if data.seen else {}),
       **baselines,
       'step': config.num_steps,
+      'skipped_steps': _num_skipped(state),
       'dataset': _summary(data),
       'weights': {'from': config.model.init_from, 'sha256': weights_digest},
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -469,13 +547,18 @@ def _fit(
   """Trains up to `config.num_steps`, logging, scoring and saving.
 
   Raises:
-    ValueError: if a loss or gradient is not finite; no such state is saved.
+    ValueError: if a loss or gradient is not finite, or too many were in a row
+      where such steps are skipped; no such state is saved.
     interruption.Stopped: on a signal, the state being saved.
   """
   done, last = int(state.step), config.num_steps
   progress = metric_writer.Progress(
-    run.writer, num_steps=last, batch_size=config.batch_size
+    run.writer,
+    num_steps=last,
+    batch_size=config.batch_size,
+    max_skipped=config.optimizer.max_skipped_steps,
   )
+  waiting_for = run.watchdog.waiting_for
   try:
     # A run that was stopped just before an evaluation makes up for it.
     if done and _is_evaluated(config, done) and not _is_written(done, run):
@@ -483,31 +566,44 @@ def _fit(
     rate_scale = _rate_scale(config, run.workdir)
     while done < last:
       with run.signals.deferred():
-        batch = next(run.batches)
+        with waiting_for(_INPUT, step=done + 1):
+          batch = next(run.batches)
         losses.check_labels(batch['label'], run.data.train.num_classes)
-        state, metrics = run.train_step(
-          state,
-          mesh_lib.shard_batch(batch, run.mesh),
-          rate_scale,
-          freeze_batch_norm=_is_batch_norm_frozen(config, done),
-        )
-        done += 1
-        progress.add(done, metrics)
+        run.trace.before(done + 1)
+        with (
+          waiting_for(_DEVICE, step=done + 1),
+          jax.profiler.StepTraceAnnotation('train', step_num=done + 1),
+        ):
+          state, metrics = run.train_step(
+            state,
+            mesh_lib.shard_batch(batch, run.mesh),
+            rate_scale,
+            freeze_batch_norm=_is_batch_norm_frozen(config, done),
+          )
+          done += 1
+          progress.add(
+            done, metrics, input_seconds=run.watchdog.seconds[_INPUT]
+          )
+        run.trace.after(done, metrics)
         if done == last or done % config.log_every == 0:
           progress.report()
       # Before the save, so that a run that resumes after it has the scores.
       if _is_evaluated(config, done):
-        progress.check()
+        with waiting_for(_DEVICE, step=done):
+          progress.check()
         _evaluate(config, state, run)
         rate_scale = _rate_scale(config, run.workdir)
         progress.restart_clock()
       with run.signals.deferred():
         if done == last or done % config.save_every == 0:
           # A state is saved only if all losses before it are finite.
-          progress.check()
-          run.selected.wait()
-          run.checkpoints.save(done, state)
-    run.checkpoints.wait()
+          with waiting_for(_DEVICE, step=done):
+            progress.check()
+          with waiting_for(_SAVING, step=done):
+            run.selected.wait()
+            run.checkpoints.save(done, state)
+    with waiting_for(_SAVING, step=done):
+      run.checkpoints.wait()
   except interruption.Stopped:
     progress.check()
     run.selected.wait()
@@ -519,6 +615,12 @@ def _fit(
     )
     raise
   return state
+
+
+def _num_skipped(state: state_lib.TrainState) -> int:
+  """The steps that were skipped because they were not finite."""
+  counts = optimizer_lib.skip_counts(state.opt_state)
+  return int(counts.get('skipped_steps', 0))
 
 
 def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:

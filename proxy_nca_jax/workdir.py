@@ -21,7 +21,10 @@ _FREE_FIELDS = (
   'dataset.root',
   'keep_checkpoints',
   'log_every',
+  'optimizer.max_skipped_steps',
+  'profile_steps',
   'save_every',
+  'stall_seconds',
 )
 
 

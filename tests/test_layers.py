@@ -16,7 +16,7 @@ _LAYERS = (
   ('evaluate',),
   ('state', 'optimizer', 'input_pipeline', 'metric_writer', 'workdir'),
   ('models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering'),
-  ('metrics', 'distances', 'mesh', 'locks', 'interruption'),
+  ('metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch'),
 )
 _PURE = (
   'losses', 'proxies', 'metrics', 'distances', 'retrieval', 'clustering'
