@@ -197,7 +197,8 @@ def _check_finite(
     raise ValueError(
       f'The loss or its gradient is not finite at step {names}. The '
       'checkpoints before it are kept. Lower the learning rates, or set '
-      'config.optimizer.clip_norm, or config.optimizer.on_nonfinite=skip.'
+      'config.optimizer.clip_norm, or begin with '
+      'config.optimizer.on_nonfinite=skip.'
     )
   _logger.warning(
     'Skipped, for a loss or gradient that is not finite: step %s; %d in all.',

@@ -19,6 +19,8 @@ def _create(seed=0, devices=None):
   config.dataset.image_size = 8
   # What waits has a state of its own.
   config.optimizer.backbone.freeze_steps = 3
+  # What skips has counts, and a flag.
+  config.optimizer.on_nonfinite = 'skip'
   sharding = mesh_lib.replicated(mesh_lib.make_mesh(devices))
   return state_lib.create(
     config,
