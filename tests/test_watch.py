@@ -31,8 +31,11 @@ class WatchdogTest(absltest.TestCase):
       self.assertRegex(
         logs.output[-1], r'Step 7 goes on: it waited [\d.]+ s for its input'
       )
+      # A short one after it is not; the next long one is told anew.
       told = len(logs.output)
-      # The next wait is told anew.
+      with watchdog.waiting_for('its input', step=8):
+        pass
+      self.assertLen(logs.output, told)
       with watchdog.waiting_for('the device', step=8):
         _wait_until(lambda: len(logs.output) > told)
       self.assertRegex(
@@ -58,9 +61,11 @@ class WatchdogTest(absltest.TestCase):
         time.sleep(0.1)
     with (
       self.assertNoLogs('proxy_nca_jax', 'WARNING'),
-      watch.Watchdog(0.02) as watchdog,
+      watch.Watchdog(0.1) as watchdog,
     ):
-      time.sleep(0.2)  # As evaluation.
+      with watchdog.waiting_for('the device', step=7):
+        pass
+      time.sleep(0.5)  # As evaluation.
 
   def test_zero_is_no_watchdog_but_seconds_are_counted(self):
     with (
