@@ -118,6 +118,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.rms_decay = 0.9  # rmsprop: share kept of the squares.
   config.optimizer.clip_norm = 0.0  # Largest norm of all gradients; 0: any.
   config.optimizer.decay_vectors = False  # Weight decay of biases and norms.
+  # What a loss or gradient that is not finite does: stop the run, or skip its
+  # step, which then changes nothing.
+  config.optimizer.on_nonfinite = 'stop'
+  config.optimizer.max_skipped_steps = 10  # skip: so many in a row stop, too.
   # All rates are multiplied by it when more than `plateau_patience` validation
   # scores in a row are not better than the best; 1: never.
   config.optimizer.plateau_factor = 1.0
@@ -151,4 +155,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval_every = 0  # On validation, or test; 0 is only at the end.
   config.save_every = 500  # Besides at the end and when stopped.
   config.keep_checkpoints = 2  # The newest; an older one mends a torn one.
+  # The log tells when a step waits so long for input or device; 0: never. More
+  # than compiling a large network takes.
+  config.stall_seconds = 300.0
+  config.profile_steps = ()  # (100, 110): their trace, to WORKDIR/profile.
   return config.lock()

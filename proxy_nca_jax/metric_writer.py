@@ -4,13 +4,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 import tensorboardX
 
-from proxy_nca_jax import processes
+from proxy_nca_jax import processes, watch
 
 _logger = logging.getLogger(__name__)
 
@@ -74,75 +74,153 @@ class MetricWriter:
 class Progress:
   """Holds the metrics of steps until they are needed, then fetches them.
 
-  The host does not wait for a step before it starts the next.
+  The host waits for a step only when the next one is under way.
   """
 
-  def __init__(self, writer: MetricWriter, *, num_steps: int, batch_size: int):
+  def __init__(
+      self,
+      writer: MetricWriter,
+      *,
+      num_steps: int,
+      batch_size: int,
+      max_skipped: int,
+  ):
     self._writer = writer
     self._num_steps, self._batch_size = num_steps, batch_size
-    self._pending, self._last, self._step = [], None, 0
-    self.restart_clock()
+    self._max_skipped = max_skipped
+    self._pending, self._is_due = [], False
+    self._step, self._input_seconds, self._clock = 0, 0.0, None
 
   def restart_clock(self) -> None:
-    """Leaves the time until the next step out of the rate."""
-    self._clock, self._clock_step = None, None
+    """Leaves the time since the last step out of the rate."""
+    if self._clock is not None:
+      self._start_clock(self._step)
 
-  def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Takes a step's scalars, 'loss' and 'gradient_norm' among them."""
-    self._step = step
+  def _start_clock(self, step):
+    self._clock, self._clock_step = time.monotonic(), step
+    self._clock_input_seconds = self._input_seconds
+
+  def add(
+      self,
+      step: int,
+      metrics: Mapping[str, jax.Array],
+      *,
+      input_seconds: float = 0.0,
+  ) -> None:
+    """Takes what a step that is under way gives.
+
+    Args:
+      step: its number.
+      metrics: scalars, 'loss' and 'gradient_norm' among them, and, if steps may
+        be skipped, the counts of `optimizer.skip_counts`.
+      input_seconds: that the host has waited for its batch and all before it.
+    """
+    self._step, self._input_seconds = step, input_seconds
     self._pending.append((step, metrics))
+    if self._is_due or len(self._pending) >= 1000:
+      self._fetch(len(self._pending) - 1)
     if self._clock is None:
       # The first step compiles: the rate is of those after it.
       jax.block_until_ready(metrics)
-      self._clock, self._clock_step = time.monotonic(), step
-    if len(self._pending) >= 1000:
-      self.check()
-
-  def check(self) -> None:
-    """Raises ValueError if a loss or gradient was not finite."""
-    fetched = jax.device_get(self._pending)
-    self._pending = []
-    bad = [
-      step
-      for step, metrics in fetched
-      if not np.isfinite(metrics['loss'])
-      or not np.isfinite(metrics['gradient_norm'])
-    ]
-    if bad:
-      steps = ', '.join(map(str, bad[:5])) + (', ...' if len(bad) > 5 else '')
-      raise ValueError(
-        f'The loss or its gradient is not finite at step {steps}. The '
-        'checkpoints before it are kept. Lower the learning rates, or set '
-        'config.optimizer.clip_norm.'
-      )
-    if fetched:
-      self._last = fetched[-1][1]
+      self._start_clock(step)
 
   def report(self) -> None:
-    """Writes the newest step's metrics and the rate since the last report."""
-    self.check()
+    """Asks for the newest step's metrics and the rate since the last report.
+
+    They are written when the next step is under way, or by `check`.
+    """
+    self._is_due = True
+
+  def check(self) -> None:
+    """Waits for all steps, and writes the report that is due.
+
+    Raises:
+      ValueError: if a loss or gradient was not finite and its step not skipped,
+        or if `max_skipped` steps in a row were.
+    """
+    self._fetch(len(self._pending))
+
+  def _fetch(self, number):
+    """Takes so many of the pending steps; a report is of the last of them."""
+    steps, self._pending = self._pending[:number], self._pending[number:]
+    names = ('loss', 'gradient_norm', 'skipped_steps', 'skipped_in_row')
+    _check_finite(
+      jax.device_get([
+        (step, {name: metrics[name] for name in names if name in metrics})
+        for step, metrics in steps
+      ]),
+      max_skipped=self._max_skipped,
+    )
+    if self._is_due:
+      self._is_due = False
+      step, metrics = steps[-1]
+      self._write(step, jax.device_get(metrics))
+
+  def _write(self, step, metrics):
+    scalars = {
+      name: value.item()
+      for name, value in metrics.items()
+      if np.isfinite(value)  # What a skipped step has is no number of JSON.
+    }
     seconds = max(time.monotonic() - self._clock, 1e-9)
-    steps = self._step - self._clock_step
+    steps = step - self._clock_step
     rate = steps / seconds
-    scalars = {name: float(value) for name, value in self._last.items()}
-    left = self._num_steps - self._step
-    rates = {'images_per_second': rate * self._batch_size}
-    self._writer.write_scalars(self._step, scalars | (rates if steps else {}))
-    timing = ''
+    rates, timing = {}, ''
     if steps:
-      timing = (
-        f'  {rates["images_per_second"]:.0f} images/s  '
-        f'{_format_seconds(left / rate)} left'
-      )
-    accuracy = ''
+      waited = self._input_seconds - self._clock_input_seconds
+      rates = {
+        'images_per_second': rate * self._batch_size,
+        'steps_per_second': rate,
+        'input_wait': waited / seconds,
+      }
+      left = _format_seconds((self._num_steps - step) / rate)
+      timing = f'  {rates["images_per_second"]:.0f} images/s  {left} left'
+    self._writer.write_scalars(step, scalars | rates | watch.device_memory())
+    accuracy = skipped = ''
     if 'proxy_accuracy' in scalars:  # Of losses whose labels index proxies.
       share = 100 * scalars['proxy_accuracy']
       accuracy = f'  nearest proxy right {share:.0f}%'
+    if scalars.get('skipped_steps'):
+      skipped = f'  {scalars["skipped_steps"]} skipped'
     _logger.info(
-      'step %d/%d  loss %.4f%s%s',
-      self._step, self._num_steps, scalars['loss'], accuracy, timing,
+      'step %d/%d  loss %.4f%s%s%s',
+      step, self._num_steps, metrics['loss'], accuracy, skipped, timing,
     )
-    self._clock, self._clock_step = time.monotonic(), self._step
+    self._start_clock(step)
+
+
+def _check_finite(
+    rows: Sequence[tuple[int, Mapping[str, np.ndarray]]], *, max_skipped: int
+) -> None:
+  """Raises ValueError, or logs what was skipped, if steps were not finite."""
+  bad = [
+    (step, metrics)
+    for step, metrics in rows
+    if not np.isfinite(metrics['loss'])
+    or not np.isfinite(metrics['gradient_norm'])
+  ]
+  if not bad:
+    return
+  names = ', '.join(str(step) for step, _ in bad[:5])
+  names += ', ...' if len(bad) > 5 else ''
+  if 'skipped_in_row' not in bad[0][1]:
+    raise ValueError(
+      f'The loss or its gradient is not finite at step {names}. The '
+      'checkpoints before it are kept. Lower the learning rates, or set '
+      'config.optimizer.clip_norm, or begin with '
+      'config.optimizer.on_nonfinite=skip.'
+    )
+  _logger.warning(
+    'Skipped, for a loss or gradient that is not finite: step %s; %d in all.',
+    names, bad[-1][1]['skipped_steps'],
+  )
+  if any(metrics['skipped_in_row'] >= max_skipped for _, metrics in bad):
+    raise ValueError(
+      f'The loss or its gradient is not finite in {max_skipped} steps in a row '
+      f'(config.optimizer.max_skipped_steps), step {bad[-1][0]} the last. The '
+      'checkpoints before it are kept. Lower the learning rates, or set '
+      'config.optimizer.clip_norm.'
+    )
 
 
 def _format_seconds(seconds: float) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 GROUPS = ('backbone', 'head', 'proxies')
 _OPTIMIZERS = ('adam', 'adamw', 'rmsprop', 'sgd')
+_ON_NONFINITE = ('stop', 'skip')
 _SCHEDULES = ('constant', 'cosine', 'exponential', 'step')
 
 
@@ -33,6 +36,9 @@ def make_optimizer(
   the end the moments of the other groups begin anew as well; here they go on.
   In both, batch statistics move all the while unless they are frozen too.
 
+  With `config.optimizer.on_nonfinite='skip'` gradients that are not finite give
+  updates of zero and change nothing but the counts of `skip_counts`.
+
   Raises:
     ValueError: if a name is unknown.
   """
@@ -44,8 +50,32 @@ def make_optimizer(
   if config.optimizer.clip_norm:
     # Before the groups: the norm is that of all gradients together.
     clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
-    return optax.chain(clip, optimizer)
+    optimizer = optax.chain(clip, optimizer)
+  if config.optimizer.on_nonfinite not in _ON_NONFINITE:
+    raise ValueError(
+      'Unknown config.optimizer.on_nonfinite '
+      f'({config.optimizer.on_nonfinite!r}): choose one of '
+      f'{", ".join(_ON_NONFINITE)}.'
+    )
+  if config.optimizer.on_nonfinite == 'skip':
+    # Optax takes what is not finite after so many in a row: never.
+    return optax.apply_if_finite(optimizer, np.iinfo(np.int32).max)
   return optimizer
+
+
+def skip_counts(opt_state: optax.OptState) -> dict[str, jax.Array]:
+  """Returns the steps that were skipped, in all and in a row until now.
+
+  Returns:
+    {'skipped_steps', 'skipped_in_row'}: int32 []; {} of an optimiser that skips
+    none.
+  """
+  if not isinstance(opt_state, optax.ApplyIfFiniteState):
+    return {}
+  return {
+    'skipped_steps': opt_state.total_notfinite,
+    'skipped_in_row': opt_state.notfinite_count,
+  }
 
 
 def _make_group(config, name, num_steps):
@@ -116,6 +146,25 @@ def make_schedule(
     return schedule
   linear = optax.linear_schedule(0, rate, warmup)
   return optax.join_schedules([linear, schedule], [warmup])
+
+
+def make_learning_rates(
+    config: ml_collections.ConfigDict,
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+  """Returns the map from updates done to each group's rate in the next one.
+
+  It is 0 while a group is frozen. The plateau's factor is not in it.
+  """
+
+  def learning_rates(num_updates):
+    rates = {}
+    for name in GROUPS:
+      schedule = make_schedule(config.optimizer, name, config.num_steps)
+      num_unfrozen = num_updates - config.optimizer[name].freeze_steps
+      rates[name] = jnp.where(num_unfrozen < 0, 0.0, schedule(num_unfrozen))
+    return rates
+
+  return learning_rates
 
 
 def plateau_scale(

@@ -264,6 +264,8 @@ def _sums(state: TrainState) -> jax.Array:
   """
 
   def words_sum(array):
+    if array.dtype == bool:
+      array = array.astype(jnp.uint8)
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(array, bits).reshape(-1)
     weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1

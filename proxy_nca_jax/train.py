@@ -29,6 +29,7 @@ from proxy_nca_jax import (
   metric_writer,
   models,
   processes,
+  watch,
 )
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
@@ -38,6 +39,10 @@ from proxy_nca_jax.train_step import Loss, make_train_step
 
 # The scores whose harmonic mean ProxyNCA++ selects by.
 _AVERAGED = ('nmi', 'recall@1')
+# What the log says that a step waits for.
+_INPUT = 'its input'
+_DEVICE = 'the device, or a compilation'
+_SAVING = 'checkpoints to be written'
 
 _logger = logging.getLogger(__name__)
 
@@ -194,14 +199,15 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError if a number cannot be; names are checked at their use."""
   for field, least in (
     ('num_steps', 1), ('batch_size', 1), ('log_every', 1), ('save_every', 1),
-    ('eval_every', 0), ('keep_checkpoints', 1),
-    ('model.freeze_batch_norm_steps', -1),
+    ('eval_every', 0), ('keep_checkpoints', 1), ('stall_seconds', 0),
+    ('model.freeze_batch_norm_steps', -1), ('optimizer.max_skipped_steps', 1),
   ):
     value = operator.attrgetter(field)(config)
     if value < least:
       raise ValueError(
         f'config.{field} ({value}) must be at least {least}.'
       )
+  _check_profile_steps(config)
   factor = config.optimizer.plateau_factor
   if not 0 < factor <= 1 or config.optimizer.plateau_patience < 0:
     raise ValueError(
@@ -233,6 +239,19 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       )
 
 
+def _check_profile_steps(config) -> None:
+  steps = config.profile_steps
+  if not steps:
+    return
+  is_pair = len(steps) == 2 and all(isinstance(step, int) for step in steps)
+  if not is_pair or not 1 <= steps[0] <= steps[1] <= config.num_steps:
+    raise ValueError(
+      f'config.profile_steps ({steps}) must be () or the first and the last '
+      f'step to trace, in 1 to {config.num_steps} (config.num_steps), as '
+      '100,110.'
+    )
+
+
 class _Run(NamedTuple):
   """What `_fit` needs beside the configuration."""
 
@@ -246,6 +265,8 @@ class _Run(NamedTuple):
   prepare: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
   train_step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
   score: Callable[[state_lib.TrainState, datasets.Split], dict[str, float]]
+  watchdog: watch.Watchdog
+  trace: watch.Trace
 
 
 def train_and_evaluate(
@@ -378,8 +399,13 @@ def train_and_evaluate(
         correct_for_frequency(loss, config, data.train.class_sizes),
         normalize,
         share=make_share(config, data.train.num_classes, mesh),
+        learning_rates=optimizer_lib.make_learning_rates(config),
       ),
       score=score,
+      watchdog=stack.enter_context(watch.Watchdog(config.stall_seconds)),
+      trace=stack.enter_context(
+        watch.Trace(os.path.join(workdir, 'profile'), config.profile_steps)
+      ),
     )
     state = _fit(config, state, run)
     trained = score(state, data.test)
@@ -392,6 +418,7 @@ def train_and_evaluate(
       **({'seen_classes': score(state, data.seen)} if data.seen else {}),
       **baselines,
       'step': config.num_steps,
+      'skipped_steps': _num_skipped(state),
       'dataset': _summary(data),
       'weights': {'from': config.model.init_from, 'sha256': weights_digest},
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -408,13 +435,18 @@ def _fit(
   """Trains up to `config.num_steps`, logging, scoring and saving.
 
   Raises:
-    ValueError: if a loss or gradient is not finite; no such state is saved.
+    ValueError: if a loss or gradient is not finite, or too many were in a row
+      where such steps are skipped; no such state is saved.
     interruption.Stopped: on a signal, the state being saved.
   """
   done, last = int(state.step), config.num_steps
   progress = metric_writer.Progress(
-    run.writer, num_steps=last, batch_size=config.batch_size
+    run.writer,
+    num_steps=last,
+    batch_size=config.batch_size,
+    max_skipped=config.optimizer.max_skipped_steps,
   )
+  waiting_for = run.watchdog.waiting_for
   try:
     # A run that was stopped just before an evaluation makes up for it.
     if done and _is_evaluated(config, done) and not _is_written(done, run):
@@ -423,31 +455,44 @@ def _fit(
     while done < last:
       run.signals.check(done)
       with run.signals.deferred():
-        batch = next(run.batches)
+        with waiting_for(_INPUT, step=done + 1):
+          batch = next(run.batches)
         losses.check_labels(batch['label'], run.data.train.num_classes)
-        state, metrics = run.train_step(
-          state,
-          run.prepare(batch),
-          rate_scale,
-          freeze_batch_norm=_is_batch_norm_frozen(config, done),
-        )
-        done += 1
-        progress.add(done, metrics)
+        run.trace.before(done + 1)
+        with (
+          waiting_for(_DEVICE, step=done + 1),
+          jax.profiler.StepTraceAnnotation('train', step_num=done + 1),
+        ):
+          state, metrics = run.train_step(
+            state,
+            run.prepare(batch),
+            rate_scale,
+            freeze_batch_norm=_is_batch_norm_frozen(config, done),
+          )
+          done += 1
+          progress.add(
+            done, metrics, input_seconds=run.watchdog.seconds[_INPUT]
+          )
+        run.trace.after(done, metrics)
         if done == last or done % config.log_every == 0:
           progress.report()
       # Before the save, so that a run that resumes after it has the scores.
       if _is_evaluated(config, done):
-        progress.check()
+        with waiting_for(_DEVICE, step=done):
+          progress.check()
         _evaluate(config, state, run)
         rate_scale = _rate_scale(config, run.workdir)
         progress.restart_clock()
       with run.signals.deferred():
         if done == last or done % config.save_every == 0:
           # A state is saved only if all losses before it are finite.
-          progress.check()
-          run.selected.wait()
-          run.checkpoints.save(done, state)
-    run.checkpoints.wait()
+          with waiting_for(_DEVICE, step=done):
+            progress.check()
+          with waiting_for(_SAVING, step=done):
+            run.selected.wait()
+            run.checkpoints.save(done, state)
+    with waiting_for(_SAVING, step=done):
+      run.checkpoints.wait()
   except interruption.Stopped:
     progress.check()
     run.selected.wait()
@@ -478,6 +523,12 @@ def _read_run(config, workdir: str) -> tuple[dict | None, dict | None]:
       may_add_steps=not optimizer_lib.depends_on_num_steps(config),
     )
   return saved, results
+
+
+def _num_skipped(state: state_lib.TrainState) -> int:
+  """The steps that were skipped because they were not finite."""
+  counts = optimizer_lib.skip_counts(state.opt_state)
+  return int(counts.get('skipped_steps', 0))
 
 
 def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:

@@ -1,5 +1,6 @@
 """The training step, from a batch of images to the next state."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from proxy_nca_jax import losses, proxies
+from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
 
@@ -25,6 +27,7 @@ def make_train_step(
     normalize: Callable[[jax.Array], jax.Array],
     *,
     share: Callable[..., tuple] = lambda *arrays: arrays,
+    learning_rates: Callable[[jax.Array], dict] = lambda num_updates: {},
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step: (state, batch, rate_scale) -> (state, metrics).
 
@@ -33,12 +36,16 @@ def make_train_step(
   the loss, the batch statistics and the metrics are those of the global batch,
   however many devices share it. The given state is donated.
 
+  Where the optimiser skips what is not finite, a step whose loss or gradient
+  norm is not changes nothing but `step` and the counts of what is skipped.
+
   Args:
     model: `apply` gives (embeddings, model state).
-    optimizer: of all parameters.
+    optimizer: of the groups of parameters.
     loss: of `make_loss`.
     normalize: of `make_normalize`.
     share: of `make_share`.
+    learning_rates: (updates done) -> {group: rate}, for the metrics.
   """
 
   def train_step(state, batch, rate_scale=1.0, *, freeze_batch_norm=False):
@@ -75,9 +82,22 @@ def make_train_step(
     (value, (embeddings, metrics, model_state)), gradients = jax.value_and_grad(
       mean_loss, has_aux=True
     )(state.params)
+    skipped = optimizer_lib.skip_counts(state.opt_state)
+    num_updates = state.step - skipped.get('skipped_steps', 0)
     metrics = {
-      'loss': value, 'gradient_norm': optax.tree.norm(gradients), **metrics
+      'loss': value,
+      'gradient_norm': optax.tree.norm(gradients),
+      **_group_metrics(
+        state.params, gradients, learning_rates(num_updates), rate_scale
+      ),
+      **metrics,
     }
+    if skipped:
+      is_finite = jnp.isfinite(value) & jnp.isfinite(metrics['gradient_norm'])
+      # A loss that is not finite can have a gradient that is.
+      gradients = jax.tree.map(
+        lambda x: jnp.where(is_finite, x, jnp.nan), gradients
+      )
     loss_state = state.loss_state
     if loss.needs.centers:
       loss_state = {
@@ -91,37 +111,66 @@ def make_train_step(
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )
+    params = optax.apply_updates(
+      state.params, optax.tree.scale(rate_scale, updates)
+    )
+    if skipped:
+      params, loss_state, model_state = jax.tree.map(
+        functools.partial(jnp.where, is_finite),
+        (params, loss_state, model_state),
+        (state.params, state.loss_state, state.model_state),
+      )
     state = state_lib.TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(
-        state.params, optax.tree.scale(rate_scale, updates)
-      ),
+      params=params,
       loss_state=loss_state,
       model_state=model_state,
       opt_state=opt_state,
     )
-    return state, metrics
+    return state, metrics | optimizer_lib.skip_counts(opt_state)
 
   return jax.jit(
     train_step, donate_argnums=0, static_argnames='freeze_batch_norm'
   )
 
 
+def _group_metrics(
+    params, gradients, rates, rate_scale
+) -> dict[str, jax.Array]:
+  """The gradient norm and the learning rate of each group, before the step."""
+  metrics = {}
+  for group in optimizer_lib.GROUPS:
+    if not jax.tree.leaves(params[group]):  # No proxies in this loss.
+      continue
+    metrics[f'gradient_norm.{group}'] = optax.tree.norm(gradients[group])
+    if group in rates:
+      metrics[f'learning_rate.{group}'] = rate_scale * rates[group]
+  return metrics
+
+
 def _proxy_metrics(
     form, embeddings, points, labels, mask
 ) -> dict[str, jax.Array]:
-  """Compares the batch with the proxies, where labels index them.
+  """Looks at the proxies, and compares the batch with them if labels do.
 
+  `proxy_norm` is the mean of their norms: where a loss sees directions alone,
+  an update turns a proxy by its share of the norm: long ones learn slowly.
   `proxy_error` is the paper's eps, of the batch instead of all points, and
   `ranking_bound` what follows from it.
   """
-  if form not in ('one', 'several'):
+  if form is None:
     return {}
   embeddings, points = jax.lax.stop_gradient((embeddings, points))
+  norm = jnp.mean(jnp.linalg.norm(points, axis=-1))
+  if form == 'free':
+    return {'proxy_norm': norm}
   rows = points.reshape(-1, points.shape[-1])
   num_centers = rows.shape[0] // points.shape[0]
   nearest = proxies.nearest_proxies(embeddings, rows) // num_centers
-  metrics = {'proxy_accuracy': jnp.mean(nearest == labels, where=mask)}
+  metrics = {
+    'proxy_norm': norm,
+    'proxy_accuracy': jnp.mean(nearest == labels, where=mask),
+  }
   if form == 'one':
     error = proxies.proxy_approximation_error(
       embeddings, points, labels, where=mask

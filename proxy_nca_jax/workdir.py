@@ -22,8 +22,11 @@ _FREE_FIELDS = (
   'dataset.root',
   'keep_checkpoints',
   'log_every',
+  'optimizer.max_skipped_steps',
+  'profile_steps',
   'proxies.sharded',
   'save_every',
+  'stall_seconds',
 )
 
 

@@ -137,7 +137,9 @@ class RecipesTest(parameterized.TestCase):
       f'--config={_ROOT}/configs/cars196.py:proxy_anchor',
       '--config.loss.proxy_anchor.alpha=16.0',
       '--config.optimizer.head.decay_at=(10, 20)',
+      '--config.profile_steps=100,110',
     )
+    self.assertEqual(config.profile_steps, (100, 110))
     self.assertEqual(config.dataset.name, 'cars196')
     self.assertEqual(
       config.loss.proxy_anchor.to_dict(), {'alpha': 16.0, 'margin': 0.1}

@@ -22,7 +22,7 @@ _LAYERS = (
     'workdir',
   ),
   ('models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering'),
-  ('metrics', 'distances', 'mesh', 'locks', 'interruption'),
+  ('metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch'),
 )
 _PURE = (
   'losses', 'proxies', 'metrics', 'distances', 'retrieval', 'clustering'

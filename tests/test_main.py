@@ -91,9 +91,9 @@ def _final_state(workdir):
 
 
 def _metrics(workdir):
-  rates = ('images_per_second',)
+  timings = ('images_per_second', 'steps_per_second', 'input_wait')
   return [
-    {name: value for name, value in row.items() if name not in rates}
+    {name: value for name, value in row.items() if name not in timings}
     for row in metric_writer.read_metrics(workdir)
   ]
 

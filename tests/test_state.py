@@ -13,7 +13,9 @@ from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
 
-def _create(seed=0, devices=None, sharded=False):
+def _create(
+    seed=0, devices=None, *, sharded=False, on_nonfinite='stop'
+):
   config = default.get_config()
   config.proxies.sharded = sharded
   config.seed = seed
@@ -21,6 +23,7 @@ def _create(seed=0, devices=None, sharded=False):
   config.dataset.image_size = 8
   # What waits has a state of its own.
   config.optimizer.backbone.freeze_steps = 3
+  config.optimizer.on_nonfinite = on_nonfinite
   return state_lib.create(
     config,
     models.create_model(config),
@@ -86,6 +89,15 @@ class StateTest(absltest.TestCase):
   def test_newest_state_comes_back_bit_for_bit(self):
     self._save(1, 2)
     _assert_equal(self._open().restore(_create()), _at_step(2))
+
+  def test_the_flag_of_an_optimizer_that_skips_comes_back(self):
+    state = _create(seed=3, on_nonfinite='skip')
+    checkpoints = self._open()
+    checkpoints.save(0, state)
+    checkpoints.wait()
+    restored = self._open().restore(_create(on_nonfinite='skip'))
+    self.assertEqual(restored.opt_state.last_finite.dtype, bool)
+    _assert_equal(restored, state)
 
   def test_restores_onto_another_number_of_devices(self):
     self._save(4)

@@ -1,15 +1,24 @@
+import contextlib
 import itertools
+import pathlib
+import tempfile
+import time
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl.testing import absltest, parameterized
+from PIL import Image
 
-from configs import default
+from configs import default, image_folder
 from proxy_nca_jax import (
+  input_pipeline,
   interruption,
   losses,
+  metric_writer,
   models,
   proxies,
   train,
@@ -47,13 +56,17 @@ def _batches(config, num_batches):
     }
 
 
-def _run(config, *, num_steps, devices=None, change=lambda batch: batch):
+def _run(
+    config, *, num_steps, devices=None, change=lambda batch: batch, loss=None,
+    rate_scale=1.0, states=None,
+):
   mesh = mesh_lib.make_mesh(devices)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
   normalize = train.make_normalize(config)
   step = train.make_train_step(
-    model, optimizer, train.make_loss(config), normalize,
+    model, optimizer, loss or train.make_loss(config), normalize,
+    learning_rates=optimizer_lib.make_learning_rates(config),
     share=train.make_share(config, _NUM_CLASSES, mesh),
   )
   state = state_lib.create(
@@ -64,9 +77,14 @@ def _run(config, *, num_steps, devices=None, change=lambda batch: batch):
     mesh=mesh,
   )
   history = []
+  # A step takes the state before it away.
+  states = [] if states is None else states
+  states.append(jax.device_get(state))
   for batch in _batches(config, num_steps):
-    state, metrics = step(state, mesh_lib.shard_batch(change(batch), mesh))
+    batch = mesh_lib.shard_batch(change(batch), mesh)
+    state, metrics = step(state, batch, rate_scale)
     history.append(jax.device_get(metrics))
+    states.append(jax.device_get(state))
   embed = train.make_embed_fn(model, normalize, mesh)
   return state, history, embed
 
@@ -154,8 +172,13 @@ class TrainStepTest(parameterized.TestCase):
     before, _, _ = _run(config, num_steps=0)
     after, history, _ = _run(config, num_steps=10)
     self.assertLess(history[-1]['loss'], history[0]['loss'])
+    groups = ('backbone', 'head') + (('proxies',) if needs.proxies else ())
+    names = [
+      f'{name}.{group}'
+      for name in ('gradient_norm', 'learning_rate') for group in groups
+    ] + (['proxy_norm'] if needs.proxies else [])
     self.assertSameElements(
-      history[0], ('loss', 'gradient_norm', *metrics)
+      history[0], ('loss', 'gradient_norm', *names, *metrics)
     )
     forms = {
       'one': (_NUM_CLASSES, 64), 'several': (_NUM_CLASSES, 3, 64),
@@ -270,6 +293,263 @@ class ShardedProxiesTest(parameterized.TestCase):
       train.make_loss(_config(**fields, **{'proxies.sharded': True}))
 
 
+class GroupMetricsTest(parameterized.TestCase):
+
+  @parameterized.parameters('stop', 'skip')
+  def test_what_moves_is_the_rate_times_the_gradient(self, on_nonfinite):
+    config = _config(**{
+      'optimizer.name': 'sgd', 'optimizer.momentum': 0.0,
+      'optimizer.on_nonfinite': on_nonfinite,
+      'optimizer.backbone.freeze_steps': 2,
+      'optimizer.backbone.warmup_steps': 2,
+      'optimizer.head.schedule': 'exponential',
+      'optimizer.head.decay_every': 1, 'optimizer.head.decay_rate': 0.5,
+    })
+    # The schedules wait while steps are skipped.
+    bad = (2, 4) if on_nonfinite == 'skip' else ()
+    loss = train.make_loss(config)
+    if bad:
+      loss = _broken_loss(loss, 'gradient')
+    states, seen = [], []
+    _, history, _ = _run(
+      config, num_steps=7, loss=loss, rate_scale=0.25, change=_change_of(bad),
+      states=states,
+    )
+    for step, metrics in enumerate(history, 1):
+      if step in bad:
+        continue
+      norms = [metrics[f'gradient_norm.{g}'] for g in optimizer_lib.GROUPS]
+      np.testing.assert_allclose(
+        metrics['gradient_norm'], np.linalg.norm(norms), rtol=1e-5
+      )
+      for group, norm in zip(optimizer_lib.GROUPS, norms):
+        moved = optax.tree.norm(jax.tree.map(
+          np.subtract, states[step].params[group],
+          states[step - 1].params[group],
+        ))
+        # Rounded as the parameters are.
+        np.testing.assert_allclose(
+          moved, norm * metrics[f'learning_rate.{group}'], rtol=2e-2,
+          atol=1e-6,
+        )
+      seen.append(metrics)
+    backbone, head = (
+      [metrics[f'learning_rate.{group}'] for metrics in seen[:5]]
+      for group in ('backbone', 'head')
+    )
+    rate = 0.25 * 1e-3
+    np.testing.assert_allclose(backbone, rate * np.array([0, 0, 0, 0.5, 1]))
+    np.testing.assert_allclose(head, rate * 0.5 ** np.arange(5))
+
+  @parameterized.parameters('proxy_nca', 'soft_triple')
+  def test_the_norm_of_the_proxies_is_their_mean(self, name):
+    config = _config(**{'loss.name': name, 'proxies.init_norm': 3.0})
+    states = []
+    _, history, _ = _run(config, num_steps=1, states=states)
+    rows = np.reshape(states[0].params['proxies'], (-1, 64))
+    np.testing.assert_allclose(
+      history[0]['proxy_norm'], np.mean(np.linalg.norm(rows, axis=1)), rtol=1e-5
+    )
+
+
+def _change_of(bad):
+  """Returns what gives the batches of some steps only labels of 0."""
+  steps = itertools.count(1)
+
+  def change(batch):
+    is_bad = next(steps) in bad
+    return batch | {'label': batch['label'] * (not is_bad)}
+
+  return change
+
+
+def _broken_loss(loss, what):
+  """A loss that is not finite where all labels are 0: it, or its gradient."""
+
+  def fn(*, embeddings, labels, **arrays):
+    value = loss.fn(embeddings=embeddings, labels=labels, **arrays)
+    is_bad = jnp.all(labels == 0)
+    if what == 'loss':
+      return value + jnp.where(is_bad, jnp.inf, 0)
+    # The root's slope at 0 is infinite, and 0 times that is not a number.
+    return value + jnp.sqrt(jnp.where(is_bad, 0 * embeddings[:, 0], 1))
+
+  return train.Loss(fn, loss.needs)
+
+
+class NonfiniteTest(parameterized.TestCase):
+
+  @parameterized.parameters('loss', 'gradient')
+  def test_a_skipped_step_changes_its_number_and_counts_alone(self, what):
+    # With batch statistics, centres, moments, and a group that waits.
+    config = _config(**{
+      'loss.name': 'center_softmax', 'optimizer.on_nonfinite': 'skip',
+      'optimizer.backbone.freeze_steps': 2,
+    })
+    states = []
+    later, history, _ = _run(
+      config, num_steps=20, loss=_broken_loss(train.make_loss(config), what),
+      change=_change_of((2, 3)), states=states,
+    )
+    _, before, _, after, *_ = states
+    for name in ('params', 'model_state', 'loss_state'):
+      jax.tree.map(
+        np.testing.assert_array_equal, getattr(after, name),
+        getattr(before, name),
+      )
+    jax.tree.map(
+      np.testing.assert_array_equal, after.opt_state.inner_state,
+      before.opt_state.inner_state,
+    )
+    self.assertEqual(after.step, 3)
+    counts = [
+      (metrics['skipped_steps'], metrics['skipped_in_row'])
+      for metrics in history[:4]
+    ]
+    self.assertEqual(counts, [(0, 0), (1, 1), (2, 2), (2, 0)])
+    for metrics in history[1:3]:
+      self.assertEqual(np.isfinite(metrics['loss']), what == 'gradient')
+    # And it goes on.
+    self.assertEqual(history[-1]['skipped_steps'], 2)
+    self.assertLess(history[-1]['loss'], history[0]['loss'] - 0.1)
+    for group in optimizer_lib.GROUPS:
+      changed = jax.tree.map(
+        lambda a, b: np.any(a != b), later.params[group], after.params[group]
+      )
+      self.assertTrue(all(jax.tree.leaves(changed)), group)
+
+
+def _final_state(workdir):
+  checkpoints = state_lib.Checkpoints(str(workdir), keep=2)
+  saved = checkpoints._checkpointer.load(max(checkpoints.steps))
+  checkpoints.close()
+  return saved
+
+
+class _Killed(Exception):
+  """Ends a run as SIGKILL does: nothing is saved."""
+
+
+class RunTest(absltest.TestCase):
+  """Whole runs, on pictures of eight classes."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(cls.enter_context(tempfile.TemporaryDirectory()))
+    rng = np.random.default_rng(0)
+    for name in 'abcdefgh':
+      folder = cls.root / 'pictures' / name
+      folder.mkdir(parents=True)
+      pattern = rng.integers(0, 200, (16, 16, 3))
+      for number in range(6):
+        pixels = pattern + rng.integers(0, 56, (16, 16, 3))
+        image = Image.fromarray(pixels.astype(np.uint8))
+        image.save(folder / f'{number}.png')
+
+  def _train(
+      self, workdir, *, bad=(), slow=(), killed_at=None, **fields
+  ):
+    """Trains for 14 steps; some are not finite, some wait for their batch."""
+    config = image_folder.get_config()
+    config.update_from_flattened_dict({
+      'dataset.root': str(self.root / 'pictures'),
+      'dataset.data_dir': str(self.root / 'data'),
+      'dataset.resize': 16, 'dataset.image_size': 16, 'model.width': 8,
+      'batch_size': 16, 'num_steps': 14, 'log_every': 1, 'save_every': 4,
+      'evaluation.batch_size': 16, 'evaluation.kmeans_iterations': 0, **fields,
+    })
+    original = input_pipeline.train_batches
+
+    def train_batches(*args, first_step, **kwargs):
+      with contextlib.closing(
+        original(*args, first_step=first_step, **kwargs)
+      ) as batches:
+        for step, batch in enumerate(batches, first_step + 1):
+          if step == killed_at:
+            raise _Killed
+          if step in slow:
+            time.sleep(1)
+          yield batch | {'label': batch['label'] * (step not in bad)}
+
+    loss = _broken_loss(train.make_loss(config), 'gradient')
+    with (
+      mock.patch.object(input_pipeline, 'train_batches', train_batches),
+      mock.patch.object(train, 'make_loss', return_value=loss),
+      self.assertLogs('proxy_nca_jax', 'INFO') as logs,
+    ):
+      try:
+        return train.train_and_evaluate(config, str(workdir))
+      finally:
+        self.logs = '\n'.join(logs.output)
+
+  def _steps_saved(self, workdir):
+    checkpoints = state_lib.Checkpoints(str(workdir), keep=9)
+    self.addCleanup(checkpoints.close)
+    return checkpoints.steps
+
+  def test_skipping_survives_a_kill_bit_for_bit(self):
+    skip = {'optimizer.on_nonfinite': 'skip'}
+    straight, killed = self.root / 'straight', self.root / 'killed'
+    # What only watches may differ.
+    results = self._train(
+      straight, bad=(3, 9, 10), slow=(5,), stall_seconds=0.1,
+      profile_steps=(6, 7), **skip,
+    )
+    self.assertRegex(self.logs, 'Step 5 has waited .* for its input')
+    self.assertRegex(self.logs, 'Step 5 goes on: it waited .* for its input')
+    self.assertIn('A trace of steps 6 to 7 is in', self.logs)
+    self.assertLen(list((straight / 'profile').rglob('*.xplane.pb')), 1)
+    self.assertRegex(self.logs, 'Skipped, .* step 9; 2 in all')
+    self.assertEqual(results['skipped_steps'], 3)
+    rows = metric_writer.read_metrics(str(straight))
+    waits = [row['input_wait'] for row in rows if 'input_wait' in row]
+    self.assertBetween(max(waits), 0.2, 1)
+    self.assertGreaterEqual(min(waits), 0)
+
+    with self.assertRaises(_Killed):
+      self._train(killed, bad=(3, 9, 10), killed_at=12, **skip)
+    resumed = self._train(killed, bad=(3, 9, 10), **skip)
+    self.assertIn('Resuming after step 8', self.logs)
+    self.assertEqual(resumed, results)
+    timings = ('images_per_second', 'steps_per_second', 'input_wait')
+    straight_rows, killed_rows = (
+      [{k: v for k, v in row.items() if k not in timings} for row in rows]
+      for rows in (rows, metric_writer.read_metrics(str(killed)))
+    )
+    self.assertEqual(killed_rows, straight_rows)
+    skipped = {
+      row['step']: row['skipped_steps'] for row in rows
+      if 'skipped_steps' in row
+    }
+    self.assertEqual(
+      list(skipped.values()), [0, 0, 1, 1, 1, 1, 1, 1, 2, 3, 3, 3, 3, 3]
+    )
+    for row in rows[1:-1]:
+      self.assertEqual('gradient_norm' in row, row['step'] not in (3, 9, 10))
+    actual, expected = map(_final_state, (killed, straight))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+  def test_too_many_skipped_in_a_row_stop_the_run(self):
+    workdir = self.root / 'many'
+    fields = {
+      'optimizer.on_nonfinite': 'skip', 'optimizer.max_skipped_steps': 2
+    }
+    with self.assertRaisesRegex(ValueError, '2 steps in a row .*step 10 the'):
+      self._train(workdir, bad=(3, 9, 10), **fields)
+    self.assertEqual(self._steps_saved(workdir), [4, 8])
+    # One may be patient with the same run.
+    fields['optimizer.max_skipped_steps'] = 3
+    results = self._train(workdir, bad=(3, 9, 10), **fields)
+    self.assertEqual(results['skipped_steps'], 3)
+
+  def test_by_default_the_first_stops_the_run(self):
+    workdir = self.root / 'stopped'
+    with self.assertRaisesRegex(ValueError, 'is not finite at step 6'):
+      self._train(workdir, bad=(6,))
+    self.assertEqual(self._steps_saved(workdir), [4])
+
+
 class FrequencyTest(parameterized.TestCase):
 
   def _loss(self, **fields):
@@ -336,6 +616,14 @@ class ConfigTest(parameterized.TestCase):
     ({'proxies.init_norm': 0.0}, 'proxies.init_norm .0.0. must be positive'),
     ({'optimizer.plateau_factor': 1.5}, 'plateau_factor .1.5. must be in'),
     ({'optimizer.plateau_patience': -1}, 'plateau_patience .-1. not negative'),
+    ({'optimizer.max_skipped_steps': 0}, 'max_skipped_steps .0. must be at'),
+    ({'stall_seconds': -1.0}, 'config.stall_seconds .-1.0. must be at least 0'),
+    ({'profile_steps': (3,)}, r'profile_steps .\(3,\). must be .* 1 to 1000'),
+    ({'profile_steps': (0, 3)}, 'profile_steps'),
+    ({'profile_steps': (4, 3)}, 'profile_steps'),
+    ({'profile_steps': (999, 1001)}, 'profile_steps'),
+    ({'profile_steps': (1, 2.5)}, 'profile_steps'),
+    ({'profile_steps': ('a', 'b')}, 'profile_steps'),
     (
       {'optimizer.plateau_factor': 0.1, 'eval_every': 5},
       'plateau_factor .0.1. follows .* set config.dataset.validation',
@@ -348,6 +636,10 @@ class ConfigTest(parameterized.TestCase):
   def test_impossible_numbers_are_refused(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
       train.check_config(_config(**fields))
+
+  def test_steps_to_trace_may_be_one_or_all(self):
+    for steps in ((), (1, 1), (1, 1000)):
+      train.check_config(_config(profile_steps=steps))
 
   @parameterized.parameters(*losses.LOSSES)
   def test_every_loss_can_be_chosen(self, name):

@@ -46,7 +46,8 @@ class SameRunTest(parameterized.TestCase):
   @parameterized.parameters(
     {'log_every': 1}, {'save_every': 3}, {'keep_checkpoints': 9},
     {'dataset.root': '/elsewhere'}, {'dataset.data_dir': '/elsewhere'},
-    {'dataset.num_workers': 2},
+    {'dataset.num_workers': 2}, {'profile_steps': (1, 2)},
+    {'stall_seconds': 1.0}, {'optimizer.max_skipped_steps': 1},
   )
   def test_fields_beside_the_mathematics_may_differ(self, **fields):
     self._check(_config(), **fields)
@@ -55,6 +56,7 @@ class SameRunTest(parameterized.TestCase):
     {'seed': 1}, {'batch_size': 32}, {'loss.proxy_nca.temperature': 0.5},
     {'optimizer.proxies.learning_rate': 2.0}, {'eval_every': 7},
     {'dataset.split_seed': 1}, {'num_steps': 10},
+    {'optimizer.on_nonfinite': 'skip'},
   )
   def test_any_other_field_is_named(self, **fields):
     (name,) = fields

@@ -1,0 +1,134 @@
+import logging
+import pathlib
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest, parameterized
+
+from proxy_nca_jax import watch
+
+
+def _wait_until(condition):
+  deadline = time.monotonic() + 60
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.01)
+
+
+class WatchdogTest(absltest.TestCase):
+
+  def test_a_long_wait_is_told_and_its_end(self):
+    with (
+      self.assertLogs('proxy_nca_jax', 'WARNING') as logs,
+      watch.Watchdog(0.05) as watchdog,
+    ):
+      with watchdog.waiting_for('its input', step=7):
+        _wait_until(lambda: len(logs.output) > 1)
+      self.assertRegex(
+        logs.output[0], r'Step 7 has waited [\d.]+ s for its input'
+      )
+      self.assertRegex(
+        logs.output[-1], r'Step 7 goes on: it waited [\d.]+ s for its input'
+      )
+      # A short one after it is not; the next long one is told anew.
+      told = len(logs.output)
+      with watchdog.waiting_for('its input', step=8):
+        pass
+      self.assertLen(logs.output, told)
+      with watchdog.waiting_for('the device', step=8):
+        _wait_until(lambda: len(logs.output) > told)
+      self.assertRegex(
+        logs.output[told], r'Step 8 has waited [\d.]+ s for the device'
+      )
+
+  def test_warnings_of_one_wait_become_rare(self):
+    with (
+      self.assertLogs('proxy_nca_jax', 'WARNING') as logs,
+      watch.Watchdog(0.01) as watchdog,
+      watchdog.waiting_for('its input', step=7),
+    ):
+      time.sleep(1)
+    # At 0.01, 0.02, 0.04, ..., 0.64 s at the most, and the end.
+    self.assertBetween(len(logs.output), 2, 8)
+
+  def test_what_is_short_or_no_wait_is_not_told(self):
+    with (
+      self.assertNoLogs('proxy_nca_jax', 'WARNING'),
+      watch.Watchdog(60) as watchdog,
+    ):
+      with watchdog.waiting_for('its input', step=7):
+        time.sleep(0.1)
+    with (
+      self.assertNoLogs('proxy_nca_jax', 'WARNING'),
+      watch.Watchdog(0.1) as watchdog,
+    ):
+      with watchdog.waiting_for('the device', step=7):
+        pass
+      time.sleep(0.5)  # As evaluation.
+
+  def test_zero_is_no_watchdog_but_seconds_are_counted(self):
+    with (
+      self.assertNoLogs('proxy_nca_jax', 'WARNING'),
+      watch.Watchdog(0) as watchdog,
+    ):
+      for step in (7, 8):
+        with watchdog.waiting_for('its input', step=step):
+          time.sleep(0.1)
+      with watchdog.waiting_for('the device', step=8):
+        pass
+    self.assertGreaterEqual(watchdog.seconds['its input'], 0.2)
+    self.assertLess(watchdog.seconds['the device'], 0.2)
+
+
+class TraceTest(parameterized.TestCase):
+
+  def _traced(self, steps, done):
+    """Returns the files, and the log, of a trace of a loop."""
+    folder = self.create_tempdir().full_path
+    with self.assertLogs('proxy_nca_jax', 'INFO') as logs:
+      logging.getLogger('proxy_nca_jax').info('begins')
+      with watch.Trace(folder, steps) as trace:
+        for step in done:
+          trace.before(step)
+          trace.after(step, {'loss': jnp.ones(3) * step})
+    return list(pathlib.Path(folder).rglob('*.xplane.pb')), logs.output[1:]
+
+  @parameterized.parameters(
+    ((2, 3), range(1, 6), 'steps 2 to 3 is in'),
+    ((2, 2), range(1, 6), 'steps 2 to 2 is in'),
+    ((2, 9), range(1, 6), 'steps 2 to 5 is in'),  # Was stopped.
+    ((2, 9), range(4, 12), 'steps 4 to 9 is in'),  # Went on.
+  )
+  def test_the_steps_are_traced_and_the_log_tells_where(
+      self, steps, done, line
+  ):
+    files, logs = self._traced(steps, done)
+    self.assertLen(files, 1)
+    self.assertLen(logs, 1)
+    self.assertIn(line, logs[0])
+
+  @parameterized.parameters(((), range(1, 4)), ((2, 3), range(4, 6)))
+  def test_no_other_step_is_traced(self, steps, done):
+    self.assertEqual(self._traced(steps, done), ([], []))
+
+
+class DeviceMemoryTest(absltest.TestCase):
+
+  def test_what_the_device_tells_is_given(self):
+    stats = {'bytes_in_use': 3, 'peak_bytes_in_use': 5, 'num_allocs': 7}
+    device = mock.Mock(memory_stats=lambda: stats)
+    with mock.patch.object(jax, 'local_devices', return_value=[device]):
+      self.assertEqual(
+        watch.device_memory(),
+        {'device_bytes_in_use': 3, 'device_bytes_peak': 5},
+      )
+
+  def test_a_device_that_does_not_tell_gives_nothing(self):
+    device = mock.Mock(memory_stats=lambda: None)
+    with mock.patch.object(jax, 'local_devices', return_value=[device]):
+      self.assertEqual(watch.device_memory(), {})
+
+
+if __name__ == '__main__':
+  absltest.main()
