@@ -15,7 +15,10 @@ _LAYERS = (
   ('train', 'report', 'inference'),
   ('evaluate',),
   ('state', 'optimizer', 'input_pipeline', 'metric_writer', 'workdir'),
-  ('models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering'),
+  (
+    'models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering',
+    'mirror',
+  ),
   ('metrics', 'distances', 'mesh', 'locks', 'interruption'),
 )
 _PURE = (
@@ -23,6 +26,7 @@ _PURE = (
 )
 _FENCES = {
   'flax': ('models',),
+  'fsspec': ('mirror',),
   'tensorflow_datasets': ('datasets',),
   'grain': ('input_pipeline',),
   'orbax': ('state',),
