@@ -67,6 +67,7 @@ class Lease:
       seconds: how long a renewal is good for.
     """
     self._storage, self._path, self._seconds = storage, path, seconds
+    self.note = ''  # From whom it was taken over.
     self.owner = f'{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}'
     self._renewing, self._ended = threading.Lock(), threading.Event()
     self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
@@ -84,9 +85,8 @@ class Lease:
         raise BlockingIOError(
           f'{held["owner"]}, whose lease ends in {left:.0f} s if not renewed'
         )
-      _logger.warning(
-        'The lease of %s ended %.0f s ago: it is taken over.',
-        held['owner'], -left,
+      self.note = (
+        f'Taking over from {held["owner"]}, whose lease ended {-left:.0f} s ago'
       )
     self._write()
     time.sleep(self._seconds / 60)

@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 @contextlib.contextmanager
 def hold(
     url: str, *, lease_seconds: float = locks.LEASE_SECONDS
-) -> Iterator[tuple[str, Callable[[], None]]]:
+) -> Iterator[tuple[str, Callable[[], None], str]]:
   """Holds the lease of a remote folder, and mirrors it.
 
   Args:
@@ -38,10 +38,10 @@ def hold(
     lease_seconds: for how long a killed run keeps others out.
 
   Yields:
-    The local folder, and a function that begins to upload what has changed
-    and returns; it raises `locks.LeaseLost` if another run has taken over. At
-    the end all is uploaded and the local folder removed. It is kept if that
-    fails.
+    The local folder; a function that begins to upload what has changed and
+    returns, and raises `locks.LeaseLost` if another run has taken over; and
+    what to tell of a lease that was taken over. At the end all is uploaded and
+    the local folder removed. It is kept if that fails.
 
   Raises:
     ValueError: if the storage cannot be opened, or the lease is lost.
@@ -61,7 +61,7 @@ def hold(
       mirror.download()
       undo.pop_all()
     try:
-      yield local, mirror.begin_upload
+      yield local, mirror.begin_upload, lease.note
     finally:
       mirror.close()
 
@@ -69,10 +69,8 @@ def hold(
 def _open(url):
   try:
     storage, root = fsspec.url_to_fs(url)
-  except ImportError as error:
-    raise ValueError(
-      f'{url!r} needs a package that is not installed: {error}.'
-    ) from error
+  except (ImportError, ValueError) as error:  # Of the package, of the scheme.
+    raise ValueError(f'{url!r} cannot be opened: {error}.') from error
   # As fsspec.open does for local folders; other storage does not read it.
   storage.auto_mkdir = True
   return storage, root.rstrip('/')

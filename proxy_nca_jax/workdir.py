@@ -13,6 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from proxy_nca_jax import locks, mirror
 
+_logger = logging.getLogger(__name__)
+
 # Fields that do not change the mathematics: a resumed run may change them.
 _FREE_FIELDS = (
   'dataset.data_dir',
@@ -33,10 +35,12 @@ class Folder(NamedTuple):
     path: a local folder: the workdir, or the copy of a remote one.
     publish: begins to upload what has changed, where the workdir is remote.
       Raises ValueError if another run has taken it over.
+    note: from whom the workdir was taken over, for the log.
   """
 
   path: str
   publish: Callable[[], None]
+  note: str = ''
 
 
 @contextlib.contextmanager
@@ -70,6 +74,8 @@ def hold(workdir: str) -> Iterator[Folder]:
     package.addHandler(handler)
     stack.callback(handler.close)
     stack.callback(package.removeHandler, handler)
+    if folder.note:
+      _logger.warning(folder.note)
     yield folder
 
 
@@ -89,8 +95,8 @@ def _mirrored(url: str) -> Iterator[Folder]:
       f'{jax.process_count()} processes cannot share {url!r}: each would work '
       'on a copy of its own. Use a workdir in a folder that all of them see.'
     )
-  with mirror.hold(url) as (path, publish):
-    yield Folder(path, publish)
+  with mirror.hold(url) as mirrored:
+    yield Folder(*mirrored)
 
 
 @contextlib.contextmanager

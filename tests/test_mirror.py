@@ -34,7 +34,7 @@ class MirrorTest(absltest.TestCase):
 
   def _run(self, *names):
     """Starts and ends a run that writes these files; returns what it found."""
-    with self._hold() as (folder, _):
+    with self._hold() as (folder, _, _):
       found = self._read(folder)
       for name in names:
         self._write(folder, name)
@@ -70,15 +70,14 @@ class MirrorTest(absltest.TestCase):
     self.assertEmpty(os.listdir(self.copies))
 
   def test_what_changed_is_uploaded_while_the_run_lives(self):
-    with self._hold() as (folder, publish):
+    with self._hold() as (folder, publish, _):
       self._write(folder, 'log.txt', 'one')
       self._write(folder, 'checkpoints/1.orbax-checkpoint-tmp/a')
       self._write(folder, 'results.json.tmp')
       publish()
       self._wait_until(lambda: 'log.txt' in self._remote())
       self._write(folder, 'log.txt', 'one two')
-      with self.storage.open(f'{self.url}/log.txt', 'r') as file:
-        self._wait_until(lambda: publish() or self._log() == 'one two')
+      self._wait_until(lambda: publish() or self._log() == 'one two')
       self.assertEqual(
         self._remote(), {'log.txt', 'lease.json', 'manifest.json'}
       )
@@ -97,7 +96,7 @@ class MirrorTest(absltest.TestCase):
 
   def test_what_the_run_removes_is_removed(self):
     self._run('checkpoints/1/a', 'checkpoints/2/a')
-    with self._hold() as (folder, _):
+    with self._hold() as (folder, _, _):
       os.remove(os.path.join(folder, 'checkpoints/1/a'))
     self.assertEqual(self._remote(), {'checkpoints/2/a', 'manifest.json'})
 
@@ -107,7 +106,7 @@ class MirrorTest(absltest.TestCase):
     new = ['checkpoints/2/a', 'checkpoints/2/b']
     for number_that_arrive in range(3):
       with self.assertRaisesRegex(OSError, 'machine is gone.*copy that'):
-        with self._hold() as (folder, _):
+        with self._hold() as (folder, _, _):
           for name in new:
             self._write(folder, name)
           self._break_after(number_that_arrive)
@@ -140,7 +139,7 @@ class MirrorTest(absltest.TestCase):
     mock.patch.object(storage_type, 'pipe_file', pipe_lease_alone).start()
 
   def test_a_failed_upload_is_tried_again_and_the_run_goes_on(self):
-    with self._hold() as (folder, publish):
+    with self._hold() as (folder, publish, _):
       self._write(folder, 'log.txt')
       with contextlib.ExitStack() as stack:
         logs = stack.enter_context(self.assertLogs('proxy_nca_jax', 'WARNING'))
@@ -190,7 +189,7 @@ class MirrorTest(absltest.TestCase):
 
   def test_a_run_whose_lease_is_taken_stops_and_writes_nothing_more(self):
     with self.assertRaisesRegex(locks.LeaseLost, 'taken by another'):
-      with self._hold() as (folder, publish):
+      with self._hold() as (folder, publish, _):
         lease = {'owner': 'another', 'renewed': time.time(), 'seconds': 60}
         self.storage.pipe_file(
           f'{self.url}/lease.json', json.dumps(lease).encode()
