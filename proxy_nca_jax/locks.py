@@ -58,7 +58,7 @@ class Lease:
   and before whatever it writes under the lease (`renew`).
   """
 
-  def __init__(self, storage, path: str, *, seconds: float = LEASE_SECONDS):
+  def __init__(self, storage, path: str, *, seconds: float):
     """Prepares to hold an object while in the context.
 
     Args:

@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def hold(
-    url: str, *, lease_seconds: float = locks.LEASE_SECONDS
+    url: str, *, lease_seconds: float
 ) -> Iterator[tuple[str, Callable[[], None], str]]:
   """Holds the lease of a remote folder, and mirrors it.
 

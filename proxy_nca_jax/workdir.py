@@ -95,7 +95,7 @@ def _mirrored(url: str) -> Iterator[Folder]:
       f'{jax.process_count()} processes cannot share {url!r}: each would work '
       'on a copy of its own. Use a workdir in a folder that all of them see.'
     )
-  with mirror.hold(url) as mirrored:
+  with mirror.hold(url, lease_seconds=locks.LEASE_SECONDS) as mirrored:
     yield Folder(*mirrored)
 
 

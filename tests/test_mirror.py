@@ -205,13 +205,13 @@ class MirrorTest(absltest.TestCase):
 
   def test_storage_that_cannot_be_opened_is_named(self):
     with self.assertRaisesRegex(ValueError, 'nonsense'):
-      with mirror.hold('nonsense://bucket/run'):
+      with mirror.hold('nonsense://bucket/run', lease_seconds=1):
         pass
     with mock.patch.object(
       fsspec, 'url_to_fs', side_effect=ImportError('Please install gcsfs')
     ):
       with self.assertRaisesRegex(ValueError, 'gs://b/r.*install gcsfs'):
-        with mirror.hold('gs://b/r'):
+        with mirror.hold('gs://b/r', lease_seconds=1):
           pass
 
 
