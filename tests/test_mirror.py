@@ -174,6 +174,10 @@ class MirrorTest(absltest.TestCase):
     with mock.patch.object(type(self.storage), 'find', return_value=paths):
       found = self._run()
     self.assertEqual(found, {'run.json': 'y', 'checkpoints/1/a': 'y'})
+    self.assertEqual(
+      json.loads(self.storage.cat_file(f'{self.url}/manifest.json')),
+      ['checkpoints/1/a', 'run.json'],
+    )
 
   def test_lost_files_are_named(self):
     self._run('log.txt', 'checkpoints/1/a')
@@ -197,9 +201,7 @@ class MirrorTest(absltest.TestCase):
         self._write(folder, 'log.txt')
         publish()
         # Training ends at the next call after it is known.
-        while True:
-          publish()
-          time.sleep(0.01)
+        self._wait_until(publish)
     self.assertEqual(self._remote(), {'lease.json', 'manifest.json'})
     self.assertEmpty(os.listdir(self.copies))
 
