@@ -192,6 +192,7 @@ class MirrorTest(absltest.TestCase):
         self._run()
 
   def test_a_run_whose_lease_is_taken_stops_and_writes_nothing_more(self):
+    told = []
     with self.assertRaisesRegex(locks.LeaseLost, 'taken by another'):
       with self._hold() as (folder, publish, _):
         lease = {'owner': 'another', 'renewed': time.time(), 'seconds': 60}
@@ -201,7 +202,10 @@ class MirrorTest(absltest.TestCase):
         self._write(folder, 'log.txt')
         publish()
         # Training ends at the next call after it is known.
-        self._wait_until(publish)
+        with self.assertRaises(locks.LeaseLost):
+          self._wait_until(publish)
+        told.append('before the end')
+    self.assertEqual(told, ['before the end'])
     self.assertEqual(self._remote(), {'lease.json', 'manifest.json'})
     self.assertEmpty(os.listdir(self.copies))
 
