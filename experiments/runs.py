@@ -82,6 +82,11 @@ def train_all(
     workdir: str,
 ) -> dict[str, Result]:
   """Trains each run, by its name: the config with these fields changed."""
+  if '://' in workdir:
+    raise ValueError(
+      f'An experiment draws figures and needs a local folder: --workdir '
+      f'({workdir!r}) is a URL.'
+    )
   if not jax.config.jax_compilation_cache_dir:
     folder = os.path.abspath(os.path.join(workdir, 'compilation_cache'))
     jax.config.update('jax_compilation_cache_dir', folder)

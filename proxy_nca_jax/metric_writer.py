@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from proxy_nca_jax import processes, watch
 
@@ -46,8 +47,8 @@ class MetricWriter:
       file.writelines(json.dumps(row) + '\n' for row in kept)
     os.replace(path + '.tmp', path)
     self._file = open(path, 'a')
-    self._board = tensorboardX.SummaryWriter(
-      os.path.join(workdir, 'tensorboard'), purge_step=first_step + 1
+    self._board = _Board(
+      os.path.join(workdir, 'tensorboard'), first_step=first_step
     )
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -56,19 +57,49 @@ class MetricWriter:
     self._file.write(json.dumps({'step': step, **scalars}) + '\n')
     self._file.flush()
     for name, value in scalars.items():
-      self._board.add_scalar(name, value, step)
+      self._board.add(step, summary=summary.scalar(name, value))
+    self._board.flush_if_due()
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     if self._file is None:
       return
     for name, text in texts.items():
-      self._board.add_text(name, text, step)
+      self._board.add(step, summary=summary.text(name, text))
 
   def close(self) -> None:
     if self._file is None:
       return
     self._file.close()
     self._board.close()
+
+
+class _Board:
+  """A file of events for TensorBoard, written by the thread that calls.
+
+  tensorboardX's SummaryWriter has a thread of its own: a full disk ends it, and
+  the run would wait for its queue for ever.
+  """
+
+  def __init__(self, folder: str, *, first_step: int):
+    os.makedirs(folder, exist_ok=True)
+    self._file = event_file_writer.EventsWriter(os.path.join(folder, 'events'))
+    # TensorBoard drops what a run that was stopped had written from here on.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self.add(first_step + 1, session_log=start)
+    self._flushed = time.monotonic()
+
+  def add(self, step: int, **content) -> None:
+    event = event_pb2.Event(wall_time=time.time(), step=step, **content)
+    self._file.write_event(event)
+
+  def flush_if_due(self) -> None:
+    """Flushes every half minute: it waits for the disk."""
+    if time.monotonic() > self._flushed + 30:
+      self._file.flush()
+      self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    self._file.close()
 
 
 class Progress:

@@ -256,6 +256,7 @@ class _Run(NamedTuple):
   """What `_fit` needs beside the configuration."""
 
   workdir: str
+  publish: Callable[[], None]
   data: datasets.Datasets
   signals: interruption.StopSignals
   checkpoints: state_lib.Checkpoints
@@ -277,7 +278,7 @@ def train_and_evaluate(
   Args:
     config: of the run, as configs/default.py.
     workdir: gets checkpoints, metrics.jsonl, tensorboard, log.txt and
-      results.json; is made if missing.
+      results.json; is made if missing. A folder, or a URL that fsspec opens.
     mode: 'train', or 'eval' to score the newest checkpoint and train nothing.
 
   Returns:
@@ -294,9 +295,9 @@ def train_and_evaluate(
   optimizer = optimizer_lib.make_optimizer(config)
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(interruption.StopSignals())
-    stack.enter_context(workdir_lib.hold(workdir))
+    folder = stack.enter_context(workdir_lib.hold(workdir))
     saved, results = processes.of_first(
-      functools.partial(_read_run, config, workdir)
+      functools.partial(_read_run, config, folder.path)
     )
     if mode == 'eval' and not saved:
       raise ValueError(f'{workdir!r} holds no run: train one first.')
@@ -318,7 +319,7 @@ def train_and_evaluate(
       functools.partial(_digest_weights, config, saved)
     )
     workdir_lib.write_json(
-      os.path.join(workdir, 'run.json'),
+      os.path.join(folder.path, 'run.json'),
       {
         'config': workdir_lib.as_json(config),
         'dataset_digest': data.digest,
@@ -339,7 +340,9 @@ def train_and_evaluate(
       mesh=mesh,
     )
     _logger.debug(parameter_overview.get_parameter_overview(state.params))
-    checkpoints = state_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
+    checkpoints = state_lib.Checkpoints(
+      folder.path, keep=config.keep_checkpoints
+    )
     stack.callback(checkpoints.close)
     if mode == 'eval':
       state = checkpoints.restore(state)
@@ -349,12 +352,14 @@ def train_and_evaluate(
         'trained': score(state, data.test, num_resamples=1000),
         'step': int(state.step),
       }
-      workdir_lib.write_json(os.path.join(workdir, 'evaluation.json'), results)
+      workdir_lib.write_json(
+        os.path.join(folder.path, 'evaluation.json'), results
+      )
       _log_table(results)
       return results
 
     prepare = make_prepare(config, data.train, mesh)
-    baselines = _read_baselines(workdir)
+    baselines = _read_baselines(folder.path)
     is_new = not baselines
     if config.model.init_from and (is_new or not checkpoints.steps):
       state = _load_weights(config, state, weights_digest)
@@ -369,13 +374,13 @@ def train_and_evaluate(
       }
       del pixels
     _check_select_by(config, baselines['untrained'])
-    selected = state_lib.Checkpoints(workdir, keep=2, folder='selected')
+    selected = state_lib.Checkpoints(folder.path, keep=2, folder='selected')
     stack.callback(selected.close)
     state = checkpoints.restore(state) or state
     first_step = int(state.step)
     if first_step:
       _logger.info('Resuming after step %d', first_step)
-    writer = metric_writer.MetricWriter(workdir, first_step=first_step)
+    writer = metric_writer.MetricWriter(folder.path, first_step=first_step)
     stack.callback(writer.close)
     if is_new:
       writer.write_texts(0, {'config': f'```\n{config}\n```'})
@@ -385,7 +390,8 @@ def train_and_evaluate(
     )
     stack.callback(batches.close)
     run = _Run(
-      workdir=workdir,
+      workdir=folder.path,
+      publish=folder.publish,
       data=data,
       signals=signals,
       checkpoints=checkpoints,
@@ -404,7 +410,7 @@ def train_and_evaluate(
       score=score,
       watchdog=stack.enter_context(watch.Watchdog(config.stall_seconds)),
       trace=stack.enter_context(
-        watch.Trace(os.path.join(workdir, 'profile'), config.profile_steps)
+        watch.Trace(os.path.join(folder.path, 'profile'), config.profile_steps)
       ),
     )
     state = _fit(config, state, run)
@@ -424,7 +430,7 @@ def train_and_evaluate(
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
       'versions': versions(),
     }
-    workdir_lib.write_json(os.path.join(workdir, 'results.json'), results)
+    workdir_lib.write_json(os.path.join(folder.path, 'results.json'), results)
     _log_table(results)
     return results
 
@@ -476,6 +482,7 @@ def _fit(
         run.trace.after(done, metrics)
         if done == last or done % config.log_every == 0:
           progress.report()
+          run.publish()
       # Before the save, so that a run that resumes after it has the scores.
       if _is_evaluated(config, done):
         with waiting_for(_DEVICE, step=done):
@@ -491,6 +498,7 @@ def _fit(
           with waiting_for(_SAVING, step=done):
             run.selected.wait()
             run.checkpoints.save(done, state)
+          run.publish()
     with waiting_for(_SAVING, step=done):
       run.checkpoints.wait()
   except interruption.Stopped:

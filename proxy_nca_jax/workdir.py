@@ -4,13 +4,16 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 
-from proxy_nca_jax import locks, processes
+from proxy_nca_jax import locks, mirror, processes
+
+_logger = logging.getLogger(__name__)
 
 # Fields that do not change the mathematics: a resumed run may change them.
 _FREE_FIELDS = (
@@ -30,39 +33,85 @@ _FREE_FIELDS = (
 )
 
 
+class Folder(NamedTuple):
+  """Where a run works.
+
+  Attributes:
+    path: a local folder: the workdir, or the copy of a remote one.
+    publish: begins to upload what has changed, where the workdir is remote.
+      Raises ValueError if another run has taken it over.
+    note: from whom the workdir was taken over, for the log.
+  """
+
+  path: str
+  publish: Callable[[], None]
+  note: str = ''
+
+
 @contextlib.contextmanager
-def hold(workdir: str) -> Iterator[None]:
+def hold(workdir: str) -> Iterator[Folder]:
   """Makes and locks a workdir, and logs and caches compilations in it.
 
-  Process 0 holds the lock and writes the log for all processes of a run.
+  Process 0 holds the lock and writes the log for all processes of a run. A URL,
+  such as gs://bucket/run, is held by a lease and worked on in a local copy.
 
   Raises:
     ValueError: if another run holds it.
   """
   with contextlib.ExitStack() as stack:
-    processes.of_first(lambda: _lock(workdir, stack))
+    folders = []
+    processes.of_first(lambda: folders.append(_take(workdir, stack)))
+    folder = folders[0] if folders else Folder(workdir, publish=lambda: None)
     stack.enter_context(
-      _compilations_cached(os.path.join(workdir, 'compilation_cache'))
+      _compilations_cached(os.path.join(folder.path, 'compilation_cache'))
     )
     if processes.is_first():
-      handler = logging.FileHandler(os.path.join(workdir, 'log.txt'))
+      handler = logging.FileHandler(os.path.join(folder.path, 'log.txt'))
       handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
       package = logging.getLogger('proxy_nca_jax')
       package.addHandler(handler)
       stack.callback(handler.close)
       stack.callback(package.removeHandler, handler)
-    yield
+    if folder.note:
+      _logger.warning(folder.note)
+    yield folder
 
 
-def _lock(workdir: str, stack: contextlib.ExitStack) -> None:
-  os.makedirs(workdir, exist_ok=True)
+def _take(workdir: str, stack: contextlib.ExitStack) -> Folder:
+  """Holds a workdir until the stack ends.
+
+  Raises:
+    ValueError: if another run holds it.
+  """
   try:
-    stack.enter_context(locks.hold(os.path.join(workdir, 'lock'), wait=False))
-  except BlockingIOError:
+    return stack.enter_context(
+      _mirrored(workdir) if '://' in workdir else _locked(workdir)
+    )
+  except BlockingIOError as error:
+    # Of a lease it is known whose it is, and how long to wait.
+    holder = '' if error.errno else f' ({error})'
     raise ValueError(
-      f'Another run is at work in {workdir!r}: wait for it, or use another '
-      'workdir.'
+      f'Another run is at work in {workdir!r}{holder}: wait for it, or use '
+      'another workdir.'
     ) from None
+
+
+@contextlib.contextmanager
+def _locked(workdir: str) -> Iterator[Folder]:
+  os.makedirs(workdir, exist_ok=True)
+  with locks.hold(os.path.join(workdir, 'lock'), wait=False):
+    yield Folder(workdir, publish=lambda: None)
+
+
+@contextlib.contextmanager
+def _mirrored(url: str) -> Iterator[Folder]:
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'{jax.process_count()} processes cannot share {url!r}: each would work '
+      'on a copy of its own. Use a workdir in a folder that all of them see.'
+    )
+  with mirror.hold(url, lease_seconds=locks.LEASE_SECONDS) as mirrored:
+    yield Folder(*mirrored)
 
 
 @contextlib.contextmanager

@@ -21,14 +21,21 @@ _LAYERS = (
     'state', 'optimizer', 'input_pipeline', 'device_data', 'metric_writer',
     'workdir',
   ),
-  ('models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering'),
-  ('metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch'),
+  (
+    'models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering',
+    'mirror',
+  ),
+  (
+    'metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch',
+    'processes',
+  ),
 )
 _PURE = (
   'losses', 'proxies', 'metrics', 'distances', 'retrieval', 'clustering'
 )
 _FENCES = {
   'flax': ('models',),
+  'fsspec': ('mirror',),
   'tensorflow_datasets': ('datasets',),
   'grain': ('input_pipeline',),
   'orbax': ('state',),

@@ -1,8 +1,12 @@
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from unittest import mock
 
+import fsspec
 from absl.testing import absltest
 
 from proxy_nca_jax import locks
@@ -64,6 +68,102 @@ class LocksTest(absltest.TestCase):
   def test_a_released_lock_can_be_taken_again(self):
     for _ in range(2):
       with locks.hold(self.path, wait=False):
+        pass
+
+
+class LeaseTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.storage = fsspec.filesystem('memory')
+    self.path = f'/{self.id()}/lease.json'
+
+  def _lease(self, seconds=0.4):
+    return locks.Lease(self.storage, self.path, seconds=seconds)
+
+  def _content(self):
+    return json.loads(self.storage.cat_file(self.path))
+
+  def _write(self, *, age, owner='another', seconds=10):
+    content = {
+      'owner': owner, 'renewed': time.time() - age, 'seconds': seconds
+    }
+    self.storage.pipe_file(self.path, json.dumps(content).encode())
+
+  def test_a_second_holder_is_refused_and_told_of_the_first(self):
+    with self._lease() as first:
+      with self.assertRaisesRegex(BlockingIOError, first.owner):
+        with self._lease():
+          pass
+      self.assertEqual(self._content()['owner'], first.owner)
+
+  def test_a_released_lease_can_be_taken_again(self):
+    for _ in range(2):
+      with self._lease():
+        pass
+    self.assertFalse(self.storage.exists(self.path))
+
+  def test_it_is_renewed_for_longer_than_it_lasts(self):
+    with self._lease():
+      begun = self._content()['renewed']
+      time.sleep(1.0)  # Two and a half of its lengths.
+      self.assertGreater(self._content()['renewed'], begun + 0.5)
+      with self.assertRaises(BlockingIOError):
+        with self._lease():
+          pass
+
+  def test_an_expired_lease_is_taken_over_and_its_owner_named(self):
+    self._write(age=9)
+    with self.assertRaisesRegex(BlockingIOError, 'another.*ends in 1 s'):
+      with self._lease():
+        pass
+    self._write(age=11)
+    with self._lease() as lease:
+      self.assertEqual(self._content()['owner'], lease.owner)
+      self.assertIn('over from another, whose lease ended 1 s ago', lease.note)
+
+  def test_a_holder_whose_lease_is_taken_is_told_and_leaves_it(self):
+    with self._lease() as lease:
+      lease.renew()
+      self._write(age=0)
+      with self.assertRaisesRegex(locks.LeaseLost, 'taken by another'):
+        lease.renew()
+      time.sleep(0.3)  # Nor does it renew in the background.
+      self.assertEqual(self._content()['owner'], 'another')
+    self.assertEqual(self._content()['owner'], 'another')
+
+  def test_a_removed_lease_is_lost(self):
+    with self._lease() as lease:
+      self.storage.rm_file(self.path)
+      with self.assertRaisesRegex(locks.LeaseLost, 'removed'):
+        lease.renew()
+
+  def test_of_two_that_start_at_once_the_first_to_write_is_refused(self):
+    # The other has read that there is no lease, and writes in the pause.
+    with mock.patch.object(
+      time, 'sleep', side_effect=lambda _: self._write(age=0)
+    ):
+      with self.assertRaisesRegex(BlockingIOError, 'another'):
+        with self._lease():
+          pass
+    self.assertEqual(self._content()['owner'], 'another')
+
+  def test_a_renewal_that_fails_is_tried_again(self):
+    with self._lease():
+      with self.assertLogs('proxy_nca_jax', 'WARNING') as logs:
+        with mock.patch.object(
+          type(self.storage), 'pipe_file', side_effect=OSError('no route')
+        ):
+          time.sleep(0.25)
+      self.assertIn('no route', logs.output[0])
+      begun = self._content()['renewed']
+      time.sleep(0.25)
+      self.assertGreater(self._content()['renewed'], begun)
+
+  def test_another_file_in_its_place_is_named(self):
+    self.storage.pipe_file(self.path, b'?')
+    with self.assertRaisesRegex(ValueError, 'is no lease: delete it'):
+      with self._lease():
         pass
 
 

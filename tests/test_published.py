@@ -444,6 +444,22 @@ class CacheTest(_Test):
     np.testing.assert_array_equal(data.train.picture(2), expected)
     self.assertEmpty(list(self.data_dir.glob('resized/*.part')))
 
+  def test_a_file_that_is_cut_short_or_gone_is_named(self):
+    _write('sop', self.manual_dir)
+    self._load('sop', cache_size=16)
+    (file,) = self.data_dir.glob('resized/*/pixels.bin')
+    message = (
+      f'cannot be read from .{file.parent}. .{{}}[)][.] Delete that folder'
+    )
+    data = self._load('sop', cache_size=16)
+    data.train.picture(0)
+    os.truncate(file, 5)  # While it is open.
+    with self.assertRaisesRegex(ValueError, message.format('it is cut short')):
+      data.train.picture(0)
+    file.unlink()
+    with self.assertRaisesRegex(ValueError, message.format('No such file.*')):
+      self._load('sop', cache_size=16).train.picture(0)
+
   def test_recipes_that_crop_originals_must_allow_it(self):
     _write('sop', self.manual_dir)
     fields = dict(cache_size=16, crop='random_resized')

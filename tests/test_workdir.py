@@ -1,10 +1,18 @@
 import json
+import logging
 import os
+import time
+from unittest import mock
 
+import fsspec
+import jax
+import numpy as np
 from absl.testing import absltest, parameterized
+from PIL import Image
 
-from configs import default
-from proxy_nca_jax import optimizer, workdir
+from configs import default, image_folder
+from proxy_nca_jax import locks, metric_writer, optimizer, train, workdir
+from proxy_nca_jax import state as state_lib
 
 
 def _config(**fields):
@@ -28,6 +36,125 @@ class WorkdirTest(absltest.TestCase):
       workdir.write_json(path, {'a': object()})
     with open(path) as file:
       self.assertEqual(json.load(file), {'a': 1})
+
+
+class RemoteTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.storage = fsspec.filesystem('memory')
+    self.addCleanup(self.storage.store.clear)
+    self.url = 'memory://bucket/run'
+    # A start waits for a sixtieth of it.
+    self.enter_context(mock.patch.object(time, 'sleep'))
+
+  def _read(self, name):
+    return self.storage.cat_file(f'{self.url}/{name}').decode()
+
+  def _write_lease(self, *, age):
+    lease = {'owner': 'host:1', 'renewed': time.time() - age, 'seconds': 120}
+    self.storage.pipe_file(
+      f'{self.url}/lease.json', json.dumps(lease).encode()
+    )
+
+  def test_the_log_and_files_are_in_the_storage(self):
+    logger = logging.getLogger('proxy_nca_jax')
+    self.enter_context(mock.patch.object(logger, 'level', logging.INFO))
+    for word in ('first', 'second'):
+      with workdir.hold(self.url) as folder:
+        logger.info(word)
+        workdir.write_json(os.path.join(folder.path, 'a.json'), {'a': word})
+    self.assertRegex(self._read('log.txt'), 'first\n.*second\n')
+    self.assertEqual(json.loads(self._read('a.json')), {'a': 'second'})
+
+  def test_a_second_run_is_refused_while_the_lease_is_fresh(self):
+    self._write_lease(age=100)
+    with self.assertRaisesRegex(
+      ValueError,
+      'Another run is at work in .memory://bucket/run. .host:1, whose lease '
+      'ends in 20 s if not renewed.: wait for it, or use another workdir.',
+    ):
+      with workdir.hold(self.url):
+        pass
+
+  def test_an_expired_lease_is_taken_over_and_the_log_says_whose_it_was(self):
+    self._write_lease(age=130)
+    with workdir.hold(self.url):
+      pass
+    self.assertIn(
+      'over from host:1, whose lease ended 10 s ago', self._read('log.txt')
+    )
+
+  def test_several_processes_are_refused(self):
+    with mock.patch.object(jax, 'process_count', return_value=4):
+      with self.assertRaisesRegex(ValueError, '4 processes cannot share.*that'):
+        with workdir.hold(self.url):
+          pass
+
+  def test_a_local_folder_has_no_lease_and_publishes_nothing(self):
+    path = self.create_tempdir().full_path
+    with workdir.hold(path) as folder:
+      self.assertEqual(folder.path, path)
+      folder.publish()
+    self.assertEqual(sorted(os.listdir(path)), ['lock', 'log.txt'])
+
+
+class RemoteRunTest(absltest.TestCase):
+
+  def test_a_run_in_parts_on_storage_equals_a_straight_one_on_disk(self):
+    storage = fsspec.filesystem('memory')
+    self.addCleanup(storage.store.clear)
+    # A start waits for a sixtieth of it.
+    self.enter_context(mock.patch.object(locks, 'LEASE_SECONDS', 1.0))
+    url = 'memory://bucket/run'
+    config = self._config()
+    straight = self.create_tempdir().full_path
+    results = train.train_and_evaluate(config, straight)
+    config.num_steps = 3
+    train.train_and_evaluate(config, url)
+    config.num_steps = 6
+    self.assertEqual(train.train_and_evaluate(config, url), results)
+    paths = storage.find(url)
+    names = {path.split('/')[3] for path in paths}
+    self.assertLessEqual(
+      {'checkpoints', 'log.txt', 'manifest.json', 'metrics.jsonl',
+       'results.json', 'run.json', 'tensorboard'},
+      names,
+    )
+    self.assertNotIn('lease.json', names)
+    with workdir.hold(url) as folder:
+      paths = (folder.path, straight)
+      states = [self._state(path) for path in paths]
+      rows = [metric_writer.read_metrics(path) for path in paths]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    losses = [[row['loss'] for row in r if 'loss' in row] for r in rows]
+    self.assertLen(losses[0], 6)
+    self.assertEqual(*losses)
+
+  def _config(self):
+    rng = np.random.default_rng(0)
+    root = self.create_tempdir().full_path
+    for label in range(4):
+      os.makedirs(os.path.join(root, str(label)))
+      for number in range(4):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        path = os.path.join(root, str(label), f'{number}.png')
+        Image.fromarray(pixels).save(path)
+    config = image_folder.get_config()
+    config.update_from_flattened_dict({
+      'num_steps': 6, 'batch_size': 8, 'log_every': 1, 'save_every': 2,
+      'model.width': 4, 'dataset.resize': 16, 'dataset.image_size': 16,
+      'dataset.root': root, 'evaluation.batch_size': 8,
+      'dataset.data_dir': self.create_tempdir().full_path,
+    })
+    return config
+
+  def _state(self, path):
+    checkpoints = state_lib.Checkpoints(path, keep=2)
+    self.assertEqual(max(checkpoints.steps), 6)
+    saved = checkpoints._checkpointer.load(6)
+    checkpoints.close()
+    return saved
 
 
 class SameRunTest(parameterized.TestCase):

@@ -26,6 +26,7 @@ from proxy_nca_jax.datasets import (
   inshop,
   market1501,
   published,
+  records,
   resized,
   sop,
 )
@@ -175,9 +176,7 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
     train_classes, config.num_train_classes, seed=config.split_seed
   )
   names = [name for name in _SPLITS if name in builder.info.splits]
-  source = builder.as_data_source(
-    split='+'.join(names), decoders={'image': tfds.decode.SkipDecoding()}
-  )
+  source = records.StoredRecords(builder, names)
   roles = np.repeat(
     names, [builder.info.splits[name].num_examples for name in names]
   )

@@ -70,6 +70,42 @@ def read_pictures(
       yield from zip(chunk, pool.map(read, chunk))
 
 
+class StoredRecords(Sequence):
+  """Prepared records by index; an error names the file that is at fault."""
+
+  def __init__(self, builder: tfds.core.DatasetBuilder, splits: Sequence[str]):
+    self._source = builder.as_data_source(
+      split='+'.join(splits), decoders={'image': tfds.decode.SkipDecoding()}
+    )
+    infos = [builder.info.splits[split] for split in splits]
+    self._files = [str(path) for info in infos for path in info.filepaths]
+    self._ends = np.cumsum([n for info in infos for n in info.shard_lengths])
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict:
+    """Reads a record, its image as the bytes of a file.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
+    try:
+      record = self._source[index]
+      # From a file that was cut short ArrayRecord reads None, and no error.
+      if record['image'] is not None:
+        return record
+      reason = 'it is cut short'
+    except Exception as error:  # ArrayRecord's are RuntimeErrors, TFDS's any.
+      reason = ' '.join(str(error).split())[:200]
+    path = self._files[np.searchsorted(self._ends, index, side='right')]
+    raise ValueError(
+      f'Record {index} cannot be read from {path!r} ({reason}). Restore that '
+      'file, or delete its folder, so that it is prepared again; then start '
+      'the same command: the run goes on from its last checkpoint.'
+    )
+
+
 class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
   """Writes records as they are yielded, holding a few at a time.
 

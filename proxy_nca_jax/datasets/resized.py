@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent import futures
+from typing import BinaryIO
 
 import numpy as np
 import PIL
@@ -26,7 +27,8 @@ _logger = logging.getLogger(__name__)
 class ResizedPictures(Sequence):
   """uint8 [height, width, 3] pictures in a folder that `prepare` made.
 
-  The file is mapped when the first picture is read, in each process for itself.
+  The file is opened when the first picture is read, in each process for itself.
+  It is not mapped: a mapped file that is cut short kills the process.
   """
 
   def __init__(self, folder: str):
@@ -39,16 +41,27 @@ class ResizedPictures(Sequence):
     return ResizedPictures, (self._folder,)
 
   @functools.cached_property
-  def _pixels(self) -> np.ndarray:
-    path = os.path.join(self._folder, 'pixels.bin')
-    return np.memmap(path, np.uint8, 'r', shape=(int(self._starts[-1]),))
+  def _file(self) -> BinaryIO:
+    return open(os.path.join(self._folder, 'pixels.bin'), 'rb')
 
   def __len__(self) -> int:
     return len(self._shapes)
 
   def __getitem__(self, index: int) -> np.ndarray:
-    pixels = self._pixels[self._starts[index] : self._starts[index + 1]]
-    return np.asarray(pixels).reshape(*self._shapes[index], 3)
+    start, end = map(int, self._starts[index : index + 2])
+    try:
+      # With no position that threads would share.
+      pixels = os.pread(self._file.fileno(), end - start, start)
+      reason = 'it is cut short'
+    except OSError as error:
+      pixels, reason = b'', error.strerror
+    if len(pixels) != end - start:
+      raise ValueError(
+        f'The resized picture {index} cannot be read from {self._folder!r} '
+        f'({reason}). Delete that folder, so that it is prepared again; then '
+        'start the same command: the run goes on from its last checkpoint.'
+      )
+    return np.frombuffer(pixels, np.uint8).reshape(*self._shapes[index], 3)
 
 
 def prepare(

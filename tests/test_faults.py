@@ -1,0 +1,247 @@
+"""Whole runs, as real processes, whose disk, data or machine fails.
+
+Each ends with one line that says what to do, and then the same command goes on
+to the parameters and metrics of a run without the fault, to the last bit.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl.testing import absltest
+from PIL import Image
+
+from proxy_nca_jax import metric_writer
+from proxy_nca_jax import state as state_lib
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_FIELDS = {
+  'num_steps': 60,
+  'batch_size': 16,
+  'log_every': 1,
+  'save_every': 10,
+  'dataset.resize': 64,
+  'dataset.image_size': 32,
+  'model.width': 4,
+}
+# A folder of mounts of its own, where a user may make a small disk.
+_UNSHARE = ('unshare', '--map-root-user', '--mount')
+
+
+def _environment():
+  # One device, where the tests' own processes have eight.
+  flags = (
+    ' --xla_backend_optimization_level=0'
+    ' --xla_llvm_disable_expensive_passes=true'
+  )
+  return os.environ | {'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'}
+
+
+def _can_unshare():
+  return shutil.which('unshare') and not subprocess.run(
+    [*_UNSHARE, 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt'], capture_output=True
+  ).returncode
+
+
+def _write_pictures(root):
+  """Twenty classes of ten pictures of noise, 64 x 64: a file of megabytes."""
+  rng = np.random.default_rng(0)
+  for label in range(20):
+    folder = root / f'class{label}'
+    folder.mkdir(parents=True)
+    for number in range(10):
+      pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+      Image.fromarray(pixels).save(folder / f'{number}.png')
+
+
+class FaultsTest(absltest.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(tempfile.mkdtemp())
+    cls.addClassCleanup(shutil.rmtree, cls.root)
+    _write_pictures(cls.root / 'pictures')
+    cls.straight = cls.root / 'straight'
+    cls.data_dir = cls.root / 'data'
+    code, output = cls._run(cls.straight)
+    assert code == 0, output
+
+  @classmethod
+  def _command(cls, workdir, **fields):
+    fields = {
+      'dataset.root': cls.root / 'pictures', 'dataset.data_dir': cls.data_dir,
+      **_FIELDS, **fields,
+    }
+    return [
+      sys.executable,
+      str(_ROOT / 'main.py'),
+      f'--config={_ROOT}/configs/image_folder.py',
+      f'--workdir={workdir}',
+      *(f'--config.{name}={value}' for name, value in fields.items()),
+    ]
+
+  @classmethod
+  def _start(cls, command):
+    return subprocess.Popen(
+      command,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=_environment(),
+    )
+
+  @classmethod
+  def _run(cls, workdir, **fields):
+    process = cls._start(cls._command(workdir, **fields))
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+  def _break(self, do, line_start, workdir):
+    """Starts a run, breaks something when a line begins so; returns its end."""
+    process = self._start(self._command(workdir))
+    output = ''
+    for line in process.stdout:
+      output += line
+      if line.startswith(line_start):
+        do(process)
+        break
+    output += process.stdout.read()
+    return process.wait(timeout=60), output
+
+  def _assert_one_line(self, code, output, message):
+    self.assertEqual(code, 2, output)
+    self.assertNotIn('Traceback', output)
+    errors = [line for line in output.splitlines() if 'Error:' in line]
+    self.assertLen(errors, 1, output)
+    self.assertRegex(errors[0], message)
+
+  def _assert_equals_straight(self, workdir):
+    self.assertEqual(self._rows(workdir), self._rows(self.straight))
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      self._final_state(workdir), self._final_state(self.straight),
+    )
+
+  def _rows(self, workdir):
+    rows = metric_writer.read_metrics(workdir)
+    return [
+      {name: row[name] for name in row if name != 'images_per_second'}
+      for row in rows
+    ]
+
+  def _final_state(self, workdir):
+    checkpoints = state_lib.Checkpoints(workdir, keep=2)
+    self.assertEqual(max(checkpoints.steps), 60)
+    saved = checkpoints._checkpointer.load(60)
+    checkpoints.close()
+    return saved
+
+  def test_a_full_and_a_read_only_disk_are_one_line_and_the_run_goes_on(self):
+    if not _can_unshare():
+      self.skipTest('Needs unshare(1) with user namespaces for a small disk.')
+    disk = self.root / 'disk'
+    disk.mkdir()
+    run = ' '.join(map(str, self._command(disk / 'run')))
+    copied = self.root / 'copied'
+    script = f"""
+      mount -t tmpfs -o size=4m tmpfs {disk}
+      {run} > {copied}.full 2>&1 & pid=$!
+      until test -d {disk}/run/checkpoints/10; do sleep 0.02; done
+      cat /dev/zero > {disk}/filler 2> /dev/null
+      wait $pid; echo $?
+      ls {disk}/run/checkpoints > {copied}.saved
+      rm {disk}/filler
+      mount -o remount,ro {disk}
+      {run} > {copied}.read_only 2>&1; echo $?
+      mount -o remount,rw {disk}
+      {run} > {copied}.on 2>&1; echo $?
+      cp -r {disk}/run {copied}
+    """
+    codes = subprocess.run(
+      [*_UNSHARE, 'sh', '-c', script],
+      env=_environment(),
+      stdout=subprocess.PIPE,
+      text=True,
+      timeout=300,
+    ).stdout.split()
+    full, saved, read_only, on = (
+      pathlib.Path(f'{copied}.{name}').read_text()
+      for name in ('full', 'saved', 'read_only', 'on')
+    )
+    self._assert_one_line(
+      int(codes[0]), full, 'disk is full.*start the same command'
+    )
+    self.assertIn('10', saved.split())
+    self._assert_one_line(
+      int(codes[1]), read_only, f'Read-only file system.*{disk}/run'
+    )
+    self.assertEqual(int(codes[2]), 0, on)
+    self.assertRegex(on, r'Resuming after step \d+')
+    self._assert_equals_straight(copied)
+
+  def test_data_that_is_cut_short_is_named_and_restored_the_run_goes_on(self):
+    workdir = self.root / 'cut_short'
+    (file,) = self.data_dir.glob('image_folder/*/*/*.array_record*')
+    content = file.read_bytes()
+    message = f'Record .* from .{file}.*[Rr]estore that file.*same command'
+
+    def cut(process):
+      del process
+      os.truncate(file, len(content) // 2)
+
+    code, output = self._break(cut, 'step 25/60', workdir)
+    self._assert_one_line(code, output, message)
+    # Nor does it start with such data.
+    code, output = self._run(workdir)
+    self._assert_one_line(code, output, message)
+    file.unlink()
+    code, output = self._run(workdir)
+    self._assert_one_line(code, output, message)
+    file.write_bytes(content)
+    code, output = self._run(workdir)
+    self.assertEqual(code, 0, output)
+    self.assertRegex(output, 'Resuming after step [23]0')
+    self._assert_equals_straight(workdir)
+
+  def test_a_killed_run_on_remote_storage_goes_on_elsewhere(self):
+    remote = self.root / 'remote'
+    url = f'file://{remote}'
+
+    def kill(process):
+      # As soon as a checkpoint has arrived, whatever is under way.
+      manifest = remote / 'manifest.json'
+      while 'checkpoints/' not in manifest.read_text():
+        time.sleep(0.01)
+      process.send_signal(signal.SIGKILL)
+
+    code, output = self._break(kill, 'step 15/60', url)
+    self.assertEqual(code, -signal.SIGKILL, output)
+    code, output = self._run(url)
+    self._assert_one_line(
+      code, output, f'Another run is at work in .{url}.*wait for it'
+    )
+    # Two minutes later.
+    lease = json.loads((remote / 'lease.json').read_text())
+    lease['renewed'] -= 120
+    (remote / 'lease.json').write_text(json.dumps(lease))
+    code, output = self._run(url)
+    self.assertEqual(code, 0, output)
+    self.assertRegex(output, r'Resuming after step \d+')
+    self._assert_equals_straight(remote)
+    self.assertIn(
+      f'over from {lease["owner"]}', (remote / 'log.txt').read_text()
+    )
+    self.assertFalse((remote / 'lease.json').exists())
+
+
+if __name__ == '__main__':
+  absltest.main()
