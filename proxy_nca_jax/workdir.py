@@ -56,8 +56,14 @@ def hold(workdir: str) -> Iterator[Folder]:
   such as gs://bucket/run, is held by a lease and worked on in a local copy.
 
   Raises:
-    ValueError: if another run holds it.
+    ValueError: if another run holds it, or several processes would share a URL.
   """
+  if '://' in workdir and jax.process_count() > 1:
+    raise ValueError(
+      f'{jax.process_count()} processes cannot share {workdir!r}: each would '
+      'work on a copy of its own. Use a workdir in a folder that all of them '
+      'see.'
+    )
   with contextlib.ExitStack() as stack:
     folders = []
     processes.of_first(lambda: folders.append(_take(workdir, stack)))
@@ -105,11 +111,6 @@ def _locked(workdir: str) -> Iterator[Folder]:
 
 @contextlib.contextmanager
 def _mirrored(url: str) -> Iterator[Folder]:
-  if jax.process_count() > 1:
-    raise ValueError(
-      f'{jax.process_count()} processes cannot share {url!r}: each would work '
-      'on a copy of its own. Use a workdir in a folder that all of them see.'
-    )
   with mirror.hold(url, lease_seconds=locks.LEASE_SECONDS) as mirrored:
     yield Folder(*mirrored)
 
