@@ -448,7 +448,7 @@ class CacheTest(_Test):
     _write('sop', self.manual_dir)
     self._load('sop', cache_size=16)
     (file,) = self.data_dir.glob('resized/*/pixels.bin')
-    message = f'cannot be read from .{file.parent}. .{{}}[)][.] Delete that folder'
+    message = f'read from .{file.parent}. .{{}}[)][.] Delete that folder'
     data = self._load('sop', cache_size=16)
     data.train.picture(0)
     os.truncate(file, 5)  # While it is open.
