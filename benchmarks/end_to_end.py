@@ -45,6 +45,7 @@ from proxy_nca_jax import (
   metric_writer,
   models,
   train,
+  watch,
 )
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
@@ -148,6 +149,7 @@ class Contest:
       )
       run = train._Run(
         workdir='',
+        publish=lambda: None,
         data=types.SimpleNamespace(train=self._split),
         signals=self._signals,
         checkpoints=nothing,
@@ -157,6 +159,8 @@ class Contest:
         prepare=self._prepare[is_on_device],
         train_step=self._step,
         score=None,
+        watchdog=stack.enter_context(watch.Watchdog(0)),
+        trace=stack.enter_context(watch.Trace('', ())),
       )
       start = read_clocks()
       jax.block_until_ready(train._fit(self._config, state, run))

@@ -23,6 +23,7 @@ from proxy_nca_jax import (
   proxies,
   train,
   train_step,
+  watch,
 )
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
@@ -658,7 +659,8 @@ class ConfigTest(parameterized.TestCase):
 class LoopTest(absltest.TestCase):
 
   def test_batches_are_sent_while_steps_compute(self):
-    # The host waits for the first step, which compiles, and to report.
+    # The host waits for the first step, which compiles, and to report step 4
+    # and step 8, which it does when the next one is under way.
     events = []
 
     class Scalar:
@@ -681,6 +683,7 @@ class LoopTest(absltest.TestCase):
     )
     run = train._Run(
       workdir='',
+      publish=nothing,
       data=types.SimpleNamespace(
         train=types.SimpleNamespace(num_classes=_NUM_CLASSES)
       ),
@@ -692,13 +695,15 @@ class LoopTest(absltest.TestCase):
       prepare=lambda batch: events.append('send'),
       train_step=train_step,
       score=None,
+      watchdog=self.enter_context(watch.Watchdog(0)),
+      trace=self.enter_context(watch.Trace('', ())),
     )
     config = _config(num_steps=8, log_every=4)
     train._fit(config, types.SimpleNamespace(step=0), run)
     names = [event for event, _ in itertools.groupby(events)]
     sent = ['send', 'step']
     self.assertEqual(
-      names, [*sent, 'wait', *3 * sent, 'wait', *4 * sent, 'wait']
+      names, [*sent, 'wait', *4 * sent, 'wait', *3 * sent, 'wait']
     )
 
 
