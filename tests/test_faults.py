@@ -14,13 +14,10 @@ import sys
 import tempfile
 import time
 
-import jax
 import numpy as np
+import whole_runs
 from absl.testing import absltest
 from PIL import Image
-
-from proxy_nca_jax import metric_writer
-from proxy_nca_jax import state as state_lib
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _FIELDS = {
@@ -125,25 +122,10 @@ class FaultsTest(absltest.TestCase):
     self.assertRegex(errors[0], message)
 
   def _assert_equals_straight(self, workdir):
-    self.assertEqual(self._rows(workdir), self._rows(self.straight))
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      self._final_state(workdir), self._final_state(self.straight),
+    self.assertEqual(
+      whole_runs.metrics(workdir), whole_runs.metrics(self.straight)
     )
-
-  def _rows(self, workdir):
-    rows = metric_writer.read_metrics(workdir)
-    return [
-      {name: row[name] for name in row if name != 'images_per_second'}
-      for row in rows
-    ]
-
-  def _final_state(self, workdir):
-    checkpoints = state_lib.Checkpoints(workdir, keep=2)
-    self.assertEqual(max(checkpoints.steps), 60)
-    saved = checkpoints._checkpointer.load(60)
-    checkpoints.close()
-    return saved
+    whole_runs.assert_same_state(workdir, self.straight)
 
   def test_a_full_and_a_read_only_disk_are_one_line_and_the_run_goes_on(self):
     if not _can_unshare():

@@ -13,10 +13,10 @@ import time
 
 import jax
 import numpy as np
+import whole_runs
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import metric_writer, processes
-from proxy_nca_jax import state as state_lib
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -78,13 +78,6 @@ def _wait_for(process, line_start):
   raise AssertionError(f'No line begins with {line_start!r}: {output}')
 
 
-def _final_params(workdir):
-  checkpoints = state_lib.Checkpoints(workdir, keep=2)
-  saved = checkpoints._checkpointer.load(max(checkpoints.steps))
-  checkpoints.close()
-  return saved['state']['params']
-
-
 class RunTest(parameterized.TestCase):
 
   @classmethod
@@ -143,10 +136,12 @@ class RunTest(parameterized.TestCase):
         }))
       )
       self.assertEqual(codes, [0] * number, outputs)
-    params, expected = _final_params(workdir), _final_params(self.one)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-      params, expected,
+      *(
+        whole_runs.final_state(folder)['state']['params']
+        for folder in (workdir, self.one)
+      ),
     )
 
   def test_a_signal_to_one_stops_and_saves_all(self):
@@ -159,10 +154,7 @@ class RunTest(parameterized.TestCase):
     self.assertIn('saved. The same command goes on', outputs[0])
     codes, outputs = _finish(_start(workdir, self.data_dir, 2))
     self.assertEqual(codes, [0, 0], outputs)
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      _final_params(workdir), _final_params(self.two),
-    )
+    whole_runs.assert_same_state(workdir, self.two)
 
   @parameterized.parameters(0, 1)
   def test_when_one_is_killed_the_other_says_so_and_ends(self, killed):
@@ -177,10 +169,7 @@ class RunTest(parameterized.TestCase):
     self.assertIn('Another process of this run has ended', outputs[1 - killed])
     codes, outputs = _finish(_start(workdir, self.data_dir, 2))
     self.assertEqual(codes, [0, 0], outputs)
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      _final_params(workdir), _final_params(self.two),
-    )
+    whole_runs.assert_same_state(workdir, self.two)
 
   def test_all_end_with_the_error_of_process_0(self):
     codes, outputs = _finish(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
@@ -420,13 +421,6 @@ class NonfiniteTest(parameterized.TestCase):
       self.assertTrue(all(jax.tree.leaves(changed)), group)
 
 
-def _final_state(workdir):
-  checkpoints = state_lib.Checkpoints(str(workdir), keep=2)
-  saved = checkpoints._checkpointer.load(max(checkpoints.steps))
-  checkpoints.close()
-  return saved
-
-
 class _Killed(Exception):
   """Ends a run as SIGKILL does: nothing is saved."""
 
@@ -513,12 +507,7 @@ class RunTest(absltest.TestCase):
     resumed = self._train(killed, bad=(3, 9, 10), **skip)
     self.assertIn('Resuming after step 8', self.logs)
     self.assertEqual(resumed, results)
-    timings = ('images_per_second', 'steps_per_second', 'input_wait')
-    straight_rows, killed_rows = (
-      [{k: v for k, v in row.items() if k not in timings} for row in rows]
-      for rows in (rows, metric_writer.read_metrics(str(killed)))
-    )
-    self.assertEqual(killed_rows, straight_rows)
+    self.assertEqual(whole_runs.metrics(killed), whole_runs.metrics(straight))
     skipped = {
       row['step']: row['skipped_steps'] for row in rows
       if 'skipped_steps' in row
@@ -528,8 +517,7 @@ class RunTest(absltest.TestCase):
     )
     for row in rows[1:-1]:
       self.assertEqual('gradient_norm' in row, row['step'] not in (3, 9, 10))
-    actual, expected = map(_final_state, (killed, straight))
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    whole_runs.assert_same_state(killed, straight)
 
   def test_too_many_skipped_in_a_row_stop_the_run(self):
     workdir = self.root / 'many'

@@ -7,12 +7,12 @@ from unittest import mock
 import fsspec
 import jax
 import numpy as np
+import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import default, image_folder
 from proxy_nca_jax import locks, metric_writer, optimizer, train, workdir
-from proxy_nca_jax import state as state_lib
 
 
 def _config(**fields):
@@ -124,9 +124,8 @@ class RemoteRunTest(absltest.TestCase):
     self.assertNotIn('lease.json', names)
     with workdir.hold(url) as folder:
       paths = (folder.path, straight)
-      states = [self._state(path) for path in paths]
+      whole_runs.assert_same_state(*paths)
       rows = [metric_writer.read_metrics(path) for path in paths]
-    jax.tree.map(np.testing.assert_array_equal, *states)
     losses = [[row['loss'] for row in r if 'loss' in row] for r in rows]
     self.assertLen(losses[0], 6)
     self.assertEqual(*losses)
@@ -148,13 +147,6 @@ class RemoteRunTest(absltest.TestCase):
       'dataset.data_dir': self.create_tempdir().full_path,
     })
     return config
-
-  def _state(self, path):
-    checkpoints = state_lib.Checkpoints(path, keep=2)
-    self.assertEqual(max(checkpoints.steps), 6)
-    saved = checkpoints._checkpointer.load(6)
-    checkpoints.close()
-    return saved
 
 
 class SameRunTest(parameterized.TestCase):
