@@ -45,6 +45,7 @@ from proxy_nca_jax import (
   metric_writer,
   models,
   train,
+  train_step,
   watch,
 )
 from proxy_nca_jax import mesh as mesh_lib
@@ -95,8 +96,11 @@ class Contest:
     self._writer = metric_writer.MetricWriter(workdir, first_step=0)
     model = models.create_model(config)
     optimizer = optimizer_lib.make_optimizer(config)
-    self._step = train.make_train_step(
-      model, optimizer, train.make_loss(config), train.make_normalize(config)
+    self._step = train_step.make_train_step(
+      model,
+      optimizer,
+      train_step.make_loss(config),
+      train.make_normalize(config),
     )
     self._start = jax.device_get(
       state_lib.create(

@@ -64,7 +64,7 @@ import made_weights
 
 from configs import cub200
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax import models, proxies, train
+from proxy_nca_jax import models, proxies, train, train_step
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.models import (
@@ -450,8 +450,8 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
     _nudge(tensor)
 
   normalize = train.make_normalize(config)
-  step = train.make_train_step(
-    model, optimizer, train.make_loss(config), normalize
+  step = train_step.make_train_step(
+    model, optimizer, train_step.make_loss(config), normalize
   )
   batches = list(_make_batches(steps, size))
   losses = []

@@ -44,7 +44,7 @@ import optax
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from configs import default
-from proxy_nca_jax import losses, train
+from proxy_nca_jax import losses, train_step
 from proxy_nca_jax import mesh as mesh_lib
 
 _MIB = 2**20
@@ -60,7 +60,7 @@ def compile_step(num_devices, num_classes, dim, batch_size, *, sharded):
   mesh = mesh_lib.make_mesh(jax.devices()[:num_devices])
   config = default.get_config()
   config.proxies.sharded = sharded
-  share = train.make_share(config, num_classes, mesh)
+  share = train_step.make_share(config, num_classes, mesh)
   adam = optax.adam(1e-3)
 
   def step(points, moments, embeddings, labels):

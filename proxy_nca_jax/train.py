@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import logging
 import operator
 import os
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from clu import parameter_overview
@@ -34,8 +32,8 @@ from proxy_nca_jax import (
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax import train_step as train_step_lib
 from proxy_nca_jax import workdir as workdir_lib
-from proxy_nca_jax.train_step import Loss, make_train_step
 
 # The scores whose harmonic mean ProxyNCA++ selects by.
 _AVERAGED = ('nmi', 'recall@1')
@@ -45,82 +43,6 @@ _DEVICE = 'the device, or a compilation'
 _SAVING = 'checkpoints to be written'
 
 _logger = logging.getLogger(__name__)
-
-
-def make_loss(config: ml_collections.ConfigDict) -> Loss:
-  """Returns the loss that `config.loss` names, with its arguments.
-
-  Raises:
-    ValueError: if the name is unknown, or the arguments do not fit.
-  """
-  name = config.loss.name
-  if name not in losses.LOSSES:
-    raise ValueError(
-      f'Unknown loss {name!r} (config.loss.name): choose one of '
-      f'{", ".join(sorted(losses.LOSSES))}.'
-    )
-  fn = functools.partial(losses.LOSSES[name], **config.loss[name])
-  loss = Loss(fn, losses.NEEDS[name])
-
-  def call():
-    keys = jax.random.split(jax.random.key(0), 3)
-    arrays = state_lib.create_loss_arrays(
-      config, keys, class_sizes=np.ones(2, int)
-    )
-    embeddings = jnp.zeros((2, config.model.embedding_dim))
-    return loss.fn(embeddings=embeddings, labels=jnp.arange(2), **arrays)
-
-  if config.proxies.by_size and not loss.needs.assignment:
-    raise ValueError(
-      f'The loss {name!r} assigns no classes to proxies: '
-      'config.proxies.by_size is for fractional_proxy_nca.'
-    )
-  if config.proxies.sharded and (
-    loss.needs.proxies not in ('one', 'several')
-    or config.loss[name].get('proxy_chunk')
-  ):
-    raise ValueError(
-      'config.proxies.sharded is for losses whose classes have proxies of '
-      f'their own, without proxy_chunk; config.loss.name is {name!r}.'
-    )
-  is_of_batch = not jax.eval_shape(call).shape
-  if config.loss.class_weighting and is_of_batch:
-    raise ValueError(
-      f'The loss {name!r} is one of a batch as a whole: its examples cannot be '
-      'weighted (config.loss.class_weighting).'
-    )
-  if config.loss.logit_adjustment and 'log_priors' not in (
-    inspect.signature(fn).parameters
-  ):
-    raise ValueError(
-      f'The loss {name!r} takes no log_priors: config.loss.logit_adjustment is '
-      'for proxy_nca and proxy_nca_pp.'
-    )
-  return loss
-
-
-def correct_for_frequency(
-    loss: Loss, config: ml_collections.ConfigDict, class_sizes: np.ndarray
-) -> Loss:
-  """Weights and adjusts a loss for classes of different sizes, if configured.
-
-  Args:
-    loss: of `make_loss`.
-    config: of the run.
-    class_sizes: int [num_classes], the training examples of each.
-  """
-  fn = loss.fn
-  if power := config.loss.logit_adjustment:
-    priors = losses.log_priors(class_sizes, power=power)
-    fn = functools.partial(fn, log_priors=priors)
-  if not (power := config.loss.class_weighting):
-    return Loss(fn, loss.needs)
-  weights = losses.class_weights(class_sizes, power=power)
-
-  def weighted(*, labels, **arrays):
-    return weights[labels] * fn(labels=labels, **arrays)
-
-  return Loss(weighted, loss.needs)
 
 
 def make_normalize(
@@ -134,29 +56,6 @@ def make_normalize(
     std=backbone.std,
     is_bgr=backbone.is_bgr,
   )
-
-
-def make_share(
-    config: ml_collections.ConfigDict, num_classes: int, mesh
-) -> Callable[..., tuple]:
-  """Returns (embeddings, points, labels, mask) -> the same, where they meet.
-
-  Inside `jit`. By default each device compares its part of the batch with its
-  copy of the proxies. With `config.proxies.sharded` it has the rows of some of
-  them, and the batch comes to them: of all devices together no more than the
-  embeddings travels, and no device has a [batch, num_classes] matrix.
-  """
-  if not config.proxies.sharded:
-    return lambda *arrays: arrays
-
-  def share(embeddings, points, labels, mask):
-    embeddings, labels, mask = mesh_lib.replicate(
-      (embeddings, labels, mask), mesh
-    )
-    points = mesh_lib.unpad_rows(points, num_classes, mesh)
-    return embeddings, points, labels, mask
-
-  return share
 
 
 def make_prepare(
@@ -290,7 +189,7 @@ def train_and_evaluate(
     interruption.Stopped: on SIGTERM or Ctrl-C, the state being saved.
   """
   check_config(config)
-  loss = make_loss(config)
+  loss = train_step_lib.make_loss(config)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
   with contextlib.ExitStack() as stack:
@@ -399,12 +298,14 @@ def train_and_evaluate(
       writer=writer,
       batches=batches,
       prepare=prepare,
-      train_step=make_train_step(
+      train_step=train_step_lib.make_train_step(
         model,
         optimizer,
-        correct_for_frequency(loss, config, data.train.class_sizes),
+        train_step_lib.correct_for_frequency(
+          loss, config, data.train.class_sizes
+        ),
         normalize,
-        share=make_share(config, data.train.num_classes, mesh),
+        share=train_step_lib.make_share(config, data.train.num_classes, mesh),
         learning_rates=optimizer_lib.make_learning_rates(config),
       ),
       score=score,

@@ -1,16 +1,25 @@
 """The training step, from a batch of images to the next state."""
 
+from __future__ import annotations
+
 import functools
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from proxy_nca_jax import losses, proxies
+from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+
+if TYPE_CHECKING:
+  # Who trains without a config does without the library.
+  import ml_collections
 
 
 class Loss(NamedTuple):
@@ -18,6 +27,105 @@ class Loss(NamedTuple):
 
   fn: Callable[..., jax.Array]
   needs: losses.Needs
+
+
+def make_loss(config: ml_collections.ConfigDict) -> Loss:
+  """Returns the loss that `config.loss` names, with its arguments.
+
+  Raises:
+    ValueError: if the name is unknown, or the arguments do not fit.
+  """
+  name = config.loss.name
+  if name not in losses.LOSSES:
+    raise ValueError(
+      f'Unknown loss {name!r} (config.loss.name): choose one of '
+      f'{", ".join(sorted(losses.LOSSES))}.'
+    )
+  fn = functools.partial(losses.LOSSES[name], **config.loss[name])
+  loss = Loss(fn, losses.NEEDS[name])
+
+  def call():
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = state_lib.create_loss_arrays(
+      config, keys, class_sizes=np.ones(2, int)
+    )
+    embeddings = jnp.zeros((2, config.model.embedding_dim))
+    return loss.fn(embeddings=embeddings, labels=jnp.arange(2), **arrays)
+
+  if config.proxies.by_size and not loss.needs.assignment:
+    raise ValueError(
+      f'The loss {name!r} assigns no classes to proxies: '
+      'config.proxies.by_size is for fractional_proxy_nca.'
+    )
+  if config.proxies.sharded and (
+    loss.needs.proxies not in ('one', 'several')
+    or config.loss[name].get('proxy_chunk')
+  ):
+    raise ValueError(
+      'config.proxies.sharded is for losses whose classes have proxies of '
+      f'their own, without proxy_chunk; config.loss.name is {name!r}.'
+    )
+  is_of_batch = not jax.eval_shape(call).shape
+  if config.loss.class_weighting and is_of_batch:
+    raise ValueError(
+      f'The loss {name!r} is one of a batch as a whole: its examples cannot be '
+      'weighted (config.loss.class_weighting).'
+    )
+  if config.loss.logit_adjustment and 'log_priors' not in (
+    inspect.signature(fn).parameters
+  ):
+    raise ValueError(
+      f'The loss {name!r} takes no log_priors: config.loss.logit_adjustment is '
+      'for proxy_nca and proxy_nca_pp.'
+    )
+  return loss
+
+
+def correct_for_frequency(
+    loss: Loss, config: ml_collections.ConfigDict, class_sizes: np.ndarray
+) -> Loss:
+  """Weights and adjusts a loss for classes of different sizes, if configured.
+
+  Args:
+    loss: of `make_loss`.
+    config: of the run.
+    class_sizes: int [num_classes], the training examples of each.
+  """
+  fn = loss.fn
+  if power := config.loss.logit_adjustment:
+    priors = losses.log_priors(class_sizes, power=power)
+    fn = functools.partial(fn, log_priors=priors)
+  if not (power := config.loss.class_weighting):
+    return Loss(fn, loss.needs)
+  weights = losses.class_weights(class_sizes, power=power)
+
+  def weighted(*, labels, **arrays):
+    return weights[labels] * fn(labels=labels, **arrays)
+
+  return Loss(weighted, loss.needs)
+
+
+def make_share(
+    config: ml_collections.ConfigDict, num_classes: int, mesh
+) -> Callable[..., tuple]:
+  """Returns (embeddings, points, labels, mask) -> the same, where they meet.
+
+  Inside `jit`. By default each device compares its part of the batch with its
+  copy of the proxies. With `config.proxies.sharded` it has the rows of some of
+  them, and the batch comes to them: of all devices together no more than the
+  embeddings travels, and no device has a [batch, num_classes] matrix.
+  """
+  if not config.proxies.sharded:
+    return lambda *arrays: arrays
+
+  def share(embeddings, points, labels, mask):
+    embeddings, labels, mask = mesh_lib.replicate(
+      (embeddings, labels, mask), mesh
+    )
+    points = mesh_lib.unpad_rows(points, num_classes, mesh)
+    return embeddings, points, labels, mask
+
+  return share
 
 
 def make_train_step(

@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from configs import default, recipes
-from proxy_nca_jax import losses, models, train, workdir
+from proxy_nca_jax import losses, models, train, train_step, workdir
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
@@ -48,7 +48,7 @@ class ConfigsTest(parameterized.TestCase):
   @parameterized.parameters(*_CONFIGS)
   def test_config_loads_and_its_shapes_evaluate(self, name, recipe):
     config = _load(name, recipe)
-    train.make_loss(config)
+    train_step.make_loss(config)
     model = models.create_model(config)
     optimizer = optimizer_lib.make_optimizer(config)
     mesh = mesh_lib.make_mesh(jax.devices()[:1])

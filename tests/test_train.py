@@ -66,10 +66,10 @@ def _run(
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
   normalize = train.make_normalize(config)
-  step = train.make_train_step(
-    model, optimizer, loss or train.make_loss(config), normalize,
+  step = train_step.make_train_step(
+    model, optimizer, loss or train_step.make_loss(config), normalize,
     learning_rates=optimizer_lib.make_learning_rates(config),
-    share=train.make_share(config, _NUM_CLASSES, mesh),
+    share=train_step.make_share(config, _NUM_CLASSES, mesh),
   )
   state = state_lib.create(
     config,
@@ -125,10 +125,10 @@ class TrainStepTest(parameterized.TestCase):
 
     config = _config(**{'optimizer.name': 'sgd'})
     optimizer = optimizer_lib.make_optimizer(config)
-    step = train.make_train_step(
+    step = train_step.make_train_step(
       types.SimpleNamespace(apply=apply),
       optimizer,
-      train.make_loss(config),
+      train_step.make_loss(config),
       lambda images: images / 255,
     )
     rng = np.random.default_rng(0)
@@ -257,8 +257,8 @@ class ShardedProxiesTest(parameterized.TestCase):
     num_classes, batch_size, dim = 40_003, 32, 16
     mesh = mesh_lib.make_mesh()
     config = _config(**{'proxies.sharded': True, 'model.embedding_dim': dim})
-    share = train.make_share(config, num_classes, mesh)
-    loss = train.make_loss(config)
+    share = train_step.make_share(config, num_classes, mesh)
+    loss = train_step.make_loss(config)
 
     def mean_loss(points, embeddings, labels):
       mask = jnp.ones(batch_size, bool)
@@ -292,7 +292,7 @@ class ShardedProxiesTest(parameterized.TestCase):
   )
   def test_what_cannot_be_shared_is_said(self, fields):
     with self.assertRaisesRegex(ValueError, 'config.proxies.sharded'):
-      train.make_loss(_config(**fields, **{'proxies.sharded': True}))
+      train_step.make_loss(_config(**fields, **{'proxies.sharded': True}))
 
 
 class GroupMetricsTest(parameterized.TestCase):
@@ -309,7 +309,7 @@ class GroupMetricsTest(parameterized.TestCase):
     })
     # The schedules wait while steps are skipped.
     bad = (2, 4) if on_nonfinite == 'skip' else ()
-    loss = train.make_loss(config)
+    loss = train_step.make_loss(config)
     if bad:
       loss = _broken_loss(loss, 'gradient')
     states, seen = [], []
@@ -376,7 +376,7 @@ def _broken_loss(loss, what):
     # The root's slope at 0 is infinite, and 0 times that is not a number.
     return value + jnp.sqrt(jnp.where(is_bad, 0 * embeddings[:, 0], 1))
 
-  return train.Loss(fn, loss.needs)
+  return train_step.Loss(fn, loss.needs)
 
 
 class NonfiniteTest(parameterized.TestCase):
@@ -390,7 +390,9 @@ class NonfiniteTest(parameterized.TestCase):
     })
     states = []
     later, history, _ = _run(
-      config, num_steps=20, loss=_broken_loss(train.make_loss(config), what),
+      config,
+      num_steps=20,
+      loss=_broken_loss(train_step.make_loss(config), what),
       change=_change_of((2, 3)), states=states,
     )
     _, before, _, after, *_ = states
@@ -467,10 +469,10 @@ class RunTest(absltest.TestCase):
             time.sleep(1)
           yield batch | {'label': batch['label'] * (step not in bad)}
 
-    loss = _broken_loss(train.make_loss(config), 'gradient')
+    loss = _broken_loss(train_step.make_loss(config), 'gradient')
     with (
       mock.patch.object(input_pipeline, 'train_batches', train_batches),
-      mock.patch.object(train, 'make_loss', return_value=loss),
+      mock.patch.object(train_step, 'make_loss', return_value=loss),
       self.assertLogs('proxy_nca_jax', 'INFO') as logs,
     ):
       try:
@@ -543,8 +545,8 @@ class FrequencyTest(parameterized.TestCase):
 
   def _loss(self, **fields):
     config = _config(**fields)
-    return train.correct_for_frequency(
-      train.make_loss(config), config, np.array([8, 4, 2])
+    return train_step.correct_for_frequency(
+      train_step.make_loss(config), config, np.array([8, 4, 2])
     )
 
   def test_weights_and_priors_reach_the_loss(self):
@@ -578,7 +580,7 @@ class FrequencyTest(parameterized.TestCase):
   )
   def test_losses_that_cannot_are_refused(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
-      train.make_loss(_config(**fields))
+      train_step.make_loss(_config(**fields))
 
   def test_large_classes_have_more_proxies(self):
     config = _config(**{
@@ -633,15 +635,15 @@ class ConfigTest(parameterized.TestCase):
   @parameterized.parameters(*losses.LOSSES)
   def test_every_loss_can_be_chosen(self, name):
     config = _config(**{'loss.name': name})
-    self.assertEqual(train.make_loss(config).needs, losses.NEEDS[name])
+    self.assertEqual(train_step.make_loss(config).needs, losses.NEEDS[name])
 
   def test_an_unknown_loss_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, 'choose one of .*proxy_nca'):
-      train.make_loss(_config(**{'loss.name': 'proxy_ncaa'}))
+      train_step.make_loss(_config(**{'loss.name': 'proxy_ncaa'}))
 
   def test_arguments_that_do_not_fit_are_refused_before_training(self):
     with self.assertRaisesRegex(ValueError, 'label_smoothing'):
-      train.make_loss(_config(**{'loss.proxy_nca.label_smoothing': 0.1}))
+      train_step.make_loss(_config(**{'loss.proxy_nca.label_smoothing': 0.1}))
 
 
 class LoopTest(absltest.TestCase):
