@@ -101,8 +101,8 @@ def create(
   proxies, and of what the optimiser keeps of them, filled up with rows of 0.
   """
 
-  def init():
-    model_key, *loss_keys = jax.random.split(jax.random.key(config.seed), 4)
+  def init(key):
+    model_key, *loss_keys = jax.random.split(key, 4)
     size = config.dataset.image_size
     images = jnp.zeros((1, size, size, 3))
     variables = model.init(model_key, images, train=False)
@@ -125,8 +125,12 @@ def create(
       return mesh_lib.by_row(mesh)
     return mesh_lib.replicated(mesh)
 
-  shardings = jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(init))
-  return jax.jit(init, out_shardings=shardings)()
+  # An argument: one program serves all seeds.
+  key = jax.random.key(config.seed)
+  shardings = jax.tree_util.tree_map_with_path(
+    sharding, jax.eval_shape(init, key)
+  )
+  return jax.jit(init, out_shardings=shardings)(key)
 
 
 class Checkpoints:
