@@ -238,7 +238,12 @@ def train_and_evaluate(
       class_sizes=data.train.class_sizes,
       mesh=mesh,
     )
-    _logger.debug(parameter_overview.get_parameter_overview(state.params))
+    # Without statistics: no process has all values of sharded proxies.
+    _logger.debug(
+      parameter_overview.get_parameter_overview(
+        state.params, include_stats=False
+      )
+    )
     checkpoints = state_lib.Checkpoints(
       folder.path, keep=config.keep_checkpoints
     )

@@ -145,16 +145,20 @@ class RunTest(parameterized.TestCase):
     )
 
   def test_a_signal_to_one_stops_and_saves_all(self):
-    workdir = self._workdir()
-    started = _start(workdir, self.data_dir, 2)
-    _wait_for(started[0], 'step 3/20')
+    # JAX looks for signals once a second, for which 20 steps are too few.
+    fields = {'num_steps': 600, 'save_every': 600, 'eval_every': 600}
+    straight, workdir = self._workdir(), self._workdir()
+    codes, outputs = _finish(_start(straight, self.data_dir, 2, **fields))
+    self.assertEqual(codes, [0, 0], outputs)
+    started = _start(workdir, self.data_dir, 2, **fields)
+    _wait_for(started[0], 'step 3/')
     started[1].send_signal(signal.SIGTERM)
     codes, outputs = _finish(started)
     self.assertEqual(codes, [128 + signal.SIGTERM] * 2, outputs)
     self.assertIn('saved. The same command goes on', outputs[0])
-    codes, outputs = _finish(_start(workdir, self.data_dir, 2))
+    codes, outputs = _finish(_start(workdir, self.data_dir, 2, **fields))
     self.assertEqual(codes, [0, 0], outputs)
-    whole_runs.assert_same_state(workdir, self.two)
+    whole_runs.assert_same_state(workdir, straight)
 
   @parameterized.parameters(0, 1)
   def test_when_one_is_killed_the_other_says_so_and_ends(self, killed):
