@@ -4,16 +4,13 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 
 import jax
 import numpy as np
-import whole_runs
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import metric_writer, processes
@@ -69,15 +66,6 @@ def _finish(started):
   return [process.returncode for process in started], outputs
 
 
-def _wait_for(process, line_start):
-  output = ''
-  for line in process.stdout:
-    output += line
-    if line.startswith(line_start):
-      return
-  raise AssertionError(f'No line begins with {line_start!r}: {output}')
-
-
 class RunTest(parameterized.TestCase):
 
   @classmethod
@@ -123,57 +111,6 @@ class RunTest(parameterized.TestCase):
   def test_process_0_speaks_for_all(self):
     self.assertIn('step 20/20', self.outputs[0])
     self.assertNotIn('step', self.outputs[1])
-
-  def test_sharded_proxies_move_to_other_numbers_of_processes(self):
-    workdir = self._workdir()
-    for number, last, sharded in ((4, 5, True), (2, 15, True), (1, 20, False)):
-      fields = {'num_steps': last, 'proxies.sharded': sharded}
-      if last < 20:  # What ends early is scored at its end.
-        fields |= {'eval_every': 0, 'dataset.validation': ''}
-      codes, outputs = _finish(
-        _start(workdir, self.data_dir, number, **(fields | {
-          'eval_every': 10, 'dataset.validation': '2/2'
-        }))
-      )
-      self.assertEqual(codes, [0] * number, outputs)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-      *(
-        whole_runs.final_state(folder)['state']['params']
-        for folder in (workdir, self.one)
-      ),
-    )
-
-  def test_a_signal_to_one_stops_and_saves_all(self):
-    # JAX looks for signals once a second, for which 20 steps are too few.
-    fields = {'num_steps': 600, 'save_every': 600, 'eval_every': 600}
-    straight, workdir = self._workdir(), self._workdir()
-    codes, outputs = _finish(_start(straight, self.data_dir, 2, **fields))
-    self.assertEqual(codes, [0, 0], outputs)
-    started = _start(workdir, self.data_dir, 2, **fields)
-    _wait_for(started[0], 'step 3/')
-    started[1].send_signal(signal.SIGTERM)
-    codes, outputs = _finish(started)
-    self.assertEqual(codes, [128 + signal.SIGTERM] * 2, outputs)
-    self.assertIn('saved. The same command goes on', outputs[0])
-    codes, outputs = _finish(_start(workdir, self.data_dir, 2, **fields))
-    self.assertEqual(codes, [0, 0], outputs)
-    whole_runs.assert_same_state(workdir, straight)
-
-  @parameterized.parameters(0, 1)
-  def test_when_one_is_killed_the_other_says_so_and_ends(self, killed):
-    workdir = self._workdir()
-    started = _start(workdir, self.data_dir, 2)
-    _wait_for(started[0], 'step 7/20')
-    started[killed].kill()
-    start = time.monotonic()
-    codes, outputs = _finish(started)
-    self.assertLess(time.monotonic() - start, 90)
-    self.assertNotEqual(codes[1 - killed], 0)
-    self.assertIn('Another process of this run has ended', outputs[1 - killed])
-    codes, outputs = _finish(_start(workdir, self.data_dir, 2))
-    self.assertEqual(codes, [0, 0], outputs)
-    whole_runs.assert_same_state(workdir, self.two)
 
   def test_all_end_with_the_error_of_process_0(self):
     codes, outputs = _finish(
