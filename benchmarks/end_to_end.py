@@ -44,6 +44,7 @@ from proxy_nca_jax import (
   interruption,
   metric_writer,
   models,
+  scoring,
   train,
   train_step,
   watch,
@@ -100,7 +101,7 @@ class Contest:
       model,
       optimizer,
       train_step.make_loss(config),
-      train.make_normalize(config),
+      scoring.make_normalize(config),
     )
     self._start = jax.device_get(
       state_lib.create(
@@ -161,7 +162,7 @@ class Contest:
         writer=self._writer,
         batches=batches,
         prepare=self._prepare[is_on_device],
-        train_step=self._step,
+        train_steps=train_step.make_train_steps(self._step),
         score=None,
         watchdog=stack.enter_context(watch.Watchdog(0)),
         trace=stack.enter_context(watch.Trace('', ())),

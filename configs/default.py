@@ -151,6 +151,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.kmeans_start = 'random'  # Or k-means++.
   config.evaluation.kmeans_num_starts = 1  # The one of least inertia counts.
 
+  # Where steps are short: so many by one call to the device. All the numbers of
+  # steps here must be divisible by it.
+  config.steps_per_dispatch = 1
+
   config.log_every = 50
   config.eval_every = 0  # On validation, or test; 0 is only at the end.
   config.save_every = 500  # Besides at the end and when stopped.

@@ -138,12 +138,12 @@ class Progress:
       *,
       input_seconds: float = 0.0,
   ) -> None:
-    """Takes what a step that is under way gives.
+    """Takes what steps that are under way give.
 
     Args:
-      step: its number.
-      metrics: scalars, 'loss' and 'gradient_norm' among them, and, if steps may
-        be skipped, the counts of `optimizer.skip_counts`.
+      step: the number of the last of them.
+      metrics: [steps], or [] of one, 'loss' and 'gradient_norm' among them,
+        and, if steps may be skipped, the counts of `optimizer.skip_counts`.
       input_seconds: that the host has waited for its batch and all before it.
     """
     self._step, self._input_seconds = step, input_seconds
@@ -175,17 +175,18 @@ class Progress:
     """Takes so many of the pending steps; a report is of the last of them."""
     steps, self._pending = self._pending[:number], self._pending[number:]
     names = ('loss', 'gradient_norm', 'skipped_steps', 'skipped_in_row')
+    fetched = jax.device_get([
+      (step, {name: metrics[name] for name in names if name in metrics})
+      for step, metrics in steps
+    ])
     _check_finite(
-      jax.device_get([
-        (step, {name: metrics[name] for name in names if name in metrics})
-        for step, metrics in steps
-      ]),
+      [row for step, metrics in fetched for row in _rows(step, metrics)],
       max_skipped=self._max_skipped,
     )
     if self._is_due:
       self._is_due = False
-      step, metrics = steps[-1]
-      self._write(step, jax.device_get(metrics))
+      step, metrics = jax.device_get(steps[-1])
+      self._write(*_rows(step, metrics)[-1])
 
   def _write(self, step, metrics):
     scalars = {
@@ -218,6 +219,21 @@ class Progress:
       step, self._num_steps, metrics['loss'], accuracy, skipped, timing,
     )
     self._start_clock(step)
+
+
+def _rows(
+    last: int, metrics: Mapping[str, np.ndarray]
+) -> list[tuple[int, dict[str, np.ndarray]]]:
+  """Returns (step, metrics []) of each step of a dispatch, `last` the last."""
+  metrics = {name: np.atleast_1d(values) for name, values in metrics.items()}
+  number = len(metrics['loss'])
+  return [
+    (
+      last - number + 1 + row,
+      {name: values[row] for name, values in metrics.items()},
+    )
+    for row in range(number)
+  ]
 
 
 def _check_finite(

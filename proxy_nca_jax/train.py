@@ -5,10 +5,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import operator
 import os
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ from proxy_nca_jax import (
   metric_writer,
   models,
   processes,
+  scoring,
+  selection,
   watch,
 )
 from proxy_nca_jax import mesh as mesh_lib
@@ -35,27 +37,12 @@ from proxy_nca_jax import state as state_lib
 from proxy_nca_jax import train_step as train_step_lib
 from proxy_nca_jax import workdir as workdir_lib
 
-# The scores whose harmonic mean ProxyNCA++ selects by.
-_AVERAGED = ('nmi', 'recall@1')
 # What the log says that a step waits for.
 _INPUT = 'its input'
 _DEVICE = 'the device, or a compilation'
 _SAVING = 'checkpoints to be written'
 
 _logger = logging.getLogger(__name__)
-
-
-def make_normalize(
-    config: ml_collections.ConfigDict,
-) -> Callable[[jax.Array], jax.Array]:
-  """Returns the map from uint8 images to what the backbone's weights expect."""
-  backbone = models.BACKBONES[config.model.name]
-  return functools.partial(
-    input_pipeline.normalize,
-    mean=backbone.mean,
-    std=backbone.std,
-    is_bgr=backbone.is_bgr,
-  )
 
 
 def make_prepare(
@@ -78,27 +65,12 @@ def make_prepare(
   )
 
 
-def make_embed_fn(model, normalize, mesh) -> Callable[..., jax.Array]:
-  """Returns (state, batch) -> embeddings float32 [batch, dim]."""
-
-  @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
-  def forward(params, model_state, images):
-    params = {name: params[name] for name in ('backbone', 'head')}
-    variables = {'params': params, **model_state}
-    return model.apply(variables, normalize(images), train=False)
-
-  def embed_fn(state, batch):
-    images = mesh_lib.shard_batch({'image': batch['image']}, mesh)['image']
-    return forward(state.params, state.model_state, images)
-
-  return embed_fn
-
-
 def check_config(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError if a number cannot be; names are checked at their use."""
   for field, least in (
     ('num_steps', 1), ('batch_size', 1), ('log_every', 1), ('save_every', 1),
-    ('eval_every', 0), ('keep_checkpoints', 1), ('stall_seconds', 0),
+    ('eval_every', 0), ('keep_checkpoints', 1), ('steps_per_dispatch', 1),
+    ('stall_seconds', 0),
     ('model.freeze_batch_norm_steps', -1), ('optimizer.max_skipped_steps', 1),
   ):
     value = operator.attrgetter(field)(config)
@@ -107,6 +79,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         f'config.{field} ({value}) must be at least {least}.'
       )
   _check_profile_steps(config)
+  _check_steps_per_dispatch(config)
   factor = config.optimizer.plateau_factor
   if not 0 < factor <= 1 or config.optimizer.plateau_patience < 0:
     raise ValueError(
@@ -151,6 +124,26 @@ def _check_profile_steps(config) -> None:
     )
 
 
+def _check_steps_per_dispatch(config) -> None:
+  size = config.steps_per_dispatch
+  periods = {
+    name: operator.attrgetter(name)(config)
+    for name in (
+      'num_steps', 'log_every', 'eval_every', 'save_every',
+      'model.freeze_batch_norm_steps',
+    )
+  }
+  odd = [
+    f'config.{name} ({period})' for name, period in periods.items()
+    if period > 0 and period % size
+  ]
+  if odd:
+    raise ValueError(
+      f'{", ".join(odd)} must be divisible by config.steps_per_dispatch '
+      f'({size}): nothing happens between the steps of one dispatch.'
+    )
+
+
 class _Run(NamedTuple):
   """What `_fit` needs beside the configuration."""
 
@@ -163,7 +156,7 @@ class _Run(NamedTuple):
   writer: metric_writer.MetricWriter
   batches: Iterator[dict[str, np.ndarray]]
   prepare: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
-  train_step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
+  train_steps: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
   score: Callable[[state_lib.TrainState, datasets.Split], dict[str, float]]
   watchdog: watch.Watchdog
   trace: watch.Trace
@@ -227,9 +220,12 @@ def train_and_evaluate(
     )
     mesh = mesh_lib.make_mesh()
     process = (jax.process_index(), jax.process_count())
-    normalize = make_normalize(config)
+    normalize = scoring.make_normalize(config)
     score = functools.partial(
-      _score_state, make_embed_fn(model, normalize, mesh), config, mesh
+      scoring.score_state,
+      scoring.make_embed_fn(model, normalize, mesh),
+      config,
+      mesh,
     )
     state = state_lib.create(
       config,
@@ -273,11 +269,13 @@ def train_and_evaluate(
       baselines = {
         'untrained': score(state, data.test),
         'raw_pixels': evaluate.score(
-          pixels, data.test.labels, **_score_settings(config, mesh, data.test)
+          pixels,
+          data.test.labels,
+          **scoring.score_settings(config, mesh, data.test),
         ),
       }
       del pixels
-    _check_select_by(config, baselines['untrained'])
+    selection.check_select_by(config, baselines['untrained'])
     selected = state_lib.Checkpoints(folder.path, keep=2, folder='selected')
     stack.callback(selected.close)
     state = checkpoints.restore(state) or state
@@ -303,15 +301,17 @@ def train_and_evaluate(
       writer=writer,
       batches=batches,
       prepare=prepare,
-      train_step=train_step_lib.make_train_step(
-        model,
-        optimizer,
-        train_step_lib.correct_for_frequency(
-          loss, config, data.train.class_sizes
-        ),
-        normalize,
-        share=train_step_lib.make_share(config, data.train.num_classes, mesh),
-        learning_rates=optimizer_lib.make_learning_rates(config),
+      train_steps=train_step_lib.make_train_steps(
+        train_step_lib.make_train_step(
+          model,
+          optimizer,
+          train_step_lib.correct_for_frequency(
+            loss, config, data.train.class_sizes
+          ),
+          normalize,
+          share=train_step_lib.make_share(config, data.train.num_classes, mesh),
+          learning_rates=optimizer_lib.make_learning_rates(config),
+        )
       ),
       score=score,
       watchdog=stack.enter_context(watch.Watchdog(config.stall_seconds)),
@@ -351,7 +351,9 @@ def _fit(
       where such steps are skipped; no such state is saved.
     interruption.Stopped: on a signal, the state being saved.
   """
-  done, last = int(state.step), config.num_steps
+  done, last, size = (
+    int(state.step), config.num_steps, config.steps_per_dispatch
+  )
   progress = metric_writer.Progress(
     run.writer,
     num_steps=last,
@@ -363,25 +365,27 @@ def _fit(
     # A run that was stopped just before an evaluation makes up for it.
     if done and _is_evaluated(config, done) and not _is_written(done, run):
       _evaluate(config, state, run)
-    rate_scale = _rate_scale(config, run.workdir)
+    rate_scale = selection.rate_scale(config, run.workdir)
     while done < last:
-      run.signals.check(done)
+      # Processes that stop agree on a number that all of them come to.
+      run.signals.check(done // size)
       with run.signals.deferred():
         with waiting_for(_INPUT, step=done + 1):
-          batch = next(run.batches)
-        losses.check_labels(batch['label'], run.data.train.num_classes)
-        run.trace.before(done + 1)
+          batches = list(itertools.islice(run.batches, size))
+        for batch in batches:
+          losses.check_labels(batch['label'], run.data.train.num_classes)
+        run.trace.before(done + 1, done + size)
         with (
           waiting_for(_DEVICE, step=done + 1),
           jax.profiler.StepTraceAnnotation('train', step_num=done + 1),
         ):
-          state, metrics = run.train_step(
+          state, metrics = run.train_steps(
             state,
-            run.prepare(batch),
+            [run.prepare(batch) for batch in batches],
             rate_scale,
             freeze_batch_norm=_is_batch_norm_frozen(config, done),
           )
-          done += 1
+          done += size
           progress.add(
             done, metrics, input_seconds=run.watchdog.seconds[_INPUT]
           )
@@ -394,7 +398,7 @@ def _fit(
         with waiting_for(_DEVICE, step=done):
           progress.check()
         _evaluate(config, state, run)
-        rate_scale = _rate_scale(config, run.workdir)
+        rate_scale = selection.rate_scale(config, run.workdir)
         progress.restart_clock()
       with run.signals.deferred():
         if done == last or done % config.save_every == 0:
@@ -515,7 +519,7 @@ def _evaluate(config, state: state_lib.TrainState, run: _Run) -> None:
   )
   with run.signals.deferred():
     run.writer.write_scalars(step, workdir_lib.flatten({title: scores}))
-    if run.data.validation and _select(config, run.workdir)[0] == step:
+    if run.data.validation and selection.select(config, run.workdir)[0] == step:
       run.selected.save(step, state)
 
 
@@ -527,59 +531,17 @@ def _is_written(step: int, run: _Run) -> bool:
   """Whether a step's evaluation is among the metrics."""
   return any(
     name.startswith(_evaluated_split(run))
-    for row in _read_metrics(run.workdir)
+    for row in selection.read_metrics(run.workdir)
     if row['step'] == step
     for name in row
   )
-
-
-def _read_metrics(workdir: str) -> list[dict]:
-  return processes.of_first(lambda: metric_writer.read_metrics(workdir))
-
-
-def _select(config, workdir: str) -> tuple[int, float]:
-  """Returns the first step with the best validation score, and that score."""
-  scores = _validation_scores(config, workdir)
-  best = max(scores, key=scores.get)
-  return best, scores[best]
-
-
-def _rate_scale(config, workdir: str) -> float:
-  """Returns what the validation scores so far multiply all rates by."""
-  if config.optimizer.plateau_factor == 1:
-    return 1.0
-  scores = _validation_scores(config, workdir)
-  scale = optimizer_lib.plateau_scale(
-    # The last step of a run that was made longer is in no straight run.
-    [score for step, score in scores.items() if step % config.eval_every == 0],
-    patience=config.optimizer.plateau_patience,
-    factor=config.optimizer.plateau_factor,
-  )
-  if scale < 1:
-    _logger.info('All learning rates are multiplied by %g', scale)
-  return scale
-
-
-def _validation_scores(config, workdir: str) -> dict[int, float]:
-  """Returns the score to select by of each step evaluated so far."""
-  select_by = config.evaluation.select_by
-  names = _AVERAGED if select_by == 'harmonic_mean' else (select_by,)
-  values = {
-    row['step']: [row[f'validation.{name}'] for name in names]
-    for row in _read_metrics(workdir)
-    if all(f'validation.{name}' in row for name in names)
-  }
-  return {
-    step: statistics.harmonic_mean(scores) if len(scores) > 1 else scores[0]
-    for step, scores in values.items()
-  }
 
 
 def _score_selected(config, state: state_lib.TrainState, run: _Run) -> dict:
   """Scores what the validation classes selected on the test classes."""
   if not run.data.validation:
     return {}
-  step, value = _select(config, run.workdir)
+  step, value = selection.select(config, run.workdir)
   if step != config.num_steps:
     state = run.selected.restore(state, step=step)
     if state is None:
@@ -598,58 +560,9 @@ def _score_selected(config, state: state_lib.TrainState, run: _Run) -> dict:
   }
 
 
-def _check_select_by(config, scores: Mapping[str, float]) -> None:
-  if not config.dataset.validation:
-    return
-  if not config.eval_every:
-    raise ValueError(
-      'config.dataset.validation selects among the steps that are evaluated: '
-      'set config.eval_every to a number of steps.'
-    )
-  names = [name for name, value in scores.items() if isinstance(value, float)]
-  if set(_AVERAGED) <= set(names):
-    names.append('harmonic_mean')
-  if config.evaluation.select_by not in names:
-    raise ValueError(
-      f'config.evaluation.select_by ({config.evaluation.select_by!r}) must be '
-      f'one of {", ".join(names)}.'
-    )
-
-
-def _score_state(
-    embed_fn, config, mesh, state, split: datasets.Split, **kwargs
-) -> dict[str, float]:
-  """Scores a state's embeddings of a split."""
-  batches = input_pipeline.evaluation_batches(
-    split,
-    image_size=config.dataset.image_size,
-    batch_size=config.evaluation.batch_size,
-    process=(jax.process_index(), jax.process_count()),
-  )
-  return evaluate.evaluate(
-    functools.partial(embed_fn, state),
-    batches,
-    **_score_settings(config, mesh, split),
-    **kwargs,
-  )
-
-
-def _score_settings(config, mesh, split: datasets.Split) -> dict:
-  names = (
-    'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
-    'kmeans_num_starts',
-  )
-  return {name: config.evaluation[name] for name in names} | {
-    'is_query': split.is_query,
-    'cameras': split.cameras,
-    'seed': config.seed,
-    'mesh': mesh,
-  }
-
-
 def _read_baselines(workdir: str) -> dict[str, dict[str, float]]:
   """Returns the scores that a run began with: its first row of metrics."""
-  rows = _read_metrics(workdir)
+  rows = selection.read_metrics(workdir)
   baselines = {}
   for name, value in (rows[0] if rows else {}).items():
     if name != 'step':

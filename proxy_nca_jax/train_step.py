@@ -22,6 +22,9 @@ if TYPE_CHECKING:
   import ml_collections
 
 
+_Step = Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
+
+
 class Loss(NamedTuple):
   """A loss with its arguments, and what it is given besides."""
 
@@ -136,7 +139,7 @@ def make_train_step(
     *,
     share: Callable[..., tuple] = lambda *arrays: arrays,
     learning_rates: Callable[[jax.Array], dict] = lambda num_updates: {},
-) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
+) -> _Step:
   """Returns the jitted step: (state, batch, rate_scale) -> (state, metrics).
 
   `rate_scale` multiplies all learning rates; it is 1 by default. With
@@ -240,6 +243,38 @@ def make_train_step(
   return jax.jit(
     train_step, donate_argnums=0, static_argnames='freeze_batch_norm'
   )
+
+
+def make_train_steps(train_step: _Step) -> _Step:
+  """Returns (state, batches, rate_scale) -> (state, metrics) of several steps.
+
+  They are one call to the device: where a step is short, the host would take
+  longer to begin it. Metrics are [len(batches)], or [] of a single batch.
+
+  Args:
+    train_step: of `make_train_step`.
+  """
+
+  @functools.partial(
+    jax.jit, donate_argnums=0, static_argnames='freeze_batch_norm'
+  )
+  def scan(state, batches, rate_scale, *, freeze_batch_norm):
+    def step(state, batch):
+      return train_step(
+        state, batch, rate_scale, freeze_batch_norm=freeze_batch_norm
+      )
+
+    batches = jax.tree.map(lambda *rows: jnp.stack(rows), *batches)
+    return jax.lax.scan(step, state, batches)
+
+  def train_steps(state, batches, rate_scale=1.0, *, freeze_batch_norm=False):
+    if len(batches) == 1:
+      return train_step(
+        state, *batches, rate_scale, freeze_batch_norm=freeze_batch_norm
+      )
+    return scan(state, batches, rate_scale, freeze_batch_norm=freeze_batch_norm)
+
+  return train_steps
 
 
 def _group_metrics(

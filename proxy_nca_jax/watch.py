@@ -93,11 +93,11 @@ class Trace:
   def __exit__(self, *exception) -> None:
     self._end()
 
-  def before(self, step: int) -> None:
-    """Begins to trace, if it is time."""
-    if self._begun is None and self._first <= step <= self._last:
+  def before(self, first: int, last: int) -> None:
+    """Begins to trace, if it is time: these steps are next, in one dispatch."""
+    if self._begun is None and first <= self._last and last >= self._first:
       jax.profiler.start_trace(self._folder)
-      self._begun = self._newest = step
+      self._begun = self._newest = first
 
   def after(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
     """Ends with the last step, when the device has done it."""

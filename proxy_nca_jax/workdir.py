@@ -11,6 +11,7 @@ import jax
 import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 
+from configs import default
 from proxy_nca_jax import locks, mirror, processes
 
 _logger = logging.getLogger(__name__)
@@ -155,7 +156,9 @@ def check_same_run(
     saved: the config that the run began with, as nested dicts of JSON.
     may_add_steps: whether more steps leave those before as they were.
   """
-  new, old = flatten(as_json(config)), flatten(saved)
+  new = flatten(as_json(config))
+  # What is younger than the run had no other value than its default.
+  old = flatten(as_json(default.get_config())) | flatten(saved)
   absent = object()
 
   def differs(field):

@@ -15,12 +15,13 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_backend_optimization_level=0'
   + ' --xla_llvm_disable_expensive_passes=true'
 )
-# A program is compiled once, whichever test or process of a test needs it.
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  _cache = tempfile.mkdtemp()
-  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+# A program is compiled once and a data set is prepared once, whichever test or
+# process of a test needs it.
+for _name in ('JAX_COMPILATION_CACHE_DIR', 'TFDS_DATA_DIR'):
+  if _name not in os.environ:
+    os.environ[_name] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ[_name], ignore_errors=True)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax

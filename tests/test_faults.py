@@ -10,7 +10,6 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -19,7 +18,6 @@ import whole_runs
 from absl.testing import absltest
 from PIL import Image
 
-_ROOT = pathlib.Path(__file__).parent.parent
 _FIELDS = {
   'num_steps': 60,
   'batch_size': 16,
@@ -31,15 +29,6 @@ _FIELDS = {
 }
 # A folder of mounts of its own, where a user may make a small disk.
 _UNSHARE = ('unshare', '--map-root-user', '--mount')
-
-
-def _environment():
-  # One device, where the tests' own processes have eight.
-  flags = (
-    ' --xla_backend_optimization_level=0'
-    ' --xla_llvm_disable_expensive_passes=true'
-  )
-  return os.environ | {'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'}
 
 
 def _can_unshare():
@@ -73,53 +62,29 @@ class FaultsTest(absltest.TestCase):
     assert code == 0, output
 
   @classmethod
-  def _command(cls, workdir, **fields):
+  def _command(cls, workdir):
     fields = {
-      'dataset.root': cls.root / 'pictures', 'dataset.data_dir': cls.data_dir,
-      **_FIELDS, **fields,
+      'dataset.root': cls.root / 'pictures', 'dataset.data_dir': cls.data_dir
     }
-    return [
-      sys.executable,
-      str(_ROOT / 'main.py'),
-      f'--config={_ROOT}/configs/image_folder.py',
-      f'--workdir={workdir}',
-      *(f'--config.{name}={value}' for name, value in fields.items()),
-    ]
-
-  @classmethod
-  def _start(cls, command):
-    return subprocess.Popen(
-      command,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      env=_environment(),
+    return whole_runs.command(
+      'image_folder.py', workdir, **fields, **_FIELDS
     )
 
   @classmethod
-  def _run(cls, workdir, **fields):
-    process = cls._start(cls._command(workdir, **fields))
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+  def _run(cls, workdir):
+    return whole_runs.finish(whole_runs.start(cls._command(workdir)))
 
   def _break(self, do, line_start, workdir):
     """Starts a run, breaks something when a line begins so; returns its end."""
-    process = self._start(self._command(workdir))
-    output = ''
-    for line in process.stdout:
-      output += line
-      if line.startswith(line_start):
-        do(process)
-        break
-    output += process.stdout.read()
-    return process.wait(timeout=60), output
+    process = whole_runs.start(self._command(workdir))
+    begun = whole_runs.wait_for(process, line_start)
+    do(process)
+    code, output = whole_runs.finish(process)
+    return code, begun + output
 
   def _assert_one_line(self, code, output, message):
-    self.assertEqual(code, 2, output)
-    self.assertNotIn('Traceback', output)
-    errors = [line for line in output.splitlines() if 'Error:' in line]
-    self.assertLen(errors, 1, output)
-    self.assertRegex(errors[0], message)
+    line = whole_runs.assert_one_line_error(code, output)
+    self.assertRegex(line, message)
 
   def _assert_equals_straight(self, workdir):
     self.assertEqual(
@@ -150,7 +115,7 @@ class FaultsTest(absltest.TestCase):
     """
     codes = subprocess.run(
       [*_UNSHARE, 'sh', '-c', script],
-      env=_environment(),
+      env=whole_runs.environment(),
       stdout=subprocess.PIPE,
       text=True,
       timeout=300,

@@ -15,6 +15,7 @@ _LAYERS = (
   ('main', 'search'),
   ('command_line',),
   ('train', 'report', 'inference'),
+  ('scoring', 'selection'),
   ('evaluate',),
   ('train_step',),
   (

@@ -1,11 +1,9 @@
 """The command as a user runs it: whole runs, stopped runs, wrong input."""
 
-import json
 import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from unittest import mock
@@ -14,8 +12,6 @@ import whole_runs
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import locks, metric_writer
-
-_ROOT = pathlib.Path(__file__).parent.parent
 
 # Twenty steps of a tenth of a second: time to stop in between. The score falls
 # at the second evaluation, and with it the rates.
@@ -35,55 +31,21 @@ _SMALL = {
 }
 
 
-def _command(workdir, data_dir, config='glyphs', **fields):
-  fields = {'dataset.data_dir': data_dir, **_SMALL, **fields}
-  return [
-    sys.executable,
-    str(_ROOT / 'main.py'),
-    f'--config={_ROOT}/configs/{config}.py',
-    f'--workdir={workdir}',
-    *(f'--config.{name}={value}' for name, value in fields.items()),
-  ]
+def _command(workdir, *flags, config='glyphs.py', **fields):
+  return whole_runs.command(config, workdir, *flags, **(_SMALL | fields))
 
 
-def _environment():
-  return os.environ | {
-    'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'
-  }
+def _run(*args, **kwargs):
+  return whole_runs.finish(whole_runs.start(_command(*args, **kwargs)))
 
 
-def _start(*args, **fields):
-  return subprocess.Popen(
-    _command(*args, **fields),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env=_environment(),
-    cwd='/',
-  )
-
-
-def _run(*args, **fields):
-  process = _start(*args, **fields)
-  output, _ = process.communicate(timeout=300)
-  return process.returncode, output
-
-
-def _signal_at(number, line_start, *args, **fields):
+def _signal_at(number, line_start, *args, **kwargs):
   """Starts a run, signals it when a line begins so, and returns its end."""
-  process = _start(*args, **fields)
-  output = ''
-  for line in process.stdout:
-    output += line
-    if line.startswith(line_start):
-      process.send_signal(number)
-      break
-  output += process.stdout.read()
-  return process.wait(timeout=60), output
-
-
-def _results(workdir):
-  return json.loads((pathlib.Path(workdir) / 'results.json').read_text())
+  process = whole_runs.start(_command(*args, **kwargs))
+  begun = whole_runs.wait_for(process, line_start)
+  process.send_signal(number)
+  code, output = whole_runs.finish(process)
+  return code, begun + output
 
 
 class MainTest(parameterized.TestCase):
@@ -93,9 +55,8 @@ class MainTest(parameterized.TestCase):
     super().setUpClass()
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
-    cls.data_dir = str(cls.root / 'data')
     cls.straight = str(cls.root / 'straight')
-    code, output = _run(cls.straight, cls.data_dir)
+    code, output = _run(cls.straight)
     assert code == 0, output
     cls.output = output
 
@@ -106,7 +67,9 @@ class MainTest(parameterized.TestCase):
     self.assertEqual(
       whole_runs.metrics(workdir), whole_runs.metrics(self.straight)
     )
-    self.assertEqual(_results(workdir), _results(self.straight))
+    self.assertEqual(
+      whole_runs.results(workdir), whole_runs.results(self.straight)
+    )
     whole_runs.assert_same_state(workdir, self.straight)
 
   def test_a_run_prints_progress_and_leaves_its_results(self):
@@ -115,7 +78,7 @@ class MainTest(parameterized.TestCase):
     )
     self.assertRegex(self.output, r'recall@1 +\d+\.\d\d')
     self.assertRegex(self.output, r'rates are multiplied by 0.5\nstep \d+/20')
-    results = _results(self.straight)
+    results = whole_runs.results(self.straight)
     for title in ('selected', 'trained', 'untrained', 'raw_pixels'):
       for name in (
         'recall@1', 'recall@2', 'recall@4', 'recall@8', 'map@r',
@@ -132,7 +95,7 @@ class MainTest(parameterized.TestCase):
       if 'validation.nmi' in row
     }
     self.assertEqual(list(rows), [5, 10, 15, 20])
-    results = _results(self.straight)
+    results = whole_runs.results(self.straight)
     best = max(rows, key=lambda step: (rows[step], -step))
     self.assertEqual(results['selected_step'], best)
     self.assertAlmostEqual(results['selected_by']['harmonic_mean'], rows[best])
@@ -150,11 +113,11 @@ class MainTest(parameterized.TestCase):
   )
   def test_a_stopped_run_saves_and_goes_on_bit_for_bit(self, number, step):
     workdir = self._workdir()
-    code, output = _signal_at(number, f'step {step}/20', workdir, self.data_dir)
+    code, output = _signal_at(number, f'step {step}/20', workdir)
     self.assertEqual(code, 128 + number, output)
     self.assertRegex(output, r'Stopped after step 1\d of 20, saved')
     self.assertNotIn('Traceback', output)
-    code, output = _run(workdir, self.data_dir)
+    code, output = _run(workdir)
     self.assertEqual(code, 0, output)
     self.assertRegex(output, r'Resuming after step 1\d')
     self._assert_equals_straight(workdir)
@@ -167,11 +130,11 @@ class MainTest(parameterized.TestCase):
       mock.patch.dict(os.environ, environment, clear=True)
     )
     workdir = self._workdir()
-    code, _ = _signal_at(signal.SIGKILL, 'step 12/20', workdir, self.data_dir)
+    code, _ = _signal_at(signal.SIGKILL, 'step 12/20', workdir)
     self.assertEqual(code, -signal.SIGKILL)
     cache = pathlib.Path(workdir, 'compilation_cache')
     compiled = {path.name for path in cache.glob('*-cache')}
-    code, output = _run(workdir, self.data_dir)
+    code, output = _run(workdir)
     self.assertEqual(code, 0, output)
     self.assertRegex(output, r'Resuming after step \d+')
     self._assert_equals_straight(workdir)
@@ -192,7 +155,7 @@ class MainTest(parameterized.TestCase):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    code, output = _run(workdir, self.data_dir)
+    code, output = _run(workdir)
     self.assertEqual(code, 0, output)
     self.assertIn('The checkpoint of step 20 cannot be used', output)
     self.assertIn('Resuming after step 16', output)
@@ -201,18 +164,40 @@ class MainTest(parameterized.TestCase):
   def test_pictures_on_the_device_change_nothing(self):
     workdir = self._workdir()
     code, output = _signal_at(
-      signal.SIGTERM, 'step 7/', workdir, self.data_dir,
+      signal.SIGTERM, 'step 7/', workdir,
       **{'dataset.on_device': True},
     )
     self.assertEqual(code, 128 + signal.SIGTERM, output)
     self.assertRegex(output, r'Placing \d+ pictures on the devices')
-    code, output = _run(workdir, self.data_dir)
+    code, output = _run(workdir)
     self.assertEqual(code, 0, output)
     self.assertRegex(output, r'Resuming after step \d+')
     self._assert_equals_straight(workdir)
 
+  def test_several_steps_a_dispatch_stop_and_go_on_bit_for_bit(self):
+    fields = {
+      'steps_per_dispatch': 5, 'log_every': 5, 'save_every': 10,
+      'eval_every': 10,
+    }
+    straight, stopped = self._workdir(), self._workdir()
+    code, output = _run(straight, **fields)
+    self.assertEqual(code, 0, output)
+    self.assertEqual(
+      [row['step'] for row in whole_runs.metrics(straight) if 'loss' in row],
+      [5, 10, 15, 20],
+    )
+    code, output = _signal_at(
+      signal.SIGTERM, 'step 5/20', stopped, **fields
+    )
+    self.assertEqual(code, 128 + signal.SIGTERM, output)
+    self.assertRegex(output, r'Stopped after step (10|15) of 20, saved')
+    code, output = _run(stopped, **fields)
+    self.assertEqual(code, 0, output)
+    self.assertEqual(whole_runs.metrics(stopped), whole_runs.metrics(straight))
+    whole_runs.assert_same_state(stopped, straight)
+
   def test_a_finished_run_prints_its_table(self):
-    code, output = _run(self.straight, '/nowhere')
+    code, output = _run(self.straight, **{'dataset.data_dir': '/nowhere'})
     self.assertEqual(code, 0, output)
     self.assertIn('This run is finished, at step 20', output)
     self.assertRegex(output, r'recall@1 +\d+\.\d\d')
@@ -220,27 +205,27 @@ class MainTest(parameterized.TestCase):
   def test_steps_can_be_added_to_a_finished_run(self):
     workdir = self._workdir()
     shutil.copytree(self.straight, workdir, dirs_exist_ok=True)
-    code, output = _run(workdir, self.data_dir, num_steps=22)
+    code, output = _run(workdir, num_steps=22)
     self.assertEqual(code, 0, output)
     self.assertIn('Resuming after step 20', output)
-    self.assertEqual(_results(workdir)['step'], 22)
+    self.assertEqual(whole_runs.results(workdir)['step'], 22)
 
   def test_eval_mode_scores_the_newest_checkpoint(self):
-    command = _command(self.straight, self.data_dir) + ['--mode=eval']
-    output = subprocess.check_output(command, env=_environment(), text=True)
-    recall = 100 * _results(self.straight)['trained']['recall@1']
+    code, output = _run(self.straight, '--mode=eval')
+    self.assertEqual(code, 0, output)
+    recall = 100 * whole_runs.results(self.straight)['trained']['recall@1']
     self.assertRegex(output, rf'recall@1 +{recall:.2f} \[')
 
   def test_a_second_run_in_the_workdir_is_refused(self):
     workdir = self._workdir()
     with locks.hold(os.path.join(workdir, 'lock')):
-      code, output = _run(workdir, self.data_dir)
+      code, output = _run(workdir)
     self._assert_refused(code, output, 'Another run is at work')
 
   def test_a_loss_that_is_not_finite_stops_the_run(self):
     workdir = self._workdir()
     code, output = _run(
-      workdir, self.data_dir,
+      workdir,
       **{
         'optimizer.name': 'sgd', 'optimizer.head.learning_rate': 1e30,
         'model.normalize': False, 'loss.proxy_nca.temperature': 1e-30,
@@ -249,7 +234,7 @@ class MainTest(parameterized.TestCase):
     self._assert_refused(code, output, 'not finite at step')
 
   def test_another_configuration_is_refused_by_name(self):
-    code, output = _run(self.straight, self.data_dir, seed=5)
+    code, output = _run(self.straight, seed=5)
     self._assert_refused(code, output, 'seed was 0 and is 5')
 
   @parameterized.parameters(
@@ -273,33 +258,27 @@ class MainTest(parameterized.TestCase):
   )
   def test_wrong_input_is_one_clear_line(self, fields, message):
     workdir = self._workdir()
-    code, output = _run(workdir, self.data_dir, **fields)
+    code, output = _run(workdir, **fields)
     self._assert_refused(code, output, message)
 
   def test_an_unknown_recipe_is_one_clear_line(self):
-    command = _command(self._workdir(), self.data_dir, config='cub200')
-    command[2] += ':papr'
-    process = subprocess.run(
-      command, env=_environment(), capture_output=True, text=True, check=False
+    code, output = _run(
+      self._workdir(), config='cub200.py:papr'
     )
-    self._assert_refused(
-      process.returncode, process.stderr, "^Error: Unknown recipe 'papr'.*paper"
-    )
+    self._assert_refused(code, output, "^Error: Unknown recipe 'papr'.*paper")
 
   def test_a_missing_or_empty_root_is_one_clear_line(self):
     workdir = self._workdir()
     for root in ('', '/nowhere', self._workdir()):
       code, output = _run(
-        workdir, self.data_dir, config='image_folder', **{'dataset.root': root}
+        workdir, config='image_folder.py',
+        **{'dataset.root': root},
       )
       self._assert_refused(code, output, 'config.dataset.root')
 
   def _assert_refused(self, code, output, message):
-    self.assertEqual(code, 2, output)
-    self.assertNotIn('Traceback', output)
-    errors = [line for line in output.splitlines() if 'Error:' in line]
-    self.assertLen(errors, 1, output)
-    self.assertRegex(errors[0], message)
+    line = whole_runs.assert_one_line_error(code, output)
+    self.assertRegex(line, message)
 
 
 class HelpTest(parameterized.TestCase):
@@ -309,10 +288,11 @@ class HelpTest(parameterized.TestCase):
     ('experiments/identities.py', ('--config:', '--workdir:', '--num_seeds:')),
   )
   def test_help_lists_the_flags(self, command, names):
-    output = subprocess.run(
-      [sys.executable, str(_ROOT / command), '--help'],
-      env=_environment(), capture_output=True, text=True,
-    ).stdout
+    _, output = whole_runs.finish(
+      whole_runs.start(
+        [sys.executable, str(whole_runs.ROOT / command), '--help']
+      )
+    )
     for name in names:
       self.assertIn(name, output)
 

@@ -90,6 +90,20 @@ class ProgressTest(absltest.TestCase):
     self.progress.check()
     self.assertLen(self._rows(), 1)
 
+  def test_a_dispatch_has_the_metrics_of_its_steps(self):
+    def metrics(*losses):
+      names = ('loss', 'gradient_norm')
+      return dict.fromkeys(names, np.float32(losses))
+
+    self.progress.add(3, metrics(1, 2, 3))
+    self.progress.report()
+    self.progress.check()
+    (row,) = self._rows()
+    self.assertEqual((row['step'], row['loss']), (3, 3))
+    self.progress.add(6, metrics(4, np.nan, 6))
+    with self.assertRaisesRegex(ValueError, 'not finite at step 5'):
+      self.progress.check()
+
   def test_the_rate_is_that_of_the_steps_between_reports(self):
     with mock.patch.object(metric_writer.time, 'monotonic') as clock:
       clock.return_value = 100.0

@@ -1,21 +1,18 @@
 """Runs of several processes on one machine, as on several hosts."""
 
-import json
-import os
 import pathlib
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 import tempfile
+import time
 
 import jax
 import numpy as np
+import whole_runs
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import metric_writer, processes
-
-_ROOT = pathlib.Path(__file__).parent.parent
 
 _SMALL = {
   'num_steps': 20,
@@ -29,41 +26,33 @@ _SMALL = {
 }
 
 
-def _start(workdir, data_dir, number, **fields):
+def _start(workdir, number, **fields):
   """Starts a run of so many processes, of one device each."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
-  fields = {'dataset.data_dir': data_dir, **_SMALL, **fields}
-  command = [
-    sys.executable,
-    str(_ROOT / 'main.py'),
-    f'--config={_ROOT}/configs/glyphs.py',
-    f'--workdir={workdir}',
-    *(f'--config.{name}={value}' for name, value in fields.items()),
-  ]
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'
-  }
+  fields = _SMALL | fields
   return [
-    subprocess.Popen(
-      command + ([] if number == 1 else [
-        f'--coordinator_address={address}', f'--num_processes={number}',
-        f'--process_id={index}',
-      ]),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      env=environment,
+    whole_runs.start(
+      whole_runs.command('glyphs.py', workdir, *flags, **fields)
     )
-    for index in range(number)
+    for flags in (
+      [()]
+      if number == 1
+      else [
+        (
+          f'--coordinator_address={address}', f'--num_processes={number}',
+          f'--process_id={index}',
+        )
+        for index in range(number)
+      ]
+    )
   ]
 
 
 def _finish(started):
   """Returns the exit status and the output of each process."""
-  outputs = [process.communicate(timeout=300)[0] for process in started]
-  return [process.returncode for process in started], outputs
+  return zip(*map(whole_runs.finish, started))
 
 
 class RunTest(parameterized.TestCase):
@@ -73,12 +62,11 @@ class RunTest(parameterized.TestCase):
     super().setUpClass()
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
-    cls.data_dir = str(cls.root / 'data')
     cls.one = str(cls.root / 'one')
     cls.two = str(cls.root / 'two')
     for workdir, number in ((cls.one, 1), (cls.two, 2)):
-      codes, outputs = _finish(_start(workdir, cls.data_dir, number))
-      assert codes == [0] * number, outputs
+      codes, outputs = _finish(_start(workdir, number))
+      assert set(codes) == {0}, outputs
     cls.outputs = outputs
 
   def _workdir(self):
@@ -94,10 +82,7 @@ class RunTest(parameterized.TestCase):
       for name in ('loss', 'proxy_error', 'gradient_norm'):
         if name in other:
           np.testing.assert_allclose(row[name], other[name], rtol=1e-5)
-    results, expected = (
-      json.loads(pathlib.Path(folder, 'results.json').read_text())
-      for folder in (workdir, self.one)
-    )
+    results, expected = map(whole_runs.results, (workdir, self.one))
     # Nothing was trained: the embeddings are the same.
     self.assertEqual(results['raw_pixels'], expected['raw_pixels'])
     for title in ('trained', 'selected'):
@@ -112,11 +97,59 @@ class RunTest(parameterized.TestCase):
     self.assertIn('step 20/20', self.outputs[0])
     self.assertNotIn('step', self.outputs[1])
 
+  def test_sharded_proxies_move_to_other_numbers_of_processes(self):
+    workdir = self._workdir()
+    for number, last, sharded in ((4, 5, True), (2, 15, True), (1, 20, False)):
+      codes, outputs = _finish(
+        _start(
+          workdir, number,
+          **{'num_steps': last, 'proxies.sharded': sharded},
+        )
+      )
+      self.assertEqual(set(codes), {0}, outputs)
+    actual, expected = map(whole_runs.final_state, (workdir, self.one))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+      actual['state']['params'],
+      expected['state']['params'],
+    )
+
+  def test_a_signal_to_one_stops_and_saves_all(self):
+    # JAX looks for signals once a second, for which 20 steps are too few.
+    fields = {'num_steps': 600, 'save_every': 600, 'eval_every': 600}
+    straight, workdir = self._workdir(), self._workdir()
+    codes, outputs = _finish(_start(straight, 2, **fields))
+    self.assertEqual(codes, (0, 0), outputs)
+    started = _start(workdir, 2, **fields)
+    whole_runs.wait_for(started[0], 'step 3/')
+    started[1].send_signal(signal.SIGTERM)
+    codes, outputs = _finish(started)
+    self.assertEqual(codes, (128 + signal.SIGTERM,) * 2, outputs)
+    self.assertIn('saved. The same command goes on', outputs[0])
+    codes, outputs = _finish(_start(workdir, 2, **fields))
+    self.assertEqual(codes, (0, 0), outputs)
+    whole_runs.assert_same_state(workdir, straight)
+
+  @parameterized.parameters(0, 1)
+  def test_when_one_is_killed_the_other_says_so_and_ends(self, killed):
+    workdir = self._workdir()
+    started = _start(workdir, 2)
+    whole_runs.wait_for(started[0], 'step 7/20')
+    started[killed].kill()
+    begun = time.monotonic()
+    codes, outputs = _finish(started)
+    self.assertLess(time.monotonic() - begun, 90)
+    self.assertNotEqual(codes[1 - killed], 0)
+    self.assertIn('Another process of this run has ended', outputs[1 - killed])
+    codes, outputs = _finish(_start(workdir, 2))
+    self.assertEqual(codes, (0, 0), outputs)
+    whole_runs.assert_same_state(workdir, self.two)
+
   def test_all_end_with_the_error_of_process_0(self):
     codes, outputs = _finish(
-      _start(self.two, self.data_dir, 2, **{'batch_size': 64})
+      _start(self.two, 2, **{'batch_size': 64})
     )
-    self.assertEqual(codes, [2, 2])
+    self.assertEqual(codes, (2, 2))
     for output in outputs:
       self.assertRegex(output, 'Error: This workdir holds a run with another')
 

@@ -22,6 +22,7 @@ from proxy_nca_jax import (
   metric_writer,
   models,
   proxies,
+  scoring,
   train,
   train_step,
   watch,
@@ -65,7 +66,7 @@ def _run(
   mesh = mesh_lib.make_mesh(devices)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
-  normalize = train.make_normalize(config)
+  normalize = scoring.make_normalize(config)
   step = train_step.make_train_step(
     model, optimizer, loss or train_step.make_loss(config), normalize,
     learning_rates=optimizer_lib.make_learning_rates(config),
@@ -87,7 +88,7 @@ def _run(
     state, metrics = step(state, batch, rate_scale)
     history.append(jax.device_get(metrics))
     states.append(jax.device_get(state))
-  embed = train.make_embed_fn(model, normalize, mesh)
+  embed = scoring.make_embed_fn(model, normalize, mesh)
   return state, history, embed
 
 
@@ -199,6 +200,35 @@ class TrainStepTest(parameterized.TestCase):
         after.loss_state['assignment'], before.loss_state['assignment']
       )
       self.assertEqual(after.loss_state['assignment'].shape, (_NUM_CLASSES, 1))
+
+  def test_several_steps_of_one_dispatch_are_those_one_by_one(self):
+    config = _config()
+    mesh = mesh_lib.make_mesh()
+    model = models.create_model(config)
+    optimizer = optimizer_lib.make_optimizer(config)
+    step = train_step.make_train_step(
+      model, optimizer, train_step.make_loss(config),
+      scoring.make_normalize(config),
+    )
+    batches = [
+      mesh_lib.shard_batch(batch, mesh) for batch in _batches(config, 6)
+    ]
+    ends = []
+    for size in (1, 3):
+      state = state_lib.create(
+        config, model, optimizer, class_sizes=np.ones(_NUM_CLASSES, int),
+        mesh=mesh,
+      )
+      steps, losses_so_far = train_step.make_train_steps(step), []
+      for first in range(0, 6, size):
+        state, metrics = steps(state, batches[first : first + size], 0.5)
+        losses_so_far.extend(np.atleast_1d(metrics['loss']))
+      ends.append((losses_so_far, jax.device_get(state)))
+    self.assertEqual(ends[1][1].step, 6)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      *ends,
+    )
 
   def test_one_device_equals_eight(self):
     config = _config(**{'optimizer.name': 'sgd'})
@@ -609,6 +639,12 @@ class ConfigTest(parameterized.TestCase):
     ({'optimizer.plateau_patience': -1}, 'plateau_patience .-1. not negative'),
     ({'optimizer.max_skipped_steps': 0}, 'max_skipped_steps .0. must be at'),
     ({'stall_seconds': -1.0}, 'config.stall_seconds .-1.0. must be at least 0'),
+    ({'steps_per_dispatch': 0}, 'steps_per_dispatch .0. must be at least 1'),
+    (
+      {'steps_per_dispatch': 4, 'save_every': 6, 'num_steps': 1001},
+      r'config.num_steps \(1001\), config.log_every \(50\), config.save_every '
+      r'\(6\) must be divisible by config.steps_per_dispatch \(4\)',
+    ),
     ({'profile_steps': (3,)}, r'profile_steps .\(3,\). must be .* 1 to 1000'),
     ({'profile_steps': (0, 3)}, 'profile_steps'),
     ({'profile_steps': (4, 3)}, 'profile_steps'),
@@ -662,8 +698,8 @@ class LoopTest(absltest.TestCase):
         events.append('wait')
         return np.float32(1)
 
-    def train_step(state, batch, rate_scale, *, freeze_batch_norm):
-      del batch, rate_scale, freeze_batch_norm
+    def train_steps(state, batches, rate_scale, *, freeze_batch_norm):
+      del batches, rate_scale, freeze_batch_norm
       events.append('step')
       return state, {'loss': Scalar(), 'gradient_norm': Scalar()}
 
@@ -683,7 +719,7 @@ class LoopTest(absltest.TestCase):
       writer=quiet,
       batches=_batches(_config(), 8),
       prepare=lambda batch: events.append('send'),
-      train_step=train_step,
+      train_steps=train_steps,
       score=None,
       watchdog=self.enter_context(watch.Watchdog(0)),
       trace=self.enter_context(watch.Trace('', ())),

@@ -83,15 +83,15 @@ class WatchdogTest(absltest.TestCase):
 
 class TraceTest(parameterized.TestCase):
 
-  def _traced(self, steps, done):
+  def _traced(self, steps, done, size=1):
     """Returns the files, and the log, of a trace of a loop."""
     folder = self.create_tempdir().full_path
     with self.assertLogs('proxy_nca_jax', 'INFO') as logs:
       logging.getLogger('proxy_nca_jax').info('begins')
       with watch.Trace(folder, steps) as trace:
         for step in done:
-          trace.before(step)
-          trace.after(step, {'loss': jnp.ones(3) * step})
+          trace.before(step, step + size - 1)
+          trace.after(step + size - 1, {'loss': jnp.ones(3) * step})
     return list(pathlib.Path(folder).rglob('*.xplane.pb')), logs.output[1:]
 
   @parameterized.parameters(
@@ -99,11 +99,13 @@ class TraceTest(parameterized.TestCase):
     ((2, 2), range(1, 6), 'steps 2 to 2 is in'),
     ((2, 9), range(1, 6), 'steps 2 to 5 is in'),  # Was stopped.
     ((2, 9), range(4, 12), 'steps 4 to 9 is in'),  # Went on.
+    ((6, 7), range(1, 21, 5), 'steps 6 to 10 is in', 5),  # In dispatches of 5.
+    ((3, 6), range(1, 21, 5), 'steps 1 to 10 is in', 5),
   )
   def test_the_steps_are_traced_and_the_log_tells_where(
-      self, steps, done, line
+      self, steps, done, line, size=1
   ):
-    files, logs = self._traced(steps, done)
+    files, logs = self._traced(steps, done, size)
     self.assertLen(files, 1)
     self.assertLen(logs, 1)
     self.assertIn(line, logs[0])

@@ -192,10 +192,19 @@ class SameRunTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'num_steps'):
       self._check(_config(**cosine), num_steps=2000, **cosine)
 
-  def test_a_field_that_one_side_lacks_is_named(self):
+  def test_a_field_younger_than_the_run_has_its_default(self):
     saved = workdir.as_json(_config())
     del saved['model']['width']
-    with self.assertRaisesRegex(ValueError, 'model.width was .absent'):
+    workdir.check_same_run(_config(), saved, may_add_steps=True)
+    with self.assertRaisesRegex(ValueError, 'model.width was 64 and is 8'):
+      workdir.check_same_run(
+        _config(**{'model.width': 8}), saved, may_add_steps=True
+      )
+
+  def test_a_field_that_is_no_more_is_named(self):
+    saved = workdir.as_json(_config())
+    saved['model']['depth'] = 3
+    with self.assertRaisesRegex(ValueError, "depth was 3 and is 'absent'"):
       workdir.check_same_run(_config(), saved, may_add_steps=True)
 
 

@@ -1,4 +1,11 @@
-"""What a run leaves behind, as far as two runs must agree in it."""
+"""Runs as real processes, and what they leave, as far as two must agree."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
 
 import jax
 import numpy as np
@@ -6,15 +13,84 @@ import numpy as np
 from proxy_nca_jax import metric_writer
 from proxy_nca_jax import state as state_lib
 
+ROOT = pathlib.Path(__file__).parent.parent
+
 _TIMINGS = ('images_per_second', 'steps_per_second', 'input_wait')
 
 
-def final_state(workdir) -> dict:
-  """Returns the newest checkpoint, as it is saved."""
-  checkpoints = state_lib.Checkpoints(str(workdir), keep=2)
-  saved = checkpoints._checkpointer.load(max(checkpoints.steps))
-  checkpoints.close()
-  return saved
+def command(config: str, workdir, *flags: str, **fields) -> list[str]:
+  """Returns main.py with a config of configs/, as a user writes it."""
+  return [
+    sys.executable,
+    str(ROOT / 'main.py'),
+    f'--config={ROOT}/configs/{config}',
+    f'--workdir={workdir}',
+    *(f'--config.{name}={value}' for name, value in fields.items()),
+    *flags,
+  ]
+
+
+def environment() -> dict[str, str]:
+  """Returns this one, but with one device, where the tests have eight."""
+  # Compiled in less time, as conftest.py has it.
+  flags = (
+    '--xla_backend_optimization_level=0'
+    ' --xla_llvm_disable_expensive_passes=true'
+  )
+  return os.environ | {
+    'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'
+  }
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+  """Starts a command; its stdout has all that it prints."""
+  return subprocess.Popen(
+    arguments,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=environment(),
+    cwd='/',
+  )
+
+
+def wait_for(process: subprocess.Popen, line_start: str) -> str:
+  """Returns what a process prints up to the first line that begins so.
+
+  Or all of it, if it ends before.
+  """
+  output = ''
+  for line in process.stdout:
+    output += line
+    if line.startswith(line_start):
+      break
+  return output
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+  """Returns the exit status of a process, and what it printed since.
+
+  A process that hangs is killed after five minutes.
+  """
+  # Not `communicate`: what `wait_for` has read ahead would be lost.
+  timer = threading.Timer(300, process.kill)
+  timer.start()
+  output = process.stdout.read()
+  code = process.wait()
+  timer.cancel()
+  return code, output
+
+
+def assert_one_line_error(code: int, output: str) -> str:
+  """Fails unless wrong input ended as it should; returns its line."""
+  assert code == 2, (code, output)
+  assert 'Traceback' not in output, output
+  (line,) = [line for line in output.splitlines() if 'Error:' in line]
+  return line
+
+
+def results(workdir) -> dict:
+  return json.loads(pathlib.Path(workdir, 'results.json').read_text())
 
 
 def metrics(workdir) -> list[dict]:
@@ -23,6 +99,22 @@ def metrics(workdir) -> list[dict]:
     {name: value for name, value in row.items() if name not in _TIMINGS}
     for row in metric_writer.read_metrics(str(workdir))
   ]
+
+
+def final_state(workdir) -> dict:
+  """Returns the newest checkpoint, as it is saved, on one device."""
+  checkpoints = state_lib.Checkpoints(str(workdir), keep=2)
+  step = max(checkpoints.steps)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  saved = checkpoints._checkpointer.load(
+    step,
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      checkpoints._checkpointer.metadata(step).metadata,
+    ),
+  )
+  checkpoints.close()
+  return saved
 
 
 def assert_same_state(workdir, other) -> None:

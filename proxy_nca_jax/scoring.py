@@ -1,0 +1,85 @@
+"""A state's scores: a split through its network, then ranked and clustered."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import ml_collections
+
+from proxy_nca_jax import datasets, evaluate, input_pipeline, models
+from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax import state as state_lib
+
+
+def make_normalize(
+    config: ml_collections.ConfigDict,
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns the map from uint8 images to what the backbone's weights expect."""
+  backbone = models.BACKBONES[config.model.name]
+  return functools.partial(
+    input_pipeline.normalize,
+    mean=backbone.mean,
+    std=backbone.std,
+    is_bgr=backbone.is_bgr,
+  )
+
+
+def make_embed_fn(
+    model,
+    normalize: Callable[[jax.Array], jax.Array],
+    mesh: jax.sharding.Mesh,
+) -> Callable[..., jax.Array]:
+  """Returns (state, batch) -> embeddings float32 [batch, dim]."""
+
+  @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
+  def forward(params, model_state, images):
+    params = {name: params[name] for name in ('backbone', 'head')}
+    variables = {'params': params, **model_state}
+    return model.apply(variables, normalize(images), train=False)
+
+  def embed_fn(state, batch):
+    images = mesh_lib.shard_batch({'image': batch['image']}, mesh)['image']
+    return forward(state.params, state.model_state, images)
+
+  return embed_fn
+
+
+def score_state(
+    embed_fn: Callable[..., jax.Array],
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    state: state_lib.TrainState,
+    split: datasets.Split,
+    **kwargs,
+) -> dict[str, float]:
+  """Scores a state's embeddings of a split, with kwargs of `evaluate`."""
+  batches = input_pipeline.evaluation_batches(
+    split,
+    image_size=config.dataset.image_size,
+    batch_size=config.evaluation.batch_size,
+    process=(jax.process_index(), jax.process_count()),
+  )
+  return evaluate.evaluate(
+    functools.partial(embed_fn, state),
+    batches,
+    **score_settings(config, mesh, split),
+    **kwargs,
+  )
+
+
+def score_settings(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    split: datasets.Split,
+) -> dict:
+  """Returns the arguments of `evaluate.score` that a run's scores have."""
+  names = (
+    'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
+    'kmeans_num_starts',
+  )
+  return {name: config.evaluation[name] for name in names} | {
+    'is_query': split.is_query,
+    'cameras': split.cameras,
+    'seed': config.seed,
+    'mesh': mesh,
+  }

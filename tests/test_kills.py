@@ -1,0 +1,126 @@
+"""Runs that are killed or stopped again and again end as one that was not."""
+
+import multiprocessing
+import os
+import pathlib
+import random
+import shutil
+import signal
+import tempfile
+import time
+from unittest import mock
+
+import whole_runs
+from absl.testing import absltest
+
+from configs import glyphs
+from proxy_nca_jax import train
+
+
+def _train(workdir):
+  """Trains; at the top of a module, as another process must find it."""
+  config = glyphs.get_config()
+  config.update_from_flattened_dict({
+    'num_steps': 24, 'batch_size': 32, 'log_every': 1, 'save_every': 2,
+    'eval_every': 8, 'dataset.validation': '2/2', 'dataset.num_classes': 20,
+    'model.width': 4, 'evaluation.nearest_only': True,
+    'evaluation.kmeans_iterations': 0,
+  })
+  train.train_and_evaluate(config, workdir)
+
+
+def _is_saving(workdir) -> bool:
+  """Whether a checkpoint is being written: it has no name yet."""
+  folders = (
+    pathlib.Path(workdir, name) for name in ('checkpoints', 'selected')
+  )
+  return any(
+    not name.isdigit()
+    for folder in folders if folder.exists() for name in os.listdir(folder)
+  )
+
+
+class KillsTest(absltest.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(tempfile.mkdtemp())
+    cls.addClassCleanup(shutil.rmtree, cls.root)
+    # The server imports once; each run is a process of its own, forked from it.
+    cls.context = multiprocessing.get_context('forkserver')
+    cls.context.set_forkserver_preload([__name__])
+    cls.enterClassContext(
+      mock.patch.dict(os.environ, whole_runs.environment())
+    )
+    # The second has what is prepared and compiled, as those after it.
+    cls.straight = cls.root / 'straight'
+    for workdir in (cls.root / 'first', cls.straight):
+      begun = time.monotonic()
+      process = cls._start(workdir)
+      process.join()
+      assert process.exitcode == 0
+      cls.duration = time.monotonic() - begun
+
+  @classmethod
+  def _start(cls, workdir):
+    process = cls.context.Process(target=_train, args=(str(workdir),))
+    process.start()
+    return process
+
+  def _interrupt(self, number, moments, *, in_save=()):
+    """Signals runs at moments after their start; asserts what they end with.
+
+    A run that has ended before its moment is compared, and another begins.
+
+    Args:
+      number: the signal.
+      moments: as shares of the duration of a straight run.
+      in_save: indices of moments after which a save is waited for.
+    """
+    num_in_saves, index = 0, 0
+    workdir = self.root / f'run{number}'
+    while index < len(moments) or workdir.exists():
+      process = self._start(workdir)
+      if index < len(moments):
+        process.join(moments[index] * self.duration)
+        while index in in_save and process.is_alive():
+          if _is_saving(workdir):
+            num_in_saves += 1
+            break
+          time.sleep(0.001)
+        if process.is_alive():
+          os.kill(process.pid, number)
+      process.join()
+      if process.exitcode:
+        # Who is told to stop ends with an exception, or, while it starts or
+        # ends, at once.
+        self.assertIn(process.exitcode, (1, -number))
+        self.assertLess(index, len(moments))
+        index += 1
+        continue
+      whole_runs.assert_same_state(workdir, self.straight)
+      self.assertEqual(
+        whole_runs.metrics(workdir), whole_runs.metrics(self.straight)
+      )
+      self.assertEqual(
+        whole_runs.results(workdir), whole_runs.results(self.straight)
+      )
+      shutil.rmtree(workdir)
+    return num_in_saves
+
+  def test_thirty_kills_change_no_bit(self):
+    rng = random.Random(0)
+    num_in_saves = self._interrupt(
+      signal.SIGKILL,
+      [rng.uniform(0, 1) for _ in range(30)],
+      in_save=range(0, 30, 2),
+    )
+    self.assertGreater(num_in_saves, 5)
+
+  def test_a_stop_in_every_tenth_of_a_run_changes_no_bit(self):
+    self._interrupt(signal.SIGTERM, [(i + 0.5) / 10 for i in range(10)])
+
+
+if __name__ == '__main__':
+  absltest.main()
