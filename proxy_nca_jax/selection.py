@@ -22,9 +22,14 @@ def read_metrics(workdir: str) -> list[dict]:
 
 def select(
     config: ml_collections.ConfigDict, workdir: str
-) -> tuple[int, float]:
-  """Returns the first step with the best validation score, and that score."""
+) -> tuple[int, float] | None:
+  """Returns the first step with the best validation score, and that score.
+
+  None if no step has been scored.
+  """
   scores = _validation_scores(config, workdir)
+  if not scores:
+    return None
   best = max(scores, key=scores.get)
   return best, scores[best]
 

@@ -252,6 +252,52 @@ class Checkpoints:
     self._checkpointer.close()
 
 
+def read(folder: str, *, step: int | None = None) -> TrainState:
+  """Reads a saved state onto one device, without what the optimiser keeps.
+
+  It needs no state alike, and disturbs no run that is at work there.
+
+  Args:
+    folder: of checkpoints.
+    step: of the state; by default the newest.
+
+  Returns:
+    The state; `opt_state` is ().
+
+  Raises:
+    ValueError: if there is none, it cannot be read, or its bytes have changed.
+  """
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  steps = [int(name) for name in names if name.isdigit()]
+  if not steps or step not in (None, *steps):
+    which = '' if step is None else f' of step {step}'
+    raise ValueError(f'There is no checkpoint{which} in {folder!r}.')
+  path = os.path.join(os.path.abspath(folder), str(step or max(steps)))
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  try:
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      ocp.metadata(path).metadata,
+    )
+    del abstract['state']['opt_state']
+    with context:
+      saved = ocp.load(path, abstract)
+  except Exception as error:  # Orbax lets the types of its readers through.
+    reason = (str(error).splitlines() or [''])[0][:200]
+    raise ValueError(
+      f'The checkpoint {path!r} cannot be read ({type(error).__name__}: '
+      f'{reason}).'
+    ) from error
+  state = TrainState(**saved['state'], opt_state=())
+  # Those of the optimiser's arrays are the last.
+  sums = _sums(state)
+  if not np.array_equal(sums, saved['sums'][: sums.size]):
+    raise ValueError(f'The bytes of the checkpoint {path!r} have changed.')
+  return state
+
+
 def _as_dict(state: TrainState) -> dict[str, Any]:
   return {
     field.name: getattr(state, field.name)

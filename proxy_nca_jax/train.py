@@ -216,6 +216,7 @@ def train_and_evaluate(
         'config': workdir_lib.as_json(config),
         'dataset_digest': data.digest,
         'weights_digest': weights_digest,
+        'class_names': data.train.class_names,
       },
     )
     mesh = mesh_lib.make_mesh()

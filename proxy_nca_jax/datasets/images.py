@@ -32,7 +32,7 @@ def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
   try:
     with Image.open(io.BytesIO(encoded)) as image:
       image.load()
-      return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
+      return as_rgb(image, upright=upright)
   # Pillow's decoders raise these, and SyntaxError (PNG), for broken files.
   except (
     OSError,
@@ -51,7 +51,14 @@ def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
     raise ValueError(reason) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
+  """Returns a Pillow image of any mode as `decode` returns it.
+
+  Raises:
+    ValueError: if its pixels have no known range.
+  """
+  if upright:
+    image = ImageOps.exif_transpose(image)
   if image.mode.startswith('I') or image.mode == 'F':
     return _deep_gray_to_rgb(image)
   if 'A' in image.getbands() or 'transparency' in image.info:

@@ -1,0 +1,193 @@
+import io
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+from PIL import Image
+
+import proxy_nca_jax
+from configs import image_folder
+from proxy_nca_jax import (
+  datasets,
+  evaluate,
+  inference,
+  input_pipeline,
+  train,
+)
+
+
+def _write_pictures(root: pathlib.Path) -> list[pathlib.Path]:
+  """Eight classes of four pictures of several sizes."""
+  rng = np.random.default_rng(0)
+  paths = []
+  for label in range(8):
+    (root / f'class{label}').mkdir(parents=True)
+    color = rng.integers(0, 200, 3)
+    for number in range(4):
+      shape = (20 + 3 * number, 30 - 2 * number, 3)
+      pixels = color + rng.integers(0, 56, shape)
+      paths.append(root / f'class{label}' / f'{number}.png')
+      Image.fromarray(pixels.astype(np.uint8)).save(paths[-1])
+  return paths
+
+
+class InferenceTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(tempfile.mkdtemp())
+    cls.addClassCleanup(shutil.rmtree, cls.root)
+    cls.paths = _write_pictures(cls.root / 'pictures')
+    cls.config = image_folder.get_config()
+    cls.config.update_from_flattened_dict({
+      'num_steps': 4, 'batch_size': 8, 'save_every': 2, 'eval_every': 2,
+      'dataset.root': str(cls.root / 'pictures'),
+      'dataset.data_dir': str(cls.root / 'data'), 'dataset.validation': '2/2',
+      'dataset.resize': 18, 'dataset.resize_mode': 'shorter',
+      'dataset.image_size': 16, 'model.width': 4, 'model.embedding_dim': 5,
+      'evaluation.batch_size': 8, 'evaluation.kmeans_iterations': 0,
+    })
+    cls.workdir = str(cls.root / 'run')
+    cls.results = train.train_and_evaluate(cls.config, cls.workdir)
+    cls.embedder = proxy_nca_jax.load(cls.workdir)
+
+  def test_embeddings_have_the_scores_of_the_run(self):
+    test = datasets.load(self.config).test
+    records = [test[i] for i in range(len(test))]
+    embeddings = self.embedder(
+      [self.root / 'pictures' / record['name'] for record in records]
+    )
+    scores = evaluate.score(embeddings, test.labels, kmeans_iterations=0)
+    # The state that the validation classes selected.
+    expected = self.results['selected']
+    for name in ('recall@1', 'recall@4', 'map@r', 'mrr'):
+      self.assertAlmostEqual(scores[name], expected[name])
+
+  def test_every_kind_of_picture_is_embedded_alike(self):
+    path = self.paths[1]
+    image = Image.open(path)
+    embeddings = self.embedder(
+      [path, str(path), path.read_bytes(), image, np.asarray(image)]
+    )
+    self.assertEqual(embeddings.shape, (5, 5))
+    self.assertEqual(embeddings.dtype, np.float32)
+    np.testing.assert_array_equal(embeddings, np.tile(embeddings[0], (5, 1)))
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-6)
+
+  def test_gray_arrays_and_turned_pictures_are_seen_as_they_look(self):
+    gray = np.asarray(Image.open(self.paths[0]).convert('L'))
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turned by 90 degrees.
+    Image.fromarray(np.rot90(gray)).save(buffer, 'png', exif=exif)
+    plain, turned = self.embedder([gray, buffer.getvalue()])
+    np.testing.assert_array_equal(plain, turned)
+
+  def test_the_number_of_pictures_does_not_matter(self):
+    together = self.embedder(self.paths * 3)  # Of 96, three batches.
+    self.assertLen(together, 96)
+    few = self.embedder(iter(self.paths[:3]))
+    np.testing.assert_array_equal(together[32:35], few)
+    self.assertEqual(self.embedder([]).shape, (0, 5))
+
+  def test_what_cannot_be_read_is_named(self):
+    broken = self.root / 'broken.png'
+    broken.write_bytes(self.paths[0].read_bytes()[:60])
+    for picture, message in (
+      (broken, f'Picture .{broken}. cannot be read: '),
+      ('/nowhere.png', 'Picture ./nowhere.png. cannot be read: .*No such file'),
+      (b'text', 'Picture number 1 cannot be read: not a picture'),
+      (np.zeros((4, 4, 3)), r'number 1 .* float64 \(4, 4, 3\); expected uint8'),
+      (np.zeros((4, 4, 4), np.uint8), r'uint8 \(4, 4, 4\)'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        self.embedder([self.paths[0], picture])
+    with self.assertRaisesRegex(ValueError, 'Give a list'):
+      self.embedder(str(self.paths[0]))
+
+  def test_a_saved_embedder_is_the_same(self):
+    folder = self.root / 'saved'
+    self.embedder.save(folder)
+    self.embedder.save(folder)  # Again is no harm.
+    loaded = proxy_nca_jax.load(folder)
+    np.testing.assert_array_equal(
+      loaded(self.paths), self.embedder(self.paths)
+    )
+    self.assertEqual(loaded.class_names, self.embedder.class_names)
+    self.assertEqual(loaded.digest, self.embedder.digest)
+    jax.tree.map(
+      np.testing.assert_array_equal, loaded.params, self.embedder.params
+    )
+    with self.assertRaisesRegex(ValueError, 'holds other files'):
+      self.embedder.save(self.root / 'pictures')
+
+  def test_a_changed_byte_is_noticed(self):
+    folder = self.root / 'changed'
+    self.embedder.save(folder)
+    file = folder / 'arrays.safetensors'
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with self.assertRaisesRegex(ValueError, 'bytes of .* have changed'):
+      proxy_nca_jax.load(folder)
+
+  def test_the_exported_network_runs_without_this_package(self):
+    exported = self.root / 'network.stablehlo'
+    exported.write_bytes(self.embedder.export())
+    for number, shape in enumerate(((3, 16, 16, 3), (7, 18, 25, 3))):
+      pictures = np.random.default_rng(number).integers(
+        0, 256, shape, np.uint8
+      )
+      np.save(self.root / 'pictures.npy', pictures)
+      program = (
+        'import sys, numpy as np\n'
+        'from jax import export\n'
+        'data = open("network.stablehlo", "rb").read()\n'
+        'network = export.deserialize(bytearray(data))\n'
+        'embeddings = network.call(np.load("pictures.npy"))\n'
+        'np.save("embeddings.npy", embeddings)\n'
+        'assert "proxy_nca_jax" not in sys.modules\n'
+        'assert "flax" not in sys.modules\n'
+      )
+      subprocess.run(
+        [sys.executable, '-I', '-c', program], cwd=self.root, check=True
+      )
+      cropped = [input_pipeline.center_crop(x, 16) for x in pictures]
+      np.testing.assert_allclose(
+        np.load(self.root / 'embeddings.npy'),
+        # Of the size that is cropped, none is resized.
+        np.asarray(self.embedder._embed(np.stack(cropped + [cropped[0]] * (
+          8 - len(cropped)
+        ))))[: len(cropped)],
+        atol=1e-6,
+      )
+
+  def test_the_step_can_be_read_while_a_run_is_at_work(self):
+    being_written = pathlib.Path(
+      self.workdir, 'checkpoints', '6.orbax-checkpoint-tmp'
+    )
+    being_written.mkdir()
+    self.addCleanup(being_written.rmdir)
+    inference.load(self.workdir)
+    self.assertTrue(being_written.exists())
+
+  def test_what_is_no_run_is_said(self):
+    with self.assertRaisesRegex(ValueError, 'neither the workdir of a run nor'):
+      proxy_nca_jax.load(self.root)
+    os.makedirs(self.root / 'begun', exist_ok=True)
+    (self.root / 'begun' / 'run.json').write_text(
+      pathlib.Path(self.workdir, 'run.json').read_text()
+    )
+    with self.assertRaisesRegex(ValueError, 'There is no checkpoint in'):
+      proxy_nca_jax.load(self.root / 'begun')
+
+
+if __name__ == '__main__':
+  absltest.main()
