@@ -13,5 +13,9 @@ def main(config, workdir):
   train.train_and_evaluate(config, workdir, mode=flags.FLAGS.mode)
 
 
-if __name__ == '__main__':
+def run():
   command_line.run(main)
+
+
+if __name__ == '__main__':
+  run()

@@ -143,6 +143,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.batch_size = 256
+  config.evaluation.baselines = True  # First, raw pixels and untrained.
   config.evaluation.recall_at = (1, 2, 4, 8)  # K of Recall@K, or of CMC@K.
   # On the validation classes; harmonic_mean is of nmi and recall@1.
   config.evaluation.select_by = 'recall@1'
@@ -155,6 +156,7 @@ def get_config() -> ml_collections.ConfigDict:
   # steps here must be divisible by it.
   config.steps_per_dispatch = 1
 
+  config.dry_run = False  # Print data, parameters and memory, and stop.
   config.log_every = 50
   config.eval_every = 0  # On validation, or test; 0 is only at the end.
   config.save_every = 500  # Besides at the end and when stopped.

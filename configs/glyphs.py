@@ -12,6 +12,8 @@ def get_config() -> ml_collections.ConfigDict:
   config = default.get_config()
   config.dataset.name = 'glyphs'
   config.dataset.image_size = 32
+  config.dataset.resize = 32  # As they are drawn ...
+  config.dataset.cache_size = 32  # ... and read as pixels, not as PNGs.
   config.dataset.padding = 2
   config.num_steps = 600
   # Ten times the network's: at its rate the proxies lag behind, and Recall@1

@@ -62,7 +62,7 @@ def choose_factors(config, workdir: str) -> dict[str, float]:
   changes = {
     _folder(name, f'x{factor:g}'): {
       **fields, **scale_rates(config, factor), 'dataset.validation': '2/2',
-      'eval_every': config.num_steps,
+      'eval_every': config.num_steps, 'evaluation.baselines': False,
     }
     for name, fields in _LOSSES.items() for factor in _FACTORS
   }

@@ -6,6 +6,7 @@ Wrong input ends with one line on stderr and exit status 2.
 import errno
 import functools
 import logging
+import os
 import re
 import sys
 import threading
@@ -135,6 +136,11 @@ def _log_thread_error(args: threading.ExceptHookArgs) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+  argv = [
+    _find_config(argument) if before in ('--config', '-config') else
+    re.sub('^(--?config=)(.*)', lambda m: m[1] + _find_config(m[2]), argument)
+    for before, argument in zip(['', *argv], argv)
+  ]
   try:
     rest = flags.FLAGS(argv)
     flags.FLAGS.config.to_dict()  # A missing file shows at the first use.
@@ -145,6 +151,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if 'Traceback' in text:
       text = text.splitlines()[-1].removeprefix('ValueError: ')
     _fail(_unknown_field(argv) or ' '.join(text.split()))
+
+
+def _find_config(name: str) -> str:
+  """Returns the file of a config that is named as sop or cub200:vit."""
+  stem, *recipe = name.split(':')
+  path = os.path.join(os.path.dirname(default.__file__), f'{stem}.py')
+  is_known = re.fullmatch(r'\w+', stem) and os.path.exists(path)
+  return ':'.join([path, *recipe]) if is_known else name
 
 
 def _unknown_field(argv: list[str]) -> str | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from jax.experimental import multihost_utils
 
 from proxy_nca_jax import clustering, metrics, retrieval
@@ -37,7 +38,10 @@ def embed(
     labels in the order of the ids.
   """
   rows, labels, ids = [], [], []
-  for batch in batches:
+  # Quiet where nobody looks.
+  for batch in tqdm.tqdm(
+    batches, desc='embedding', unit='batch', disable=None, leave=False, delay=1
+  ):
     embeddings = np.asarray(embed_fn(batch), np.float32)
     mask, label, number = multihost_utils.process_allgather(
       (batch['mask'], batch['label'], batch['id']), tiled=True

@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any
 
@@ -109,45 +110,58 @@ class Embedder:
     Raises:
       ValueError, OSError: if one cannot be read; the message tells which.
     """
-    empty = np.zeros((0, self.dim), np.float32)
-    return np.concatenate([empty, *self.batches(pictures)])
-
-  def batches(self, pictures: Iterable[Picture]) -> Iterator[np.ndarray]:
-    """As a call, but yields float32 [batch_size, dim], the last one shorter."""
     if isinstance(pictures, str | bytes | os.PathLike | Image.Image):
       raise ValueError('Give a list of pictures, even of one: [picture].')
-
-    def read(numbered):
-      number, picture = numbered
-      try:
-        return self.read(picture)
-      except (ValueError, OSError) as error:
-        name = (
-          repr(os.fspath(picture))
-          if isinstance(picture, str | os.PathLike)
-          else f'number {number}'
-        )
-        raise ValueError(f'Picture {name} cannot be read: {error}') from error
-
-    size = self._mesh.size * -(-self.batch_size // self._mesh.size)
+    rest, rows = enumerate(pictures), []
     with futures.ThreadPoolExecutor() as pool:
-      rest = iter(enumerate(pictures))
-      take = lambda: [pool.submit(read, x) for x, _ in zip(rest, range(size))]
+      take = lambda: [
+        pool.submit(self._read_numbered, *numbered)
+        for numbered in itertools.islice(rest, self._rows)
+      ]
       reading = take()
       while reading:
         batch = np.stack([future.result() for future in reading])
-        number = len(batch)
-        batch = np.pad(batch, ((0, size - number), (0, 0), (0, 0), (0, 0)))
-        embeddings = self._embed(batch)
         reading = take()  # While the device computes.
-        yield np.asarray(embeddings)[:number]
+        rows.append(self.embed(batch))
+    return np.concatenate([np.zeros((0, self.dim), np.float32), *rows])
+
+  def _read_numbered(self, number: int, picture: Picture) -> np.ndarray:
+    try:
+      return self.read(picture)
+    except (ValueError, OSError) as error:
+      name = f'number {number}'
+      if isinstance(picture, str | os.PathLike):
+        name = repr(os.fspath(picture))
+      raise ValueError(f'Picture {name} cannot be read: {error}') from error
+
+  def embed(self, images: np.ndarray) -> np.ndarray:
+    """Embeds what `read` gives.
+
+    Args:
+      images: uint8 [number, image_size, image_size, 3].
+
+    Returns:
+      float32 [number, dim].
+    """
+    rows = np.zeros((len(images), self.dim), np.float32)
+    for begin in range(0, len(images), self._rows):
+      batch = images[begin : begin + self._rows]
+      filling = ((0, self._rows - len(batch)), (0, 0), (0, 0), (0, 0))
+      embeddings = self._forward(np.pad(batch, filling))
+      rows[begin : begin + len(batch)] = np.asarray(embeddings)[: len(batch)]
+    return rows
+
+  @property
+  def _rows(self) -> int:
+    """The batch size, as the devices can share it."""
+    return self._mesh.size * -(-self.batch_size // self._mesh.size)
 
   @functools.cached_property
   def _mesh(self) -> jax.sharding.Mesh:
     return mesh_lib.make_mesh(jax.local_devices())
 
   @functools.cached_property
-  def _embed(self) -> Callable[[np.ndarray], jax.Array]:
+  def _forward(self) -> Callable[[np.ndarray], jax.Array]:
     """uint8 [batch, image_size, image_size, 3] -> float32 [batch, dim]."""
     embed_fn = scoring.make_embed_fn(
       models.create_model(self.config),
@@ -175,16 +189,16 @@ class Embedder:
       raise ValueError(
         f'{os.fspath(folder)!r} holds other files: name a new folder.'
       )
-    arrays = {'params': self.params, 'model_state': self.model_state}
-    safetensors.save_file(
-      workdir_lib.flatten(arrays), os.path.join(folder, _ARRAYS)
-    )
+    tree = {'params': self.params, 'model_state': self.model_state}
+    arrays = safetensors.save(workdir_lib.flatten(tree))
+    with open(os.path.join(folder, _ARRAYS), 'wb') as file:
+      file.write(arrays)
     workdir_lib.write_json(
       os.path.join(folder, _DESCRIPTION),
       {
         'config': workdir_lib.as_json(self.config),
         'class_names': list(self.class_names),
-        'digest': self.digest,
+        'sha256': hashlib.sha256(arrays).hexdigest(),
       },
     )
 
@@ -235,13 +249,14 @@ def load(path: str | os.PathLike) -> Embedder:
   """
   path = os.fspath(path)
   if description := workdir_lib.read_json(os.path.join(path, _DESCRIPTION)):
-    tree = _unflatten(safetensors.load_file(os.path.join(path, _ARRAYS)))
-    embedder = _make_embedder(
+    with open(os.path.join(path, _ARRAYS), 'rb') as file:
+      arrays = file.read()
+    if hashlib.sha256(arrays).hexdigest() != description['sha256']:
+      raise ValueError(f'The bytes of {path!r} have changed: save it again.')
+    tree = _unflatten(safetensors.load(arrays))
+    return _make_embedder(
       description, tree['params'], tree.get('model_state', {})
     )
-    if embedder.digest != description['digest']:
-      raise ValueError(f'The bytes of {path!r} have changed: save it again.')
-    return embedder
   description = workdir_lib.read_json(os.path.join(path, 'run.json'))
   if not description:
     raise ValueError(

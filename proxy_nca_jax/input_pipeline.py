@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import tqdm
 from PIL import Image, ImageEnhance
 
 from proxy_nca_jax.datasets import Split, images
@@ -477,7 +478,9 @@ def raw_pixels(split: Split, *, size: int = 32) -> np.ndarray:
     float32 [num_records, size * size * 3].
   """
   pixels = np.empty((len(split), size * size * 3), np.float32)
-  for position in range(len(split)):
+  for position in tqdm.trange(
+    len(split), desc='raw pixels', disable=None, leave=False, delay=1
+  ):
     image = Image.fromarray(split.picture(position))
     if image.size != (size, size):
       image = image.resize((size, size), Image.Resampling.BILINEAR)

@@ -720,3 +720,40 @@ def _nearest(items, queries, num_items, *, k, is_self, recall_target, layout):
     return jax.lax.map(search, (queries, own))
 
   return layout.on_each(local, is_shared=True)(items, (queries, num_items))
+
+
+def pairs_above(
+    points: chex.Array, threshold: float, *, block_size: int = 2048
+) -> np.ndarray:
+  """Finds all pairs whose inner product in float32 is at least a threshold.
+
+  Args:
+    points: float [num_points, dim].
+    threshold: of the products.
+    block_size: points whose products are held at once, squared.
+
+  Returns:
+    int64 [num_pairs, 2], each pair once and ascending, in order.
+  """
+  chex.assert_rank(points, 2)
+  points = _as_float32(points)
+  size = min(block_size, -(-len(points) // 64) * 64)
+  blocks = [
+    _take(points, np.arange(first, first + size))
+    for first in range(0, len(points), size)
+  ]
+  pairs = [np.zeros((0, 2), np.int64)]
+  for row, queries in enumerate(blocks):
+    for column in range(row, len(blocks)):
+      # The rows after the last are not a number, and reach nothing.
+      found = np.asarray(_reach(queries, blocks[column], threshold))
+      if row == column:
+        found = np.triu(found, 1)
+      pairs.append(np.argwhere(found) + size * np.array([row, column]))
+  pairs = np.concatenate(pairs)
+  return pairs[np.lexsort(pairs.T[::-1])]
+
+
+@jax.jit
+def _reach(queries, items, threshold):
+  return _similarities(queries, items) >= threshold

@@ -87,6 +87,25 @@ def create_loss_arrays(
   return arrays
 
 
+def abstract(
+    config: ml_collections.ConfigDict,
+    model,
+    optimizer: optax.GradientTransformation,
+    *,
+    class_sizes: np.ndarray,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+  """Returns the shapes, dtypes and shardings of what `create` returns."""
+  init, shardings = _make_init(config, model, optimizer, class_sizes, mesh)
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    jax.eval_shape(init, jax.random.key(config.seed)),
+    shardings,
+  )
+
+
 def create(
     config: ml_collections.ConfigDict,
     model,
@@ -100,6 +119,13 @@ def create(
   Each has a copy; but with `config.proxies.sharded` they share the rows of the
   proxies, and of what the optimiser keeps of them, filled up with rows of 0.
   """
+  init, shardings = _make_init(config, model, optimizer, class_sizes, mesh)
+  # An argument: one program serves all seeds.
+  return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def _make_init(config, model, optimizer, class_sizes, mesh):
+  """Returns (key -> TrainState) and where its arrays lie."""
 
   def init(key):
     model_key, *loss_keys = jax.random.split(key, 4)
@@ -124,13 +150,10 @@ def create(
     if config.proxies.sharded and is_of_proxies:
       return mesh_lib.by_row(mesh)
     return mesh_lib.replicated(mesh)
-
-  # An argument: one program serves all seeds.
-  key = jax.random.key(config.seed)
   shardings = jax.tree_util.tree_map_with_path(
-    sharding, jax.eval_shape(init, key)
+    sharding, jax.eval_shape(init, jax.random.key(config.seed))
   )
-  return jax.jit(init, out_shardings=shardings)(key)
+  return init, shardings
 
 
 class Checkpoints:

@@ -26,6 +26,7 @@ from proxy_nca_jax import (
   losses,
   metric_writer,
   models,
+  plan,
   processes,
   scoring,
   selection,
@@ -185,6 +186,9 @@ def train_and_evaluate(
   loss = train_step_lib.make_loss(config)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
+  if config.dry_run:
+    _describe_plan(config, model, optimizer, loss)
+    return {}
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(interruption.StopSignals())
     folder = stack.enter_context(workdir_lib.hold(workdir))
@@ -199,9 +203,6 @@ def train_and_evaluate(
       return results
 
     data = _load_in_turn(config)
-    _describe(data)
-    input_pipeline.check_image_size(data.test, config.dataset)
-    input_pipeline.check_train_batches(data.train, config)
     if saved and saved['dataset_digest'] != data.digest:
       raise ValueError(
         'The data set has changed since this run began (other classes, '
@@ -221,10 +222,9 @@ def train_and_evaluate(
     )
     mesh = mesh_lib.make_mesh()
     process = (jax.process_index(), jax.process_count())
-    normalize = scoring.make_normalize(config)
     score = functools.partial(
       scoring.score_state,
-      scoring.make_embed_fn(model, normalize, mesh),
+      scoring.make_embed_fn(model, scoring.make_normalize(config), mesh),
       config,
       mesh,
     )
@@ -260,11 +260,12 @@ def train_and_evaluate(
       return results
 
     prepare = make_prepare(config, data.train, mesh)
-    baselines = _read_baselines(folder.path)
-    is_new = not baselines
+    rows = selection.read_metrics(folder.path)
+    is_new = not rows
     if config.model.init_from and (is_new or not checkpoints.steps):
       state = _load_weights(config, state, weights_digest)
-    if is_new:
+    baselines = _baselines(rows[0]) if rows else {}
+    if is_new and config.evaluation.baselines:
       _logger.info('Scoring raw pixels and the untrained network')
       pixels = input_pipeline.raw_pixels(data.test)
       baselines = {
@@ -276,7 +277,8 @@ def train_and_evaluate(
         ),
       }
       del pixels
-    selection.check_select_by(config, baselines['untrained'])
+    if baselines:
+      selection.check_select_by(config, baselines['untrained'])
     selected = state_lib.Checkpoints(folder.path, keep=2, folder='selected')
     stack.callback(selected.close)
     state = checkpoints.restore(state) or state
@@ -303,16 +305,7 @@ def train_and_evaluate(
       batches=batches,
       prepare=prepare,
       train_steps=train_step_lib.make_train_steps(
-        train_step_lib.make_train_step(
-          model,
-          optimizer,
-          train_step_lib.correct_for_frequency(
-            loss, config, data.train.class_sizes
-          ),
-          normalize,
-          share=train_step_lib.make_share(config, data.train.num_classes, mesh),
-          learning_rates=optimizer_lib.make_learning_rates(config),
-        )
+        _make_train_step(config, model, optimizer, loss, data.train, mesh)
       ),
       score=score,
       watchdog=stack.enter_context(watch.Watchdog(config.stall_seconds)),
@@ -326,7 +319,7 @@ def train_and_evaluate(
       config.num_steps, workdir_lib.flatten({'test': trained})
     )
     results = {
-      **_score_selected(config, state, run),
+      **_score_selected(config, state, trained, run),
       'trained': trained,
       **({'seen_classes': score(state, data.seen)} if data.seen else {}),
       **baselines,
@@ -340,6 +333,28 @@ def train_and_evaluate(
     workdir_lib.write_json(os.path.join(folder.path, 'results.json'), results)
     _log_table(results)
     return results
+
+
+def _make_train_step(config, model, optimizer, loss, train, mesh):
+  return train_step_lib.make_train_step(
+    model,
+    optimizer,
+    train_step_lib.correct_for_frequency(loss, config, train.class_sizes),
+    scoring.make_normalize(config),
+    share=train_step_lib.make_share(config, train.num_classes, mesh),
+    learning_rates=optimizer_lib.make_learning_rates(config),
+  )
+
+
+def _describe_plan(config, model, optimizer, loss) -> None:
+  """Logs what the run would do, and leaves its workdir alone."""
+  data, mesh = _load_in_turn(config), mesh_lib.make_mesh()
+  state = state_lib.abstract(
+    config, model, optimizer, class_sizes=data.train.class_sizes, mesh=mesh
+  )
+  step = _make_train_step(config, model, optimizer, loss, data.train, mesh)
+  _logger.info('%s', plan.describe(config, data.train, step, state, mesh))
+  _logger.info('A dry run (config.dry_run): nothing was trained.')
 
 
 def _fit(
@@ -451,10 +466,18 @@ def _num_skipped(state: state_lib.TrainState) -> int:
 
 
 def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:
-  """Loads on process 0 first, which prepares; the others wait for it."""
-  data = []
-  processes.of_first(lambda: data.append(datasets.load(config)))
-  return data[0] if data else datasets.load(config)
+  """Loads on process 0 first, which prepares; the others wait for it.
+
+  Raises:
+    ValueError: if the data cannot be had, or does not fit the configuration.
+  """
+  loaded = []
+  processes.of_first(lambda: loaded.append(datasets.load(config)))
+  data = loaded[0] if loaded else datasets.load(config)
+  _describe(data)
+  input_pipeline.check_image_size(data.test, config.dataset)
+  input_pipeline.check_train_batches(data.train, config)
+  return data
 
 
 def _is_batch_norm_frozen(config, done: int) -> bool:
@@ -518,6 +541,7 @@ def _evaluate(config, state: state_lib.TrainState, run: _Run) -> None:
     'step %d/%d  %s %.2f%% on the %s classes',
     step, config.num_steps, name, 100 * value, title,
   )
+  selection.check_select_by(config, scores)
   with run.signals.deferred():
     run.writer.write_scalars(step, workdir_lib.flatten({title: scores}))
     if run.data.validation and selection.select(config, run.workdir)[0] == step:
@@ -538,11 +562,28 @@ def _is_written(step: int, run: _Run) -> bool:
   )
 
 
-def _score_selected(config, state: state_lib.TrainState, run: _Run) -> dict:
-  """Scores what the validation classes selected on the test classes."""
+def _score_selected(
+    config,
+    state: state_lib.TrainState,
+    trained: Mapping[str, float],
+    run: _Run,
+) -> dict:
+  """Scores what the validation classes selected on the test classes.
+
+  Args:
+    config: of the run.
+    state: the last one.
+    trained: its scores.
+    run: as of `_fit`.
+  """
   if not run.data.validation:
     return {}
   step, value = selection.select(config, run.workdir)
+  _logger.info(
+    'Step %d has the best %s on the validation classes, %.2f%%.',
+    step, config.evaluation.select_by, 100 * value,
+  )
+  selected = trained
   if step != config.num_steps:
     state = run.selected.restore(state, step=step)
     if state is None:
@@ -550,22 +591,18 @@ def _score_selected(config, state: state_lib.TrainState, run: _Run) -> dict:
         f'The selected state of step {step} is missing from '
         f'{os.path.join(run.workdir, "selected")!r}: use another workdir.'
       )
-  _logger.info(
-    'Step %d has the best %s on the validation classes, %.2f%%.',
-    step, config.evaluation.select_by, 100 * value,
-  )
+    selected = run.score(state, run.data.test)
   return {
-    'selected': run.score(state, run.data.test),
+    'selected': selected,
     'selected_step': step,
     'selected_by': {config.evaluation.select_by: value},
   }
 
 
-def _read_baselines(workdir: str) -> dict[str, dict[str, float]]:
-  """Returns the scores that a run began with: its first row of metrics."""
-  rows = selection.read_metrics(workdir)
+def _baselines(row: Mapping[str, float]) -> dict[str, dict[str, float]]:
+  """Returns the scores that a run began with, of its first row of metrics."""
   baselines = {}
-  for name, value in (rows[0] if rows else {}).items():
+  for name, value in row.items():
     if name != 'step':
       title, score = name.split('.')
       baselines.setdefault(title, {})[score] = value

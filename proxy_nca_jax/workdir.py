@@ -24,6 +24,8 @@ _FREE_FIELDS = (
   'dataset.num_workers',
   'dataset.on_device',
   'dataset.root',
+  'dry_run',
+  'evaluation.baselines',
   'keep_checkpoints',
   'log_every',
   'optimizer.max_skipped_steps',

@@ -15,7 +15,7 @@ _LAYERS = (
   ('main', 'search'),
   ('command_line',),
   ('train', 'report', 'inference'),
-  ('scoring', 'selection'),
+  ('scoring', 'selection', 'plan'),
   ('evaluate',),
   ('train_step',),
   (
@@ -24,7 +24,7 @@ _LAYERS = (
   ),
   (
     'models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering',
-    'mirror',
+    'mirror', 'index', 'pages',
   ),
   (
     'metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch',

@@ -267,6 +267,22 @@ class MainTest(parameterized.TestCase):
     )
     self._assert_refused(code, output, "^Error: Unknown recipe 'papr'.*paper")
 
+  def test_a_dry_run_prints_the_plan_and_leaves_no_trace(self):
+    workdir = os.path.join(self._workdir(), 'run')
+    code, output = _run(workdir, dry_run=True)
+    self.assertEqual(code, 0, output)
+    self.assertRegex(output, r'Training on \d+ images of 10 classes')
+    self.assertRegex(output, r'proxies +\| \(10, 64\)')
+    self.assertRegex(output, r'20 steps of 64 images, \d+\.\d epochs')
+    self.assertRegex(output, r'Memory of each of 1 devices: \d+\.\d MiB')
+    self.assertFalse(os.path.exists(workdir))
+
+  def test_a_config_of_ours_is_found_by_its_name(self):
+    command = _command(self._workdir(), dry_run=True)
+    command[2] = '--config=glyphs'
+    code, output = whole_runs.finish(whole_runs.start(command))
+    self.assertEqual(code, 0, output)
+
   def test_a_missing_or_empty_root_is_one_clear_line(self):
     workdir = self._workdir()
     for root in ('', '/nowhere', self._workdir()):

@@ -1,14 +1,17 @@
 """Prepares a data set once and splits it by class."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
@@ -371,8 +374,12 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
   _logger.info('Preparing %s in %s', builder.name, builder.data_path)
   for left in pathlib.Path(builder.data_path).parent.glob('incomplete.*'):
     shutil.rmtree(left)
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
   try:
-    builder.download_and_prepare(file_format='array_record')
+    # What it prints is said already.
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare(file_format='array_record')
   except RuntimeError as error:  # Of TFDS and of ArrayRecord's writer.
     raise ValueError(
       f'{builder.name} could not be prepared in {builder.data_path}: {error}'

@@ -7,7 +7,7 @@ from concurrent import futures
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.utils import tqdm_utils
+import tqdm
 
 
 def make_info(
@@ -126,7 +126,9 @@ class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
     for split, examples in self._split_generators(dl_manager).items():
       writer.initialize_splits([split])
       title = f'{self.name} {split}'
-      with tqdm_utils.tqdm(unit=' images', desc=title) as progress:
+      with tqdm.tqdm(
+        unit=' images', desc=title, disable=None
+      ) as progress:
         # The writer saves its progress at each call: not for each record.
         while chunk := list(itertools.islice(examples, 256)):
           writer.add_examples({split: [example for _, example in chunk]})

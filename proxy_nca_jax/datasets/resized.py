@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import PIL
-from tensorflow_datasets.core.utils import tqdm_utils
+import tqdm
 
 from proxy_nca_jax import locks
 
@@ -99,8 +99,8 @@ def _write(folder, inputs, read, num_pictures) -> None:
   shapes = np.empty((num_pictures, 2), np.int32)
   with (
     open(os.path.join(folder, 'pixels.bin'), 'wb') as file,
-    tqdm_utils.tqdm(
-      total=num_pictures, unit=' images', desc='resizing'
+    tqdm.tqdm(
+      total=num_pictures, unit=' images', desc='resizing', disable=None
     ) as progress,
     futures.ThreadPoolExecutor() as pool,
   ):
