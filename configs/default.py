@@ -156,6 +156,7 @@ def get_config() -> ml_collections.ConfigDict:
   # steps here must be divisible by it.
   config.steps_per_dispatch = 1
 
+  config.report = True  # Write WORKDIR/report.html at the end.
   config.dry_run = False  # Print data, parameters and memory, and stop.
   config.log_every = 50
   config.eval_every = 0  # On validation, or test; 0 is only at the end.

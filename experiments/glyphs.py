@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.width = 16
   config.num_steps = 300
   config.log_every = 20
+  config.report = False
   config.evaluation.nearest_only = True
   config.evaluation.kmeans_iterations = 0
   return config

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXIS = 'data'
@@ -53,6 +54,13 @@ def unpad_rows(
 def replicate(tree, mesh: jax.sharding.Mesh):
   """Gives every device the whole arrays; inside `jit`."""
   return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """Returns a whole array on the host of each process, however it lies."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return multihost_utils.process_allgather(x, tiled=True)
 
 
 def shard_batch(

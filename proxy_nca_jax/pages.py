@@ -1,4 +1,8 @@
-"""Pages of HTML that are one file: pictures are inside, nothing is fetched."""
+"""Pages of HTML that are one file: pictures are inside, nothing is fetched.
+
+They are readable on a phone, in the dark and by a screen reader: what a colour
+says, a mark or a word says too.
+"""
 
 import base64
 import html
@@ -6,23 +10,82 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-# Readable on a phone and in the dark; a frame tells right from wrong, and so
-# does a mark for those who see no colours.
 _STYLE = """
-:root { color-scheme: light dark; --right: #1a7f37; --wrong: #c62828; }
+:root { color-scheme: light dark; --right: #1a7f37; --wrong: #c62828;
+  --faint: color-mix(in srgb, currentColor 15%, transparent); }
+* { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; padding: 0 1rem;
   max-width: 72rem; }
-h1, h2 { line-height: 1.2; }
-.row { display: flex; gap: .5rem; overflow-x: auto; padding: .5rem 0;
-  align-items: flex-start; }
-figure { margin: 0; flex: none; width: 7rem; }
-figure img { width: 100%; height: auto; display: block; box-sizing: border-box;
-  border: 4px solid transparent; border-radius: 4px; }
+h1, h2, h3 { line-height: 1.2; } h3 { margin-bottom: .25rem; }
+.row { display: flex; gap: .5rem; overflow-x: auto; padding: .25rem 0; }
+figure { margin: 0; flex: none; width: 6.5rem; }
+figure img { width: 100%; display: block; border: 4px solid transparent;
+  border-radius: 4px; }
 figure.right img { border-color: var(--right); }
 figure.wrong img { border-color: var(--wrong); border-style: dashed; }
 figcaption { font-size: .75rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem .25rem 0; text-align: left;
+  border-bottom: 1px solid var(--faint); vertical-align: top; }
+td.number, th.number { text-align: right; }
+th button { all: unset; cursor: pointer; font-weight: bold; }
+th button:focus-visible { outline: 2px solid; }
+th[aria-sort=ascending] button::after { content: " ▲"; }
+th[aria-sort=descending] button::after { content: " ▼"; }
+.chart { max-width: 36rem; } .charts { display: flex; flex-wrap: wrap;
+  gap: 1rem; } .charts > * { flex: 1 1 20rem; }
+svg { width: 100%; height: auto; font-size: 12px; }
+svg text { fill: currentColor; } svg .grid { stroke: var(--faint); }
+svg .axis { stroke: currentColor; }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .85rem; }
+.legend i { display: inline-block; width: .8rem; height: .8rem;
+  margin-right: .3rem; border-radius: 2px; }
+.map { position: relative; max-width: 44rem; }
+.map circle:hover { stroke: currentColor; stroke-width: 2; }
+#tip { position: absolute; display: none; pointer-events: none; padding: 4px;
+  background: Canvas; border: 1px solid; font-size: .75rem; }
+#tip i { display: block; width: 48px; height: 48px; }
+pre { overflow-x: auto; }
+"""
+
+_SCRIPT = """
+for (const button of document.querySelectorAll('th button')) {
+  button.addEventListener('click', () => {
+    const th = button.parentElement, table = th.closest('table');
+    const column = [...th.parentElement.children].indexOf(th);
+    const up = th.getAttribute('aria-sort') !== 'ascending';
+    for (const other of th.parentElement.children)
+      other.removeAttribute('aria-sort');
+    th.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+    const value = (row) => row.children[column].dataset.value ??
+      row.children[column].textContent;
+    const rows = [...table.tBodies[0].rows].sort((a, b) => {
+      const [x, y] = [value(a), value(b)];
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return up ? order : -order;
+    });
+    table.tBodies[0].append(...rows);
+  });
+}
+const tip = document.getElementById('tip');
+for (const point of document.querySelectorAll('.map circle')) {
+  point.addEventListener('pointerenter', () => {
+    const box = point.closest('.map').getBoundingClientRect();
+    const at = point.getBoundingClientRect();
+    const {column, row, name} = point.dataset;
+    tip.querySelector('i').style.backgroundPosition =
+      `-${48 * column}px -${48 * row}px`;
+    tip.querySelector('span').textContent = name;
+    tip.style.left = `${at.left - box.left + 12}px`;
+    tip.style.top = `${at.top - box.top + 12}px`;
+    tip.style.display = 'block';
+  });
+  point.addEventListener('pointerleave', () => tip.style.display = 'none');
+}
 """
 
 
@@ -40,10 +103,14 @@ class Card(NamedTuple):
   is_right: bool | None = None
 
 
-def thumbnail(image: Image.Image, *, side: int = 112) -> str:
+def thumbnail(image: Image.Image, *, side: int = 96) -> str:
   """Returns a small copy as the source of an <img>, a data: URL."""
   image = image.convert('RGB')
   image.thumbnail((side, side))
+  return _data_url(image)
+
+
+def _data_url(image: Image.Image) -> str:
   buffer = io.BytesIO()
   image.save(buffer, 'JPEG', quality=85)
   return 'data:image/jpeg;base64,' + base64.b64encode(
@@ -67,6 +134,77 @@ def _figure(card: Card) -> str:
   )
 
 
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+  """Returns a table that sorts by a column when its title is pressed.
+
+  Floats are shares, and shown in percent; None is left empty.
+  """
+  head = ''.join(
+    f'<th scope="col"><button type="button">{html.escape(name)}</button></th>'
+    for name in header
+  )
+  body = ''.join(
+    f'<tr>{"".join(map(_cell, cells))}</tr>' for cells in rows
+  )
+  return (
+    f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+    f'<tbody>{body}</tbody></table></div>'
+  )
+
+
+def _cell(value: object) -> str:
+  if value is None:
+    return '<td></td>'
+  if isinstance(value, float):
+    return f'<td class="number" data-value="{value}">{100 * value:.2f}</td>'
+  if isinstance(value, int):
+    return f'<td class="number" data-value="{value}">{value:,}</td>'
+  return f'<td>{html.escape(str(value))}</td>'
+
+
+def points(
+    places: np.ndarray,
+    groups: Sequence[int],
+    names: Sequence[str],
+    images: Sequence[Image.Image],
+    *,
+    title: str,
+) -> str:
+  """Returns a map whose points show a picture under a pointer; once a page.
+
+  Args:
+    places: float [number, 2].
+    groups: of each point, for its colour.
+    names: of each point.
+    images: of each point.
+    title: what a screen reader says.
+  """
+  number, side = len(places), 48
+  columns = int(np.ceil(np.sqrt(number)))
+  sheet = Image.new('RGB', (columns * side, -(-number // columns) * side))
+  low, high = places.min(axis=0), places.max(axis=0)
+  places = 10 + 620 * (places - low) / np.maximum(high - low, 1e-9)
+  circles = []
+  for index, ((x, y), group, name, image) in enumerate(
+    zip(places, groups, names, images)
+  ):
+    line, column = divmod(index, columns)
+    sheet.paste(image.resize((side, side)), (column * side, line * side))
+    # Neighbouring numbers are far apart on the circle.
+    hue = group * 137.508 % 360
+    circles.append(
+      f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="hsl({hue:.0f} 65% 50%)" '
+      f'data-column="{column}" data-row="{line}" '
+      f'data-name="{html.escape(name)}"/>'
+    )
+  return (
+    f'<div class="map"><svg viewBox="0 0 640 640" role="img" '
+    f'aria-label="{html.escape(title)}">{"".join(circles)}</svg>'
+    f'<div id="tip"><i style="background:url({_data_url(sheet)})"></i>'
+    '<span></span></div></div>'
+  )
+
+
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
   """Returns a whole page of sections, each a heading and HTML."""
   title = html.escape(title)
@@ -77,6 +215,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
   return (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>{title}</title><style>{_STYLE}</style></head>'
-    f'<body><main><h1>{title}</h1>{body}</main></body></html>\n'
+    f'<link rel="icon" href="data:,"><title>{title}</title>'
+    f'<style>{_STYLE}</style></head><body><main><h1>{title}</h1>{body}</main>'
+    f'<script>{_SCRIPT}</script></body></html>\n'
   )

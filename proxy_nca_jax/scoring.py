@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import ml_collections
+import numpy as np
 
 from proxy_nca_jax import datasets, evaluate, input_pipeline, models
 from proxy_nca_jax import mesh as mesh_lib
@@ -52,19 +53,30 @@ def score_state(
     split: datasets.Split,
     **kwargs,
 ) -> dict[str, float]:
-  """Scores a state's embeddings of a split, with kwargs of `evaluate`."""
+  """Scores a state's embeddings of a split, with kwargs of `evaluate.score`."""
+  return evaluate.score(
+    embed_split(embed_fn, config, state, split),
+    split.labels,
+    **score_settings(config, mesh, split),
+    **kwargs,
+  )
+
+
+def embed_split(
+    embed_fn: Callable[..., jax.Array],
+    config: ml_collections.ConfigDict,
+    state: state_lib.TrainState,
+    split: datasets.Split,
+) -> np.ndarray:
+  """Returns a state's embeddings of a split, float32 [len(split), dim]."""
   batches = input_pipeline.evaluation_batches(
     split,
     image_size=config.dataset.image_size,
     batch_size=config.evaluation.batch_size,
     process=(jax.process_index(), jax.process_count()),
   )
-  return evaluate.evaluate(
-    functools.partial(embed_fn, state),
-    batches,
-    **score_settings(config, mesh, split),
-    **kwargs,
-  )
+  embeddings, _ = evaluate.embed(functools.partial(embed_fn, state), batches)
+  return embeddings
 
 
 def score_settings(

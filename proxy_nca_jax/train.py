@@ -9,6 +9,7 @@ import itertools
 import logging
 import operator
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from proxy_nca_jax import (
   models,
   plan,
   processes,
+  report,
   scoring,
   selection,
   watch,
@@ -38,6 +40,7 @@ from proxy_nca_jax import state as state_lib
 from proxy_nca_jax import train_step as train_step_lib
 from proxy_nca_jax import workdir as workdir_lib
 
+_REPORT = 'report.html'
 # What the log says that a step waits for.
 _INPUT = 'its input'
 _DEVICE = 'the device, or a compilation'
@@ -222,12 +225,10 @@ def train_and_evaluate(
     )
     mesh = mesh_lib.make_mesh()
     process = (jax.process_index(), jax.process_count())
-    score = functools.partial(
-      scoring.score_state,
-      scoring.make_embed_fn(model, scoring.make_normalize(config), mesh),
-      config,
-      mesh,
+    embed_fn = scoring.make_embed_fn(
+      model, scoring.make_normalize(config), mesh
     )
+    score = functools.partial(scoring.score_state, embed_fn, config, mesh)
     state = state_lib.create(
       config,
       model,
@@ -332,6 +333,8 @@ def train_and_evaluate(
     }
     workdir_lib.write_json(os.path.join(folder.path, 'results.json'), results)
     _log_table(results)
+    if config.report:
+      _write_report(config, state, embed_fn, results, data, folder.path)
     return results
 
 
@@ -440,8 +443,52 @@ def _fit(
   return state
 
 
+def _write_report(
+    config, state, embed_fn, results, data: datasets.Datasets, workdir: str
+) -> None:
+  """Writes report.html; all processes embed, and process 0 writes."""
+  embed = functools.partial(scoring.embed_split, embed_fn, config, state)
+  # As the test pictures are: resized, not augmented.
+  some = np.random.default_rng(0).permutation(len(data.train))[:2000]
+  some = dataclasses.replace(data.train, pictures=data.test.pictures).take(some)
+  embedded = [
+    report.Embedded(split, embed(split)) for split in (data.test, some)
+  ]
+  proxies = None
+  if losses.NEEDS[config.loss.name].proxies in ('one', 'several'):
+    proxies = mesh_lib.fetch(state.params['proxies'])[: data.train.num_classes]
+  if not processes.is_first():
+    return
+  path = os.path.join(workdir, _REPORT)
+  report.write(
+    path,
+    results=results,
+    config=workdir_lib.as_json(config),
+    overrides=workdir_lib.overrides(config),
+    facts={'wall time': watch.wall_time(), 'commit': _commit()},
+    rows=metric_writer.read_metrics(workdir),
+    test=embedded[0],
+    train=embedded[1],
+    proxies=proxies,
+  )
+  _logger.info('The report is %s', path)
+
+
+def _commit() -> str:
+  """The commit of this code, where it is a checkout."""
+  folder = os.path.dirname(os.path.abspath(__file__))
+  command = ['git', '-C', folder, 'rev-parse', 'HEAD']
+  try:
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+  except OSError:  # There is no git.
+    return 'unknown'
+  return found.stdout.strip() or 'unknown'
+
+
 def _read_run(config, workdir: str) -> tuple[dict | None, dict | None]:
   """Returns what run.json and results.json hold, or None.
+
+  Results without the report that belongs to them do not count.
 
   Raises:
     ValueError: if the run has another configuration.
@@ -456,6 +503,8 @@ def _read_run(config, workdir: str) -> tuple[dict | None, dict | None]:
       saved['config'],
       may_add_steps=not optimizer_lib.depends_on_num_steps(config),
     )
+  if config.report and not os.path.exists(os.path.join(workdir, _REPORT)):
+    results = None
   return saved, results
 
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+# When this process began, but for some imports.
+_BEGUN = time.time()
+
 _logger = logging.getLogger(__name__)
 
 
@@ -117,6 +120,12 @@ class Trace:
       self._begun, self._newest, self._folder,
     )
     self._begun = None
+
+
+def wall_time() -> str:
+  """Returns the time since this process began, h:mm:ss."""
+  seconds = int(time.time() - _BEGUN)
+  return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
 
 
 def device_memory() -> dict[str, int]:

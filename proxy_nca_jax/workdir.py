@@ -31,6 +31,7 @@ _FREE_FIELDS = (
   'optimizer.max_skipped_steps',
   'profile_steps',
   'proxies.sharded',
+  'report',
   'save_every',
   'stall_seconds',
 )
@@ -181,6 +182,15 @@ def check_same_run(
       'This workdir holds a run with another configuration: '
       f'{"; ".join(different)}. Set these back, or use another workdir.'
     )
+
+
+def overrides(config: ml_collections.ConfigDict) -> dict:
+  """Returns {'group.field': value} of what differs from configs/default.py."""
+  defaults = flatten(as_json(default.get_config()))
+  return {
+    name: value for name, value in flatten(as_json(config)).items()
+    if value != defaults.get(name)
+  }
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict:

@@ -23,6 +23,8 @@ _FIELDS = {
   'batch_size': 16,
   'log_every': 1,
   'save_every': 10,
+  'evaluation.baselines': False,
+  'report': False,
   'dataset.resize': 64,
   'dataset.image_size': 32,
   'model.width': 4,

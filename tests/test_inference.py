@@ -50,6 +50,7 @@ class InferenceTest(parameterized.TestCase):
       'num_steps': 4, 'batch_size': 8, 'save_every': 2, 'eval_every': 2,
       'dataset.root': str(cls.root / 'pictures'),
       'dataset.validation': '2/2', 'evaluation.baselines': False,
+      'report': False,
       'dataset.resize': 18, 'dataset.resize_mode': 'shorter',
       'dataset.image_size': 16, 'model.width': 4, 'model.embedding_dim': 5,
       'evaluation.batch_size': 8, 'evaluation.kmeans_iterations': 0,

@@ -24,7 +24,8 @@ def _train(workdir):
     'num_steps': 24, 'batch_size': 32, 'log_every': 1, 'save_every': 2,
     'eval_every': 8, 'dataset.validation': '2/2', 'dataset.num_classes': 20,
     'model.width': 4, 'evaluation.nearest_only': True,
-    'evaluation.kmeans_iterations': 0,
+    'evaluation.kmeans_iterations': 0, 'evaluation.baselines': False,
+    'report': False,
   })
   train.train_and_evaluate(config, workdir)
 

@@ -14,7 +14,8 @@ _PACKAGE = _ROOT / 'proxy_nca_jax'
 _LAYERS = (
   ('main', 'search'),
   ('command_line',),
-  ('train', 'report', 'inference'),
+  ('train', 'inference'),
+  ('report',),
   ('scoring', 'selection', 'plan'),
   ('evaluate',),
   ('train_step',),
@@ -24,7 +25,8 @@ _LAYERS = (
   ),
   (
     'models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering',
-    'mirror', 'index', 'pages',
+    'mirror', 'index', 'pages', 'charts',
+    'literature',
   ),
   (
     'metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch',
@@ -40,6 +42,7 @@ _FENCES = {
   'tensorflow_datasets': ('datasets',),
   'grain': ('input_pipeline',),
   'orbax': ('state',),
+  'sklearn': ('report',),
   'absl': ('main', 'command_line'),
   'tensorboardX': ('metric_writer',),
   'matplotlib': ('report', 'datasets'),

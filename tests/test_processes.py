@@ -20,6 +20,7 @@ _SMALL = {
   'log_every': 1,
   'save_every': 5,
   'eval_every': 10,
+  'report': False,
   'dataset.num_classes': 41,  # Train classes that 2 and 4 do not divide.
   'dataset.validation': '2/2',
   'model.width': 4,

@@ -48,6 +48,7 @@ class SearchTest(parameterized.TestCase):
       'dataset.resize': 16, 'dataset.image_size': 16, 'model.width': 4,
       'model.embedding_dim': 8, 'evaluation.batch_size': 8,
       'evaluation.kmeans_iterations': 0, 'evaluation.baselines': False,
+      'report': False,
     })
     cls.workdirs = [str(cls.root / name) for name in ('run', 'other')]
     train.train_and_evaluate(config, cls.workdirs[0])

@@ -59,12 +59,34 @@ def _batches(config, num_batches):
     }
 
 
+class _Layers:
+  """Two layers of the groups' names: what compiles at once."""
+
+  def init(self, key, images, *, train):
+    del train
+    keys = jax.random.split(key)
+    size = images[0].size
+    return {
+      'params': {
+        'backbone': jax.random.normal(keys[0], (size, 32)) * size**-0.5,
+        'head': jax.random.normal(keys[1], (32, 64)) * 32**-0.5,
+      }
+    }
+
+  def apply(self, variables, images, *, train, mutable=None):
+    del train
+    params = variables['params']
+    features = images.reshape(len(images), -1) @ params['backbone']
+    embeddings = jnp.tanh(features) @ params['head']
+    return embeddings if mutable is None else (embeddings, {})
+
+
 def _run(
     config, *, num_steps, devices=None, change=lambda batch: batch, loss=None,
-    rate_scale=1.0, states=None,
+    rate_scale=1.0, states=None, model=None,
 ):
   mesh = mesh_lib.make_mesh(devices)
-  model = models.create_model(config)
+  model = model or _Layers()
   optimizer = optimizer_lib.make_optimizer(config)
   normalize = scoring.make_normalize(config)
   step = train_step.make_train_step(
@@ -97,7 +119,9 @@ class TrainStepTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_training_brings_examples_to_their_proxies(self, softmax):
     config = _config(**{'loss.proxy_nca.positive_in_denominator': softmax})
-    state, history, embed = _run(config, num_steps=60)
+    state, history, embed = _run(
+      config, num_steps=60, model=models.create_model(config)
+    )
     self.assertLess(history[-1]['loss'], history[0]['loss'] - 1)
     self.assertGreater(history[-1]['proxy_accuracy'], 0.9)
     # Not only by the metric of the step: by the proxies themselves.
@@ -203,8 +227,7 @@ class TrainStepTest(parameterized.TestCase):
 
   def test_several_steps_of_one_dispatch_are_those_one_by_one(self):
     config = _config()
-    mesh = mesh_lib.make_mesh()
-    model = models.create_model(config)
+    mesh, model = mesh_lib.make_mesh(), _Layers()
     optimizer = optimizer_lib.make_optimizer(config)
     step = train_step.make_train_step(
       model, optimizer, train_step.make_loss(config),
@@ -232,10 +255,13 @@ class TrainStepTest(parameterized.TestCase):
 
   def test_one_device_equals_eight(self):
     config = _config(**{'optimizer.name': 'sgd'})
+    model = models.create_model(config)
     one, one_history, embed = _run(
-      config, num_steps=5, devices=jax.devices()[:1]
+      config, num_steps=5, devices=jax.devices()[:1], model=model
     )
-    eight, eight_history, embed_by_eight = _run(config, num_steps=5)
+    eight, eight_history, embed_by_eight = _run(
+      config, num_steps=5, model=model
+    )
     for a, b in zip(one_history, eight_history):
       np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5, atol=1e-5)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params)):
@@ -422,6 +448,7 @@ class NonfiniteTest(parameterized.TestCase):
     later, history, _ = _run(
       config,
       num_steps=20,
+      model=models.create_model(config),
       loss=_broken_loss(train_step.make_loss(config), what),
       change=_change_of((2, 3)), states=states,
     )
@@ -484,7 +511,8 @@ class RunTest(absltest.TestCase):
       'dataset.data_dir': str(self.root / 'data'),
       'dataset.resize': 16, 'dataset.image_size': 16, 'model.width': 8,
       'batch_size': 16, 'num_steps': 14, 'log_every': 1, 'save_every': 4,
-      'evaluation.batch_size': 16, 'evaluation.kmeans_iterations': 0, **fields,
+      'evaluation.batch_size': 16, 'evaluation.kmeans_iterations': 0,
+      'evaluation.baselines': False, 'report': False, **fields,
     })
     original = input_pipeline.train_batches
 

@@ -118,7 +118,7 @@ class RemoteRunTest(absltest.TestCase):
     names = {path.split('/')[3] for path in paths}
     self.assertLessEqual(
       {'checkpoints', 'log.txt', 'manifest.json', 'metrics.jsonl',
-       'results.json', 'run.json', 'tensorboard'},
+       'report.html', 'results.json', 'run.json', 'tensorboard'},
       names,
     )
     self.assertNotIn('lease.json', names)

@@ -1,0 +1,322 @@
+"""The report, as a file and in a real browser."""
+
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from proxy_nca_jax import charts, datasets, report
+
+_CHROMIUM = shutil.which('chromium')
+_DRIVER = shutil.which('chromedriver')
+
+_SCORES = {
+  'recall@1': 0.5, 'recall@2': 0.75, 'map@r': 0.25, 'nmi': 0.6,
+  'num_queries': 40,
+}
+_RESULTS = {
+  'trained': _SCORES, 'untrained': _SCORES | {'recall@1': 0.1},
+  'raw_pixels': _SCORES | {'recall@1': 0.2}, 'step': 20,
+  'devices': '1 x cpu', 'versions': {'jax': '0.0'},
+}
+_CONFIG = {
+  'seed': 0, 'num_steps': 20, 'dataset': {'name': 'cub200'},
+  'loss': {'name': 'proxy_nca'},
+}
+_ROWS = [
+  {'step': 0, 'untrained.recall@1': 0.1},
+  {'step': 10, 'loss': 2.0}, {'step': 10, 'test.recall@1': 0.3},
+  {'step': 20, 'loss': 1.0}, {'step': 20, 'test.recall@1': 0.5},
+]
+
+
+def _embedded(num_classes=10, each=4, **fields):
+  """Classes of a colour and a direction of their own, and names with <&>."""
+  rng = np.random.default_rng(0)
+  labels = np.repeat(np.arange(num_classes), each).astype(np.int32)
+  colors = rng.integers(0, 256, (num_classes, 3))
+  centers = rng.normal(size=(num_classes, 6))
+  embeddings = centers[labels] + rng.normal(size=(len(labels), 6)) * 0.6
+  return report.Embedded(
+    datasets.Split(
+      source=(),
+      pictures=lambda row: np.broadcast_to(
+        colors[labels[row]], (12, 16, 3)
+      ).astype(np.uint8),
+      rows=np.arange(len(labels)),
+      labels=labels,
+      class_names=tuple(f'<class & {i}>' for i in range(num_classes)),
+      **fields,
+    ),
+    embeddings.astype(np.float32),
+  )
+
+
+def _write(path, test, **fields):
+  arguments = dict(
+    results=_RESULTS, config=_CONFIG, overrides={'num_steps': 20},
+    facts={'wall time': '0:00:01'}, rows=_ROWS, test=test, train=test,
+    proxies=np.random.default_rng(1).normal(size=(10, 6)),
+  )
+  report.write(str(path), **(arguments | fields))
+  return pathlib.Path(path).read_text()
+
+
+class ReportTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(tempfile.mkdtemp())
+    self.addCleanup(shutil.rmtree, self.root)
+
+  def test_it_is_one_file_with_every_part(self):
+    page = _write(self.root / 'report.html', _embedded())
+    for heading in (
+      'Scores', 'Training', 'Queries and their nearest neighbours',
+      'The embedding space', 'Distances', 'Classes most confused',
+      'Nearest images to a proxy', 'The run',
+    ):
+      self.assertIn(f'<h2>{heading}</h2>', page)
+    # Published beside ours, with their source.
+    self.assertIn('49.21', page)
+    self.assertIn('github.com/dichotomies/proxy-nca', page)
+    self.assertIn('50.00', page)
+    # Nothing is fetched, and what names hold is text.
+    self.assertEmpty(re.findall(r'(?:src|href|url\()="?(?!data:)\w', page))
+    self.assertNotIn('<class & ', page)
+    self.assertIn('&lt;class &amp; 3&gt;', page)
+
+  def test_neighbours_are_of_a_full_sort_and_no_query_is_its_own(self):
+    test = _embedded()
+    found = report._find_neighbours(test)
+    unit = test.embeddings / np.linalg.norm(
+      test.embeddings, axis=1, keepdims=True
+    )
+    away = np.linalg.norm(unit[:, None] - unit, axis=2)
+    np.fill_diagonal(away, np.inf)
+    np.testing.assert_allclose(
+      found.distances, np.sort(away, axis=1)[:, :8], atol=1e-5
+    )
+    np.testing.assert_array_equal(
+      found.is_right, test.split.labels[found.items]
+      == test.split.labels[:, None],
+    )
+
+  def test_queries_search_the_gallery_alone(self):
+    is_query = np.arange(40) % 4 == 0
+    test = _embedded(is_query=is_query)
+    found = report._find_neighbours(test)
+    np.testing.assert_array_equal(found.queries, np.flatnonzero(is_query))
+    self.assertFalse(is_query[found.items].any())
+
+  def test_the_same_camera_is_left_out(self):
+    cameras = np.tile([0, 0, 1, 1], 10).astype(np.int32)
+    test = _embedded(is_query=np.arange(40) % 4 == 0, cameras=cameras)
+    found = report._find_neighbours(test)
+    self.assertFalse(np.any(
+      found.is_right & (cameras[found.items] == cameras[found.queries][:, None])
+    ))
+
+  def test_the_smallest_data_set_has_a_report(self):
+    test = _embedded(num_classes=2, each=2)
+    page = _write(self.root / 'report.html', test, proxies=None)
+    self.assertNotIn('Nearest images to a proxy', page)
+
+  def test_several_proxies_of_a_class(self):
+    proxies = np.random.default_rng(1).normal(size=(10, 3, 6))
+    page = _write(self.root / 'report.html', _embedded(), proxies=proxies)
+    self.assertIn('Nearest images to a proxy', page)
+
+
+class CompareTest(absltest.TestCase):
+
+  def _run(self, name, recall, **fields):
+    folder = self.root / name
+    folder.mkdir()
+    (folder / 'run.json').write_text(
+      json.dumps({'config': _CONFIG | fields})
+    )
+    scores = _SCORES | {'recall@1': recall}
+    (folder / 'results.json').write_text(
+      json.dumps(_RESULTS | {'trained': scores})
+    )
+    (folder / 'metrics.jsonl').write_text(
+      ''.join(json.dumps(row) + '\n' for row in _ROWS)
+    )
+    return str(folder)
+
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(tempfile.mkdtemp())
+    self.addCleanup(shutil.rmtree, self.root)
+
+  def test_seeds_are_one_row_and_other_fields_are_told(self):
+    page = report.compare([
+      self._run('a', 0.5), self._run('b', 0.7, seed=1),
+      self._run('c', 0.4, loss={'name': 'triplet'}),
+    ])
+    self.assertIn('a and 1 more', page)
+    self.assertIn('60.00 [50.00, 70.00]', page)
+    self.assertIn('40.00', page)
+    self.assertIn('<td>loss.name</td><td>&quot;proxy_nca&quot;</td>', page)
+
+  def test_an_unfinished_run_is_named(self):
+    (self.root / 'x').mkdir()
+    with self.assertRaisesRegex(ValueError, 'holds no finished run'):
+      report.compare([str(self.root / 'x')])
+
+
+class ChartsTest(absltest.TestCase):
+
+  def test_points_lie_where_their_values_say(self):
+    svg = charts.lines(
+      {'a': ([0, 10], [1.0, 3.0])}, title='t', x_label='x', y_label='y'
+    )
+    (points,) = re.findall('points="([^"]*)"', svg)
+    self.assertEqual(points, '52.0,220.0 468.0,12.0')
+
+  def test_a_single_value_is_drawn(self):
+    charts.lines({'a': ([5], [1.0])}, title='t', x_label='x', y_label='y')
+    charts.histograms({'a': [1.0]}, title='t', x_label='x')
+
+
+@absltest.skipUnless(
+  _CHROMIUM and _DRIVER, 'Needs Chromium: apt install chromium-driver.'
+)
+class BrowserTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    from selenium import webdriver
+
+    cls.root = pathlib.Path(tempfile.mkdtemp())
+    cls.addClassCleanup(shutil.rmtree, cls.root)
+    cls.page = cls.root / 'report.html'
+    _write(cls.page, _embedded())
+    options = webdriver.ChromeOptions()
+    options.binary_location = _CHROMIUM
+    for flag in (
+      'headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run',
+      'disable-background-networking', 'disable-component-update',
+      'disable-sync', 'disable-dev-shm-usage',
+      f'user-data-dir={cls.root / "profile"}', 'window-size=1200,1000',
+    ):
+      options.add_argument(f'--{flag}')
+    options.set_capability(
+      'goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'}
+    )
+    cls.driver = webdriver.Chrome(
+      options, webdriver.ChromeService(executable_path=_DRIVER)
+    )
+    cls.addClassCleanup(cls.driver.quit)
+
+  def setUp(self):
+    super().setUp()
+    self.driver.get(self.page.as_uri())
+
+  def _all(self, selector):
+    return self.driver.find_elements('css selector', selector)
+
+  def test_it_opens_without_errors_or_requests(self):
+    self.driver.get_log('performance')  # Of the browser's own first page.
+    self.driver.get(self.page.as_uri())
+    time.sleep(0.2)
+    self.assertEqual(self.driver.get_log('browser'), [])
+    messages = [
+      json.loads(entry['message'])['message']
+      for entry in self.driver.get_log('performance')
+    ]
+    urls = {
+      message['params']['request']['url'] for message in messages
+      if message['method'] == 'Network.requestWillBeSent'
+    }
+    self.assertEqual(
+      {url for url in urls if not url.startswith('data:')},
+      {self.page.as_uri()},
+    )
+
+  def test_a_pointer_shows_the_picture_of_a_point(self):
+    from selenium.webdriver import ActionChains
+
+    (tip,) = self._all('#tip')
+    self.assertFalse(tip.is_displayed())
+    point = self._all('.map circle')[-1]
+    self.driver.execute_script(
+      'arguments[0].scrollIntoView({block: "center"})', point
+    )
+    ActionChains(self.driver).move_to_element(point).perform()
+    self.assertTrue(tip.is_displayed())
+    self.assertEqual(tip.text, '<class & 9>')
+
+  def test_a_table_sorts_by_the_column_that_is_pressed(self):
+    (button,) = [
+      button for button in self._all('th button') if button.text == 'recall@1'
+    ]
+    table = button.find_element('xpath', 'ancestor::table')
+
+    def column():
+      return [
+        float(cell.text) for cell in table.find_elements(
+          'css selector', 'tbody td:nth-child(3)'
+        )
+      ]
+
+    self.driver.execute_script('arguments[0].click()', button)
+    self.assertEqual(column(), sorted(column()))
+    self.driver.execute_script('arguments[0].click()', button)
+    self.assertEqual(column(), sorted(column(), reverse=True))
+    self.assertEqual(
+      button.find_element('xpath', '..').get_attribute('aria-sort'),
+      'descending',
+    )
+
+  def test_a_phone_need_not_scroll_sideways(self):
+    self.driver.execute_cdp_cmd(
+      'Emulation.setDeviceMetricsOverride',
+      {'width': 375, 'height': 700, 'deviceScaleFactor': 2, 'mobile': True},
+    )
+    self.addCleanup(
+      self.driver.execute_cdp_cmd, 'Emulation.clearDeviceMetricsOverride', {}
+    )
+    self.driver.get(self.page.as_uri())
+    width = self.driver.execute_script(
+      'return document.documentElement.scrollWidth'
+    )
+    self.assertLessEqual(width, 375)
+
+  def test_a_screen_reader_hears_of_every_picture_and_chart(self):
+    for image in self._all('img'):
+      self.assertTrue(image.get_attribute('alt'))
+    for svg in self._all('svg'):
+      self.assertTrue(svg.get_attribute('aria-label'))
+    self.assertEqual(
+      self.driver.execute_script('return document.documentElement.lang'), 'en'
+    )
+
+  @parameterized.parameters('light', 'dark')
+  def test_text_stands_out_from_its_ground(self, scheme):
+    self.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {
+      'features': [{'name': 'prefers-color-scheme', 'value': scheme}]
+    })
+    color, ground = self.driver.execute_script(
+      'const canvas = document.createElement("div");'
+      'canvas.style.background = "Canvas"; document.body.append(canvas);'
+      'return [getComputedStyle(document.body).color,'
+      ' getComputedStyle(canvas).backgroundColor]'
+    )
+    levels = [
+      np.mean([int(x) for x in re.findall(r'\d+', text)[:3]])
+      for text in (color, ground)
+    ]
+    self.assertGreater(abs(levels[0] - levels[1]), 180)
+    self.assertEqual(levels[0] > levels[1], scheme == 'dark')
+
+
+if __name__ == '__main__':
+  absltest.main()
