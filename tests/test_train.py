@@ -185,7 +185,11 @@ class TrainStepTest(parameterized.TestCase):
       )
 
   @parameterized.parameters(
-    ('triplet', {}, ()),
+    (
+      'triplet', {
+        'loss.triplet.mining': 'batch_hard', 'loss.triplet.margin': 99.0
+      }, (),
+    ),
     ('magnet', {'loss.magnet.alpha': 4.0}, ()),
     ('center_softmax', {}, ('proxy_accuracy', 'proxy_error', 'ranking_bound')),
     ('soft_triple', {}, ('proxy_accuracy',)),
