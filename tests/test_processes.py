@@ -117,7 +117,7 @@ class RunTest(parameterized.TestCase):
 
   def test_a_signal_to_one_stops_and_saves_all(self):
     # JAX looks for signals once a second, for which 20 steps are too few.
-    fields = {'num_steps': 600, 'save_every': 600, 'eval_every': 600}
+    fields = {'num_steps': 120, 'save_every': 120, 'eval_every': 120}
     straight, workdir = self._workdir(), self._workdir()
     codes, outputs = _finish(_start(straight, 2, **fields))
     self.assertEqual(codes, (0, 0), outputs)
