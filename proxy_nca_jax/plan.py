@@ -56,8 +56,8 @@ def describe(
     table,
     f'{config.num_steps:,} steps of {size:,} images, {epochs:,.1f} epochs; '
     f'scored {scored}, saved every {config.save_every:,} steps.',
-    f'Memory of each of {mesh.size} devices: {_mebibytes(held)} for the state '
-    f'and a batch, {_mebibytes(besides)} for a step besides.',
+    f'Memory on each device ({mesh.size} in all): {_mebibytes(held)} for the '
+    f'state and a batch, {_mebibytes(besides)} for a step besides.',
     f'Disk: {config.keep_checkpoints} checkpoints of {_mebibytes(saved)}.',
   ])
 

@@ -274,7 +274,7 @@ class MainTest(parameterized.TestCase):
     self.assertRegex(output, r'Training on \d+ images of 10 classes')
     self.assertRegex(output, r'proxies +\| \(10, 64\)')
     self.assertRegex(output, r'20 steps of 64 images, \d+\.\d epochs')
-    self.assertRegex(output, r'Memory of each of 1 devices: \d+\.\d MiB')
+    self.assertRegex(output, r'Memory on each device \(1 in all\): \d+\.\d MiB')
     self.assertFalse(os.path.exists(workdir))
 
   def test_a_config_of_ours_is_found_by_its_name(self):
