@@ -27,5 +27,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax
 from absl import flags
 
+# Whole runs, of minutes: what begins with them ends with both processes busy.
+_LONG = (
+  'test_processes', 'test_train', 'test_kills', 'test_main', 'test_faults',
+  'test_docs', 'test_published', 'test_workdir', 'test_search',
+  'test_inference', 'test_experiments',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the long files first, in that order."""
+  order = {name: place for place, name in enumerate(_LONG)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 flags.FLAGS.mark_as_parsed()

@@ -59,7 +59,8 @@ class RemoteTest(absltest.TestCase):
 
   def test_the_log_and_files_are_in_the_storage(self):
     logger = logging.getLogger('proxy_nca_jax')
-    self.enter_context(mock.patch.object(logger, 'level', logging.INFO))
+    self.addCleanup(logger.setLevel, logger.level)
+    logger.setLevel(logging.INFO)  # It forgets what it knew of levels.
     for word in ('first', 'second'):
       with workdir.hold(self.url) as folder:
         logger.info(word)
