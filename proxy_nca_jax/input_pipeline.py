@@ -298,10 +298,15 @@ def crop(
   Returns:
     uint8 [size, size, 3].
   """
-  if padding:
-    margin = ((padding, padding), (padding, padding), (0, 0))
-    image = np.pad(image, margin)
-  return image[top : top + size, left : left + size]
+  if not padding:
+    return image[top : top + size, left : left + size]
+  # np.pad took eight times as long.
+  square = np.zeros((size, size, 3), np.uint8)
+  top, left = top - padding, left - padding
+  seen = image[max(top, 0) : top + size, max(left, 0) : left + size]
+  below, right = max(-top, 0), max(-left, 0)
+  square[below : below + seen.shape[0], right : right + seen.shape[1]] = seen
+  return square
 
 
 def random_resized_crop(
