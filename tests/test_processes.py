@@ -15,11 +15,11 @@ from absl.testing import absltest, parameterized
 from proxy_nca_jax import metric_writer, processes
 
 _SMALL = {
-  'num_steps': 20,
+  'num_steps': 50,
   'batch_size': 32,
   'log_every': 1,
-  'save_every': 5,
-  'eval_every': 10,
+  'save_every': 10,
+  'eval_every': 25,
   'report': False,
   'dataset.num_classes': 41,  # Train classes that 2 and 4 do not divide.
   'dataset.validation': '2/2',
@@ -82,7 +82,10 @@ class RunTest(parameterized.TestCase):
       self.assertEqual(row['step'], other['step'])
       for name in ('loss', 'proxy_error', 'gradient_norm'):
         if name in other:
-          np.testing.assert_allclose(row[name], other[name], rtol=1e-5)
+          # Losses cross 0, where nothing is relative.
+          np.testing.assert_allclose(
+            row[name], other[name], rtol=1e-5, atol=1e-5
+          )
     results, expected = map(whole_runs.results, (workdir, self.one))
     # Nothing was trained: the embeddings are the same.
     self.assertEqual(results['raw_pixels'], expected['raw_pixels'])
@@ -95,12 +98,12 @@ class RunTest(parameterized.TestCase):
     self._assert_equals_one_process(self.two)
 
   def test_process_0_speaks_for_all(self):
-    self.assertIn('step 20/20', self.outputs[0])
+    self.assertIn('step 50/50', self.outputs[0])
     self.assertNotIn('step', self.outputs[1])
 
   def test_sharded_proxies_move_to_other_numbers_of_processes(self):
     workdir = self._workdir()
-    for number, last, sharded in ((4, 5, True), (2, 15, True), (1, 20, False)):
+    for number, last, sharded in ((4, 10, True), (2, 30, True), (1, 50, False)):
       codes, outputs = _finish(
         _start(
           workdir, number,
@@ -116,7 +119,7 @@ class RunTest(parameterized.TestCase):
     )
 
   def test_a_signal_to_one_stops_and_saves_all(self):
-    # JAX looks for signals once a second, for which 20 steps are too few.
+    # JAX looks for signals once a second, for which 50 steps are too few.
     fields = {'num_steps': 120, 'save_every': 120, 'eval_every': 120}
     straight, workdir = self._workdir(), self._workdir()
     codes, outputs = _finish(_start(straight, 2, **fields))
@@ -135,7 +138,7 @@ class RunTest(parameterized.TestCase):
   def test_when_one_is_killed_the_other_says_so_and_ends(self, killed):
     workdir = self._workdir()
     started = _start(workdir, 2)
-    whole_runs.wait_for(started[0], 'step 7/20')
+    whole_runs.wait_for(started[0], 'step 7/50')
     started[killed].kill()
     begun = time.monotonic()
     codes, outputs = _finish(started)
