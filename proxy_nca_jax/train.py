@@ -315,7 +315,12 @@ def train_and_evaluate(
       ),
     )
     state = _fit(config, state, run)
-    trained = score(state, data.test)
+    tested = scoring.embed_split(embed_fn, config, state, data.test)
+    trained = evaluate.score(
+      tested,
+      data.test.labels,
+      **scoring.score_settings(config, mesh, data.test),
+    )
     writer.write_scalars(
       config.num_steps, workdir_lib.flatten({'test': trained})
     )
@@ -334,7 +339,8 @@ def train_and_evaluate(
     workdir_lib.write_json(os.path.join(folder.path, 'results.json'), results)
     _log_table(results)
     if config.report:
-      _write_report(config, state, embed_fn, results, data, folder.path)
+      embed = functools.partial(scoring.embed_split, embed_fn, config, state)
+      _write_report(config, state, embed, tested, results, data, folder.path)
     return results
 
 
@@ -444,16 +450,13 @@ def _fit(
 
 
 def _write_report(
-    config, state, embed_fn, results, data: datasets.Datasets, workdir: str
+    config, state, embed, tested, results, data: datasets.Datasets, workdir: str
 ) -> None:
   """Writes report.html; all processes embed, and process 0 writes."""
-  embed = functools.partial(scoring.embed_split, embed_fn, config, state)
   # As the test pictures are: resized, not augmented.
   some = np.random.default_rng(0).permutation(len(data.train))[:2000]
   some = dataclasses.replace(data.train, pictures=data.test.pictures).take(some)
-  embedded = [
-    report.Embedded(split, embed(split)) for split in (data.test, some)
-  ]
+  learned = embed(some)
   proxies = None
   if losses.NEEDS[config.loss.name].proxies in ('one', 'several'):
     proxies = mesh_lib.fetch(state.params['proxies'])[: data.train.num_classes]
@@ -467,8 +470,8 @@ def _write_report(
     overrides=workdir_lib.overrides(config),
     facts={'wall time': watch.wall_time(), 'commit': _commit()},
     rows=metric_writer.read_metrics(workdir),
-    test=embedded[0],
-    train=embedded[1],
+    test=report.Embedded(data.test, tested),
+    train=report.Embedded(some, learned),
     proxies=proxies,
   )
   _logger.info('The report is %s', path)
@@ -476,7 +479,10 @@ def _write_report(
 
 def _commit() -> str:
   """The commit of this code, where it is a checkout."""
-  folder = os.path.dirname(os.path.abspath(__file__))
+  folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  # An installed package may lie in a checkout of something else.
+  if not os.path.exists(os.path.join(folder, '.git')):
+    return 'unknown'
   command = ['git', '-C', folder, 'rev-parse', 'HEAD']
   try:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
