@@ -150,7 +150,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     text = str(error).strip()
     if 'Traceback' in text:
       text = text.splitlines()[-1].removeprefix('ValueError: ')
-    _fail(_unknown_field(argv) or ' '.join(text.split()))
+    _fail(
+      _missing_config(argv) or _unknown_field(argv) or ' '.join(text.split())
+    )
 
 
 def _find_config(name: str) -> str:
@@ -159,6 +161,25 @@ def _find_config(name: str) -> str:
   path = os.path.join(os.path.dirname(default.__file__), f'{stem}.py')
   is_known = re.fullmatch(r'\w+', stem) and os.path.exists(path)
   return ':'.join([path, *recipe]) if is_known else name
+
+
+def _missing_config(argv: list[str]) -> str | None:
+  """Describes a --config that is no file."""
+  for before, argument in zip(['', *argv], argv):
+    match = re.match('--?config=(.*)', argument)
+    name = match[1] if match else argument
+    is_config = match or before in ('--config', '-config')
+    if is_config and not os.path.exists(name.split(':')[0]):
+      folder = os.path.dirname(default.__file__)
+      known = sorted(
+        file.removesuffix('.py') for file in os.listdir(folder)
+        if file.endswith('.py') and file not in ('default.py', 'recipes.py')
+      )
+      return (
+        f'There is no config {name!r} (--config): name a file, or one of '
+        f'{", ".join(known)}.'
+      )
+  return None
 
 
 def _unknown_field(argv: list[str]) -> str | None:

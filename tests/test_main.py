@@ -267,6 +267,12 @@ class MainTest(parameterized.TestCase):
     )
     self._assert_refused(code, output, "^Error: Unknown recipe 'papr'.*paper")
 
+  def test_a_missing_config_is_one_clear_line(self):
+    command = _command(self._workdir())
+    command[2] = '--config=cub'
+    code, output = whole_runs.finish(whole_runs.start(command))
+    self._assert_refused(code, output, "no config 'cub'.*one of .*cub200.*sop")
+
   def test_a_dry_run_prints_the_plan_and_leaves_no_trace(self):
     workdir = os.path.join(self._workdir(), 'run')
     code, output = _run(workdir, dry_run=True)
