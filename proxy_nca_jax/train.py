@@ -321,9 +321,11 @@ def train_and_evaluate(
       data.test.labels,
       **scoring.score_settings(config, mesh, data.test),
     )
-    writer.write_scalars(
-      config.num_steps, workdir_lib.flatten({'test': trained})
-    )
+    # A run that was killed since then has them already.
+    if not _is_written('test', config.num_steps, folder.path):
+      writer.write_scalars(
+        config.num_steps, workdir_lib.flatten({'test': trained})
+      )
     results = {
       **_score_selected(config, state, trained, run),
       'trained': trained,
@@ -388,8 +390,9 @@ def _fit(
   waiting_for = run.watchdog.waiting_for
   try:
     # A run that was stopped just before an evaluation makes up for it.
-    if done and _is_evaluated(config, done) and not _is_written(done, run):
-      _evaluate(config, state, run)
+    if done and _is_evaluated(config, done):
+      if not _is_written(_evaluated_split(run), done, run.workdir):
+        _evaluate(config, state, run)
     rate_scale = selection.rate_scale(config, run.workdir)
     while done < last:
       # Processes that stop agree on a number that all of them come to.
@@ -607,11 +610,11 @@ def _evaluated_split(run: _Run) -> str:
   return 'validation' if run.data.validation else 'test'
 
 
-def _is_written(step: int, run: _Run) -> bool:
-  """Whether a step's evaluation is among the metrics."""
+def _is_written(title: str, step: int, workdir: str) -> bool:
+  """Whether a step's scores of a split are among the metrics."""
   return any(
-    name.startswith(_evaluated_split(run))
-    for row in selection.read_metrics(run.workdir)
+    name.startswith(f'{title}.')
+    for row in selection.read_metrics(workdir)
     if row['step'] == step
     for name in row
   )

@@ -202,6 +202,14 @@ class MainTest(parameterized.TestCase):
     self.assertIn('This run is finished, at step 20', output)
     self.assertRegex(output, r'recall@1 +\d+\.\d\d')
 
+  def test_a_run_killed_before_its_results_writes_no_score_twice(self):
+    workdir = self._workdir()
+    shutil.copytree(self.straight, workdir, dirs_exist_ok=True)
+    os.remove(os.path.join(workdir, 'results.json'))
+    code, output = _run(workdir)
+    self.assertEqual(code, 0, output)
+    self._assert_equals_straight(workdir)
+
   def test_steps_can_be_added_to_a_finished_run(self):
     workdir = self._workdir()
     shutil.copytree(self.straight, workdir, dirs_exist_ok=True)
