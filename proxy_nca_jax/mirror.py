@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 
 import fsspec
+from fsspec.implementations import local
 
 from proxy_nca_jax import locks
 
@@ -71,8 +72,9 @@ def _open(url):
     storage, root = fsspec.url_to_fs(url)
   except (ImportError, ValueError) as error:  # Of the package, of the scheme.
     raise ValueError(f'{url!r} cannot be opened: {error}.') from error
-  # As fsspec.open does for local folders; other storage does not read it.
-  storage.auto_mkdir = True
+  if isinstance(storage, local.LocalFileSystem):
+    # As fsspec.open does: it makes folders.
+    storage = _Disk(auto_mkdir=True)
   return storage, root.rstrip('/')
 
 
@@ -86,6 +88,18 @@ def _failures_named(url):
   except Exception as error:  # The clients let many types through.
     text = ' '.join(f'{type(error).__name__}: {error}'.split())
     raise OSError(f'The storage of {url!r} failed ({text}).') from error
+
+
+class _Disk(local.LocalFileSystem):
+  """A local folder where a file appears whole, as on object storage."""
+
+  def pipe_file(self, path, value, **kwargs):
+    super().pipe_file(path + '.tmp', value, **kwargs)
+    os.replace(path + '.tmp', path)
+
+  def cp_file(self, path1, path2, **kwargs):
+    super().cp_file(path1, path2 + '.tmp', **kwargs)
+    os.replace(path2 + '.tmp', path2)
 
 
 class _Mirror:
@@ -214,7 +228,8 @@ class _Mirror:
     return [
       name
       for name in names
-      if name not in ('', _MANIFEST, _LEASE) and not name.endswith('/')
+      if name not in ('', _MANIFEST, _LEASE)
+      and not name.endswith(('/', '.tmp'))
     ]
 
   def _write_manifest(self, names):

@@ -209,6 +209,22 @@ class MirrorTest(absltest.TestCase):
     self.assertEqual(self._remote(), {'lease.json', 'manifest.json'})
     self.assertEmpty(os.listdir(self.copies))
 
+  def test_what_is_cut_short_on_a_disk_leaves_what_was_there(self):
+    remote = self.create_tempdir().full_path
+    for content in ('before', 'after'):
+      with contextlib.ExitStack() as stack:
+        if content == 'after':
+          # As if killed when the bytes are written.
+          stack.enter_context(
+            mock.patch.object(os, 'replace', side_effect=OSError('killed'))
+          )
+          stack.enter_context(self.assertRaisesRegex(OSError, 'killed'))
+        with mirror.hold(f'file://{remote}', lease_seconds=60) as run:
+          self._write(run[0], 'log.txt', content)
+    files = self._read(remote)
+    self.assertEqual(files['log.txt'], 'before')
+    self.assertEqual(json.loads(files['manifest.json']), ['log.txt'])
+
   def test_storage_that_cannot_be_opened_is_named(self):
     with self.assertRaisesRegex(ValueError, 'nonsense'):
       with mirror.hold('nonsense://bucket/run', lease_seconds=1):
