@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from configs import default
-from proxy_nca_jax import interruption, processes, train
+from proxy_nca_jax import errors, interruption, processes, train
 
 _logger = logging.getLogger('proxy_nca_jax')
 
@@ -60,7 +60,7 @@ def run(
 
 def _run(work, argv: list[str]) -> None:
   if len(argv) > 1:
-    _fail(f'Unexpected arguments: {" ".join(argv[1:])}')
+    errors.fail(f'Unexpected arguments: {" ".join(argv[1:])}')
   # The libraries report their inner steps through absl.
   absl_logging.set_verbosity(absl_logging.FATAL)
   try:
@@ -71,7 +71,7 @@ def _run(work, argv: list[str]) -> None:
       multiprocess=flags.FLAGS.multiprocess,
     )
   except (ValueError, RuntimeError) as error:
-    _fail(_describe(error))
+    errors.fail(_describe(error))
   _log_to_stdout()
   config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
   _logger.info(
@@ -90,12 +90,12 @@ def _run(work, argv: list[str]) -> None:
     sys.exit(128 + stopped.number)
   except (ValueError, OSError) as error:
     _logger.debug('The run failed', exc_info=True)
-    _fail(_describe(error))
+    errors.fail(_describe(error))
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
     _logger.debug('The run failed', exc_info=True)
-    _fail(
+    errors.fail(
       'Another process of this run has ended or cannot be reached '
       f'({_describe(error)[:300]}). Start all of them again: the run goes on '
       'from its last checkpoint.'
@@ -150,9 +150,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     text = str(error).strip()
     if 'Traceback' in text:
       text = text.splitlines()[-1].removeprefix('ValueError: ')
-    _fail(
-      _missing_config(argv) or _unknown_field(argv) or ' '.join(text.split())
-    )
+    if 'get_config() takes 0 positional arguments' in text:
+      text = 'This config has no recipes: leave out the colon and its name.'
+    errors.fail(_missing_config(argv) or _unknown_field(argv) or text)
 
 
 def _find_config(name: str) -> str:
@@ -197,8 +197,3 @@ def _unknown_field(argv: list[str]) -> str | None:
         )
       fields, group = fields[name], f'{group}.{name}'
   return None
-
-
-def _fail(message: str) -> None:
-  print(f'Error: {message}', file=sys.stderr)
-  sys.exit(2)

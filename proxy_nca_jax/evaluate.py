@@ -9,7 +9,6 @@ import argparse
 import functools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from proxy_nca_jax import clustering, metrics, retrieval
+from proxy_nca_jax import clustering, errors, metrics, retrieval
 from proxy_nca_jax import mesh as mesh_lib
 
 
@@ -431,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
     'kmeans_num_starts', 'seed', 'num_resamples',
   )
-  try:
+  with errors.in_one_line():
     scores = score(
       **_read(arguments),
       **{name: getattr(arguments, name) for name in names},
@@ -440,9 +439,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments.json:
       with open(arguments.json, 'w', encoding='utf-8') as file:
         json.dump(scores, file, indent=2)
-  except (ValueError, OSError) as error:
-    print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
-    sys.exit(2)
   print(format_table({'percent': scores}))
   for name, value in scores.items():
     if isinstance(value, int):

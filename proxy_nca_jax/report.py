@@ -12,7 +12,6 @@ import html
 import json
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from proxy_nca_jax import (
   charts,
   datasets,
   distances,
+  errors,
   literature,
   metric_writer,
   pages,
@@ -498,13 +498,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help='comparison.html by default',
   )
   arguments = parser.parse_args(arguments)
-  try:
+  with errors.in_one_line():
     page = compare(arguments.runs)
     with open(arguments.output, 'w', encoding='utf-8') as file:
       file.write(page)
-  except (ValueError, OSError) as error:
-    print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
-    sys.exit(2)
   print(f'{len(arguments.runs)} runs are compared in {arguments.output}')
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from proxy_nca_jax import (
   clustering,
   distances,
+  errors,
   inference,
   losses,
   pages,
@@ -247,7 +248,7 @@ def classify(arguments: argparse.Namespace) -> None:
 def _proxies(embedder: inference.Embedder) -> tuple[list[str], np.ndarray]:
   """Returns the class and the place of each proxy."""
   name = embedder.config.loss.name
-  if losses.NEEDS[name].proxies not in ('one', 'several'):
+  if not losses.NEEDS[name].has_labelled_proxies:
     raise ValueError(
       f'The loss of this run ({name}) learned no proxies of classes: use '
       '--by=neighbours.'
@@ -404,14 +405,8 @@ def _non_negative(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   arguments = _parse(arguments)
-  try:
+  with errors.in_one_line(stopped='Stopped. The same command goes on.'):
     arguments.work(arguments)
-  except KeyboardInterrupt:
-    print('Stopped. The same command goes on.', file=sys.stderr)
-    sys.exit(130)
-  except (ValueError, OSError) as error:
-    print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -461,7 +461,7 @@ def _write_report(
   some = dataclasses.replace(data.train, pictures=data.test.pictures).take(some)
   learned = embed(some)
   proxies = None
-  if losses.NEEDS[config.loss.name].proxies in ('one', 'several'):
+  if losses.NEEDS[config.loss.name].has_labelled_proxies:
     proxies = mesh_lib.fetch(state.params['proxies'])[: data.train.num_classes]
   if not processes.is_first():
     return

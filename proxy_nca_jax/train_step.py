@@ -61,7 +61,7 @@ def make_loss(config: ml_collections.ConfigDict) -> Loss:
       'config.proxies.by_size is for fractional_proxy_nca.'
     )
   if config.proxies.sharded and (
-    loss.needs.proxies not in ('one', 'several')
+    not loss.needs.has_labelled_proxies
     or config.loss[name].get('proxy_chunk')
   ):
     raise ValueError(

@@ -275,6 +275,10 @@ class MainTest(parameterized.TestCase):
     )
     self._assert_refused(code, output, "^Error: Unknown recipe 'papr'.*paper")
 
+  def test_a_recipe_of_a_config_without_is_one_clear_line(self):
+    code, output = _run(self._workdir(), config='glyphs.py:best')
+    self._assert_refused(code, output, 'no recipes: leave out the colon')
+
   def test_a_missing_config_is_one_clear_line(self):
     command = _command(self._workdir())
     command[2] = '--config=cub'

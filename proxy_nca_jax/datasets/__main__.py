@@ -3,9 +3,8 @@
 import argparse
 import logging
 import os
-import sys
 
-from proxy_nca_jax import datasets
+from proxy_nca_jax import datasets, errors
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -73,17 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   logging.getLogger('proxy_nca_jax').setLevel(logging.INFO)
   logging.getLogger('absl').setLevel(logging.ERROR)
-  try:
+  with errors.in_one_line(stopped='Stopped. The same command starts anew.'):
     if arguments.command == 'prepare':
       _prepare(arguments)
     else:
       _list(arguments.data_dir, arguments.manual_dir)
-  except KeyboardInterrupt:
-    print('Stopped. The same command starts anew.', file=sys.stderr)
-    sys.exit(130)
-  except (ValueError, OSError) as error:
-    print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -77,6 +77,11 @@ class Needs(NamedTuple):
   centers: str | None = None
   assignment: bool = False
 
+  @property
+  def has_labelled_proxies(self) -> bool:
+    """Whether labels index the proxies."""
+    return self.proxies in ('one', 'several')
+
 
 NEEDS = {
   'arcface': Needs(proxies='one'),
