@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from sklearn import manifold
 
 from proxy_nca_jax import (
   charts,
@@ -254,6 +253,9 @@ def _card(embedded, index, caption, is_right=None) -> pages.Card:
 
 def _map(test: Embedded, rng: np.random.Generator) -> str:
   """A t-SNE of some classes."""
+  # It takes two seconds, for which runs without a report need not wait.
+  from sklearn import manifold
+
   labels = test.split.labels
   classes = rng.permutation(test.split.num_classes)[:_NUM_CLASSES_ON_MAP]
   members = np.flatnonzero(np.isin(labels, classes))

@@ -15,15 +15,20 @@ from absl.testing import absltest, parameterized
 from proxy_nca_jax import metric_writer, processes
 
 _SMALL = {
-  'num_steps': 50,
+  'num_steps': 100,
   'batch_size': 32,
   'log_every': 1,
-  'save_every': 10,
-  'eval_every': 25,
+  'save_every': 20,
+  'eval_every': 50,
   'report': False,
   'dataset.num_classes': 41,  # Train classes that 2 and 4 do not divide.
   'dataset.validation': '2/2',
   'model.width': 4,
+}
+# Of runs whose scores nobody reads: less to compile.
+_UNSCORED = {
+  'evaluation.baselines': False, 'evaluation.kmeans_iterations': 0,
+  'evaluation.nearest_only': True,
 }
 
 
@@ -73,79 +78,80 @@ class RunTest(parameterized.TestCase):
   def _workdir(self):
     return tempfile.mkdtemp(dir=self.root)
 
-  def _assert_equals_one_process(self, workdir):
-    rows, expected = (
-      metric_writer.read_metrics(folder) for folder in (workdir, self.one)
+  def _assert_losses_are_of_one_process(self, workdir, *, num_steps):
+    losses, expected = (
+      {
+        row['step']: row['loss']
+        for row in metric_writer.read_metrics(folder)
+        if 'loss' in row and row['step'] <= num_steps
+      }
+      for folder in (workdir, self.one)
     )
-    self.assertLen(rows, len(expected))
-    for row, other in zip(rows, expected):
-      self.assertEqual(row['step'], other['step'])
-      for name in ('loss', 'proxy_error', 'gradient_norm'):
-        if name in other:
-          # Losses cross 0, where nothing is relative.
-          np.testing.assert_allclose(
-            row[name], other[name], rtol=1e-5, atol=1e-5
-          )
-    results, expected = map(whole_runs.results, (workdir, self.one))
-    # Nothing was trained: the embeddings are the same.
-    self.assertEqual(results['raw_pixels'], expected['raw_pixels'])
-    for title in ('trained', 'selected'):
-      np.testing.assert_allclose(
-        results[title]['recall@1'], expected[title]['recall@1'], atol=0.002
-      )
+    self.assertEqual(list(losses), [*range(1, num_steps + 1)])
+    np.testing.assert_allclose(
+      # Losses cross 0, where nothing is relative.
+      [*losses.values()], [*expected.values()], rtol=1e-5, atol=1e-5
+    )
 
   def test_two_processes_train_as_one_does(self):
-    self._assert_equals_one_process(self.two)
+    self._assert_losses_are_of_one_process(self.two, num_steps=50)
+    # Nothing was trained: the embeddings are the same.
+    results, expected = map(whole_runs.results, (self.two, self.one))
+    self.assertEqual(results['raw_pixels'], expected['raw_pixels'])
+    recall, expected = (
+      [
+        row['validation.recall@1']
+        for row in metric_writer.read_metrics(folder)
+        if row['step'] == 50 and 'validation.recall@1' in row
+      ]
+      for folder in (self.two, self.one)
+    )
+    np.testing.assert_allclose(recall, expected, atol=0.002)
+    self.assertLen(recall, 1)
 
   def test_process_0_speaks_for_all(self):
-    self.assertIn('step 50/50', self.outputs[0])
+    self.assertIn('step 100/100', self.outputs[0])
     self.assertNotIn('step', self.outputs[1])
 
   def test_sharded_proxies_move_to_other_numbers_of_processes(self):
     workdir = self._workdir()
-    for number, last, sharded in ((4, 10, True), (2, 30, True), (1, 50, False)):
+    for number, last, sharded in ((4, 50, True), (2, 60, True), (1, 70, False)):
       codes, outputs = _finish(
         _start(
           workdir, number,
-          **{'num_steps': last, 'proxies.sharded': sharded},
+          **_UNSCORED, **{'num_steps': last, 'proxies.sharded': sharded},
         )
       )
       self.assertEqual(set(codes), {0}, outputs)
-    actual, expected = map(whole_runs.final_state, (workdir, self.one))
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-      actual['state']['params'],
-      expected['state']['params'],
-    )
+    self._assert_losses_are_of_one_process(workdir, num_steps=70)
 
   def test_a_signal_to_one_stops_and_saves_all(self):
-    # JAX looks for signals once a second, for which 50 steps are too few.
-    fields = {'num_steps': 120, 'save_every': 120, 'eval_every': 120}
-    straight, workdir = self._workdir(), self._workdir()
-    codes, outputs = _finish(_start(straight, 2, **fields))
-    self.assertEqual(codes, (0, 0), outputs)
-    started = _start(workdir, 2, **fields)
+    workdir = self._workdir()
+    # JAX looks for signals once a second.
+    started = _start(workdir, 2, **_UNSCORED)
     whole_runs.wait_for(started[0], 'step 3/')
     started[1].send_signal(signal.SIGTERM)
     codes, outputs = _finish(started)
     self.assertEqual(codes, (128 + signal.SIGTERM,) * 2, outputs)
     self.assertIn('saved. The same command goes on', outputs[0])
-    codes, outputs = _finish(_start(workdir, 2, **fields))
+    codes, outputs = _finish(_start(workdir, 2, **_UNSCORED))
     self.assertEqual(codes, (0, 0), outputs)
-    whole_runs.assert_same_state(workdir, straight)
+    whole_runs.assert_same_state(workdir, self.two)
 
-  @parameterized.parameters(0, 1)
-  def test_when_one_is_killed_the_other_says_so_and_ends(self, killed):
+  def test_when_one_is_killed_the_other_says_so_and_ends(self):
     workdir = self._workdir()
-    started = _start(workdir, 2)
-    whole_runs.wait_for(started[0], 'step 7/50')
-    started[killed].kill()
-    begun = time.monotonic()
-    codes, outputs = _finish(started)
-    self.assertLess(time.monotonic() - begun, 90)
-    self.assertNotEqual(codes[1 - killed], 0)
-    self.assertIn('Another process of this run has ended', outputs[1 - killed])
-    codes, outputs = _finish(_start(workdir, 2))
+    for killed, step in ((0, 7), (1, 47)):
+      started = _start(workdir, 2, **_UNSCORED)
+      whole_runs.wait_for(started[0], f'step {step}/100')
+      started[killed].kill()
+      begun = time.monotonic()
+      codes, outputs = _finish(started)
+      self.assertLess(time.monotonic() - begun, 90)
+      self.assertNotEqual(codes[1 - killed], 0)
+      self.assertIn(
+        'Another process of this run has ended', outputs[1 - killed]
+      )
+    codes, outputs = _finish(_start(workdir, 2, **_UNSCORED))
     self.assertEqual(codes, (0, 0), outputs)
     whole_runs.assert_same_state(workdir, self.two)
 
