@@ -252,6 +252,14 @@ class MainTest(parameterized.TestCase):
     ({'optimizer.rate': 1}, "no field 'rate'.*choose among.*backbone"),
     ({'num_steps': 'many'}, 'num_steps'),
     ({'dataset.num_classes': 9999}, '9999 classes were asked for'),
+    (
+      {'eval_every': 0, 'optimizer.plateau_factor': 1.0},
+      'dataset.validation.*config.eval_every',
+    ),
+    (
+      {'evaluation.select_by': 'f2'},
+      'select_by.*one of.*recall@1.*harmonic_mean',
+    ),
   )
   def test_wrong_input_is_one_clear_line(self, fields, message):
     code, output = _run(self._workdir(), **fields)
@@ -263,14 +271,6 @@ class MainTest(parameterized.TestCase):
     ({'dataset.name': 'mnist'}, 'Unknown data set.*choose one of'),
     ({'dataset.fonts_dir': '/nowhere'}, 'No folder'),
     ({'dataset.validation': '3/2'}, 'dataset.validation'),
-    (
-      {'eval_every': 0, 'optimizer.plateau_factor': 1.0},
-      'dataset.validation.*config.eval_every',
-    ),
-    (
-      {'evaluation.select_by': 'f2'},
-      'select_by.*one of.*recall@1.*harmonic_mean',
-    ),
     ({'dataset.images_per_class': 7}, 'batch_size .64.*divisible'),
   )
   def test_what_does_not_fit_is_said(self, fields, message):
