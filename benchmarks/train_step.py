@@ -38,6 +38,7 @@ import statistics
 import sys
 import time
 from concurrent import futures
+from concurrent.futures import process
 
 import jax
 import jax.numpy as jnp
@@ -293,7 +294,10 @@ def in_its_own_process(fn, *args, **kwargs):
   context = multiprocessing.get_context('spawn')
   with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
     future = pool.submit(fn, *args, **kwargs)
-    return future.exception() or future.result()
+    error = future.exception()
+    if isinstance(error, process.BrokenProcessPool):
+      return MemoryError('its process was killed; is the memory enough?')
+    return error or future.result()
 
 
 def format_cells(cells) -> str:

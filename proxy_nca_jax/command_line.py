@@ -39,9 +39,13 @@ def run(
     config: the file to take if none is given; without it one must be.
   """
   config_flags.DEFINE_config_file(
-    'config', config, 'The configuration of the run.'
+    'config', config,
+    'A file, or the name of one of configs/, such as sop; after a colon a '
+    'recipe, if it has some.',
   )
-  flags.DEFINE_string('workdir', None, 'Where the run is kept.')
+  flags.DEFINE_string(
+    'workdir', None, 'Where the run is kept: a folder, or a URL such as gs://.'
+  )
   flags.DEFINE_string(
     'coordinator_address', None,
     'Of several processes, HOST:PORT where process 0 listens. SLURM, Open MPI '
@@ -55,7 +59,10 @@ def run(
     'multiprocess', False, 'Join the other hosts of a TPU pod slice.'
   )
   flags.mark_flags_as_required(['workdir'] if config else ['config', 'workdir'])
-  app.run(functools.partial(_run, work), flags_parser=_parse_flags)
+  app.run(
+    functools.partial(_run, work),
+    flags_parser=functools.partial(_parse_flags, work),
+  )
 
 
 def _run(work, argv: list[str]) -> None:
@@ -135,7 +142,13 @@ def _log_thread_error(args: threading.ExceptHookArgs) -> None:
   _logger.debug('A thread failed', exc_info=error)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(work, argv: list[str]) -> list[str]:
+  if {'-h', '-help', '--help'} & set(argv[1:]):
+    # absl's is of __main__, which for an installed command knows nothing.
+    module = sys.modules[work.__module__]
+    _, _, listed = flags.FLAGS.module_help(module).partition(':\n')
+    print(module.__doc__, 'Flags:', listed, sep='\n')
+    sys.exit()
   argv = [
     _find_config(argument) if before in ('--config', '-config') else
     re.sub('^(--?config=)(.*)', lambda m: m[1] + _find_config(m[2]), argument)

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import logging
-import operator
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from clu import parameter_overview
 
 from proxy_nca_jax import (
+  config_checks,
   datasets,
   device_data,
   evaluate,
@@ -69,85 +69,6 @@ def make_prepare(
   )
 
 
-def check_config(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError if a number cannot be; names are checked at their use."""
-  for field, least in (
-    ('num_steps', 1), ('batch_size', 1), ('log_every', 1), ('save_every', 1),
-    ('eval_every', 0), ('keep_checkpoints', 1), ('steps_per_dispatch', 1),
-    ('stall_seconds', 0),
-    ('model.freeze_batch_norm_steps', -1), ('optimizer.max_skipped_steps', 1),
-  ):
-    value = operator.attrgetter(field)(config)
-    if value < least:
-      raise ValueError(
-        f'config.{field} ({value}) must be at least {least}.'
-      )
-  _check_profile_steps(config)
-  _check_steps_per_dispatch(config)
-  factor = config.optimizer.plateau_factor
-  if not 0 < factor <= 1 or config.optimizer.plateau_patience < 0:
-    raise ValueError(
-      f'config.optimizer.plateau_factor ({factor}) must be in (0, 1], and '
-      f'plateau_patience ({config.optimizer.plateau_patience}) not negative.'
-    )
-  if factor < 1 and not (config.dataset.validation and config.eval_every):
-    raise ValueError(
-      f'config.optimizer.plateau_factor ({factor}) follows the validation '
-      'scores: set config.dataset.validation, as 2/2, and config.eval_every.'
-    )
-  if not config.proxies.init_norm > 0:
-    raise ValueError(
-      f'config.proxies.init_norm ({config.proxies.init_norm}) must be positive.'
-    )
-  if not config.evaluation.recall_at or min(config.evaluation.recall_at) < 1:
-    raise ValueError(
-      f'config.evaluation.recall_at ({config.evaluation.recall_at}) must hold '
-      'numbers of at least 1.'
-    )
-  for field, size in (
-    ('batch_size', config.batch_size),
-    ('evaluation.batch_size', config.evaluation.batch_size),
-  ):
-    if size < 1 or size % jax.device_count():
-      raise ValueError(
-        f'Batch size ({size}, config.{field}) must be divisible by the number '
-        f'of devices ({jax.device_count()}).'
-      )
-
-
-def _check_profile_steps(config) -> None:
-  steps = config.profile_steps
-  if not steps:
-    return
-  is_pair = len(steps) == 2 and all(isinstance(step, int) for step in steps)
-  if not is_pair or not 1 <= steps[0] <= steps[1] <= config.num_steps:
-    raise ValueError(
-      f'config.profile_steps ({steps}) must be () or the first and the last '
-      f'step to trace, in 1 to {config.num_steps} (config.num_steps), as '
-      '100,110.'
-    )
-
-
-def _check_steps_per_dispatch(config) -> None:
-  size = config.steps_per_dispatch
-  periods = {
-    name: operator.attrgetter(name)(config)
-    for name in (
-      'num_steps', 'log_every', 'eval_every', 'save_every',
-      'model.freeze_batch_norm_steps',
-    )
-  }
-  odd = [
-    f'config.{name} ({period})' for name, period in periods.items()
-    if period > 0 and period % size
-  ]
-  if odd:
-    raise ValueError(
-      f'{", ".join(odd)} must be divisible by config.steps_per_dispatch '
-      f'({size}): nothing happens between the steps of one dispatch.'
-    )
-
-
 class _Run(NamedTuple):
   """What `_fit` needs beside the configuration."""
 
@@ -185,7 +106,7 @@ def train_and_evaluate(
       the loss is not finite; nothing that is saved is lost.
     interruption.Stopped: on SIGTERM or Ctrl-C, the state being saved.
   """
-  check_config(config)
+  config_checks.check(config)
   loss = train_step_lib.make_loss(config)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
@@ -315,20 +236,24 @@ def train_and_evaluate(
       ),
     )
     state = _fit(config, state, run)
-    tested = scoring.embed_split(embed_fn, config, state, data.test)
-    trained = evaluate.score(
-      tested,
-      data.test.labels,
-      **scoring.score_settings(config, mesh, data.test),
-    )
+    embed = functools.partial(scoring.embed_split, embed_fn, config)
+    tested = embed(state, data.test)
+    trained = _score_test(config, mesh, tested, data.test)
     # A run that was killed since then has them already.
     if not _is_written('test', config.num_steps, folder.path):
       writer.write_scalars(
         config.num_steps, workdir_lib.flatten({'test': trained})
       )
+    best, choice = _restore_selected(config, state, run)
+    scores = {'trained': trained}
+    if choice:
+      if best is not state:
+        tested = embed(best, data.test)
+        trained = _score_test(config, mesh, tested, data.test)
+      scores = {'selected': trained, **scores}
     results = {
-      **_score_selected(config, state, trained, run),
-      'trained': trained,
+      **scores,
+      **choice,
       **({'seen_classes': score(state, data.seen)} if data.seen else {}),
       **baselines,
       'step': config.num_steps,
@@ -341,9 +266,16 @@ def train_and_evaluate(
     workdir_lib.write_json(os.path.join(folder.path, 'results.json'), results)
     _log_table(results)
     if config.report:
-      embed = functools.partial(scoring.embed_split, embed_fn, config, state)
-      _write_report(config, state, embed, tested, results, data, folder.path)
+      _write_report(
+        config, best, functools.partial(embed, best), tested, results, data,
+        folder.path,
+      )
     return results
+
+
+def _score_test(config, mesh, embeddings, test) -> dict[str, float]:
+  settings = scoring.score_settings(config, mesh, test)
+  return evaluate.score(embeddings, test.labels, **settings)
 
 
 def _make_train_step(config, model, optimizer, loss, train, mesh):
@@ -471,7 +403,11 @@ def _write_report(
     results=results,
     config=workdir_lib.as_json(config),
     overrides=workdir_lib.overrides(config),
-    facts={'wall time': watch.wall_time(), 'commit': _commit()},
+    facts={
+      'step shown': str(results.get('selected_step', results['step'])),
+      'wall time': watch.wall_time(),
+      'commit': _commit(),
+    },
     rows=metric_writer.read_metrics(workdir),
     test=report.Embedded(data.test, tested),
     train=report.Embedded(some, learned),
@@ -620,28 +556,20 @@ def _is_written(title: str, step: int, workdir: str) -> bool:
   )
 
 
-def _score_selected(
-    config,
-    state: state_lib.TrainState,
-    trained: Mapping[str, float],
-    run: _Run,
-) -> dict:
-  """Scores what the validation classes selected on the test classes.
+def _restore_selected(
+    config, state: state_lib.TrainState, run: _Run
+) -> tuple[state_lib.TrainState, dict]:
+  """Returns the state that the validation classes selected, and why.
 
-  Args:
-    config: of the run.
-    state: the last one.
-    trained: its scores.
-    run: as of `_fit`.
+  Without them, or if it is the last one, that is the state that is given.
   """
   if not run.data.validation:
-    return {}
+    return state, {}
   step, value = selection.select(config, run.workdir)
   _logger.info(
     'Step %d has the best %s on the validation classes, %.2f%%.',
     step, config.evaluation.select_by, 100 * value,
   )
-  selected = trained
   if step != config.num_steps:
     state = run.selected.restore(state, step=step)
     if state is None:
@@ -649,11 +577,8 @@ def _score_selected(
         f'The selected state of step {step} is missing from '
         f'{os.path.join(run.workdir, "selected")!r}: use another workdir.'
       )
-    selected = run.score(state, run.data.test)
-  return {
-    'selected': selected,
-    'selected_step': step,
-    'selected_by': {config.evaluation.select_by: value},
+  return state, {
+    'selected_step': step, 'selected_by': {config.evaluation.select_by: value}
   }
 
 

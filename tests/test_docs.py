@@ -1,27 +1,45 @@
-"""The Python of README and docs runs as it stands there."""
+"""The Python and the commands of README and docs run as they stand there."""
 
+import importlib.util
 import json
+import operator
 import os
 import pathlib
 import re
+import shlex
 import shutil
+import sys
 import tempfile
 
 import jax
 import numpy as np
+import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import image_folder
-from proxy_nca_jax import train
+from proxy_nca_jax import command_line, train
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PAGES = ('README.md', 'docs/search.md')
+_ALL_PAGES = (*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md'))
 
 
 def _blocks(page: str) -> list[str]:
   text = (_ROOT / page).read_text()
   return re.findall(r'^```python\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
+
+
+def _commands(*pages: pathlib.Path) -> list[list[str]]:
+  """The arguments of `python`, of indented lines and of code in sentences."""
+  commands = []
+  for page in pages:
+    text = page.read_text().replace('\\\n', ' ')
+    for match in re.finditer(r"(?:^    .*?|`)\b(python [^`'\n#]+)", text, re.M):
+      commands.append(shlex.split(match[1])[1:])
+    for match in re.finditer(r'`proxy-nca ([^`]+)`', text):
+      commands.append(['main.py', *shlex.split(match[1])])
+  return commands
 
 
 class DocsTest(parameterized.TestCase):
@@ -32,15 +50,17 @@ class DocsTest(parameterized.TestCase):
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     rng = np.random.default_rng(0)
-    for label in range(4):
+    for label in range(4):  # Fifty pictures, for as many clusters.
       (cls.root / 'pictures' / str(label)).mkdir(parents=True)
-      for number in range(4):
+      for number in range(13):
         pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(
           cls.root / 'pictures' / str(label) / f'{number}.png'
         )
-    for name in ('a.jpg', 'b.jpg', 'b.png'):
+    for name in ('a.jpg', 'b.jpg', 'b.png', 'picture.jpg'):
       Image.fromarray(pixels).save(cls.root / name)
+    np.save(cls.root / 'x.npy', rng.normal(size=(12, 5)).astype(np.float32))
+    np.save(cls.root / 'y.npy', np.arange(12) % 4)
     config = image_folder.get_config()
     config.update_from_flattened_dict({
       'num_steps': 1, 'batch_size': 8, 'dataset.resize': 16,
@@ -51,10 +71,7 @@ class DocsTest(parameterized.TestCase):
     train.train_and_evaluate(config, str(cls.root / 'run'))
 
   def test_every_page_with_python_is_run(self):
-    pages = [
-      str(path.relative_to(_ROOT))
-      for path in (*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md'))
-    ]
+    pages = [str(path.relative_to(_ROOT)) for path in _ALL_PAGES]
     self.assertEqual({page for page in pages if _blocks(page)}, set(_PAGES))
 
   @parameterized.parameters(*_PAGES)
@@ -68,9 +85,7 @@ class DocsTest(parameterized.TestCase):
       'pil_image': image,
       'pictures': rng.integers(0, 256, (3, 16, 16, 3), np.uint8),
     }
-    before = os.getcwd()
-    self.addCleanup(os.chdir, before)
-    os.chdir(self.root)
+    self._go_to_root()
     for block in _blocks(page):
       code = block.replace('/tmp/run', str(self.root / 'run'))
       exec(compile(code, page, 'exec'), names)
@@ -88,6 +103,60 @@ class DocsTest(parameterized.TestCase):
         atol=1e-5,
       )
 
+  def _go_to_root(self):
+    self.addCleanup(os.chdir, os.getcwd())
+    os.chdir(self.root)
+
+  @parameterized.parameters('README.md', 'docs/search.md', 'docs/evaluation.md')
+  def test_its_commands_run_one_after_the_other(self, page):
+    self._go_to_root()
+    commands = [
+      arguments[1:] for arguments in _commands(_ROOT / page)
+      if arguments[0] == '-m' and arguments[1].startswith('proxy_nca_jax.')
+    ]
+    self.assertNotEmpty(commands)
+    places = {'/tmp/run': 'run', '=DIR': '=pictures'}
+    for module, *arguments in commands:
+      for place, mine in places.items():
+        arguments = [x.replace(place, mine) for x in arguments]
+      importlib.import_module(module).main(arguments)
+    written = ('pictures.index', 'found.html', 'pictures.npz', 'scores.json')
+    for name in written:
+      if name in (_ROOT / page).read_text():
+        self.assertTrue(os.path.exists(name), name)
+
+  def test_commands_that_train_have_configs_and_flags(self):
+    _, help_text = whole_runs.finish(
+      whole_runs.start([sys.executable, str(_ROOT / 'main.py'), '--help'])
+    )
+    commands = [x for x in _commands(*_ALL_PAGES) if x[0] == 'main.py']
+    self.assertGreater(len(commands), 9)
+    for _, *arguments in commands:
+      flags = dict(
+        x.removeprefix('--').split('=', 1) for x in arguments if '=' in x
+      )
+      path, *recipe = command_line._find_config(flags['config']).split(':')
+      spec = importlib.util.spec_from_file_location('config', _ROOT / path)
+      module = importlib.util.module_from_spec(spec)
+      spec.loader.exec_module(module)
+      config = module.get_config(*recipe)
+      for argument in arguments:
+        name = argument.removeprefix('--').split('=')[0]
+        if name.startswith('config.'):
+          operator.attrgetter(name.removeprefix('config.'))(config)
+        else:
+          self.assertRegex(help_text, rf'--(\[no\])?{name}:')
+
+  def test_programs_exist_and_know_their_flags(self):
+    commands = [
+      x for x in _commands(*_ALL_PAGES)
+      if x[0].startswith(('benchmarks/', 'experiments/'))
+    ]
+    self.assertGreater(len(commands), 9)
+    for program, *arguments in commands:
+      text = (_ROOT / program).read_text()
+      for argument in arguments:
+        self.assertIn(argument.split('=')[0], text)
 
   def test_the_notebook_runs(self):
     import matplotlib

@@ -30,7 +30,7 @@ _LAYERS = (
   ),
   (
     'metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch',
-    'processes',
+    'processes', 'errors', 'config_checks',
   ),
 )
 _PURE = (

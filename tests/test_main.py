@@ -104,6 +104,8 @@ class MainTest(parameterized.TestCase):
     self.assertAlmostEqual(results['selected_by']['harmonic_mean'], rows[best])
     is_last = best == 20
     self.assertEqual(results['selected'] == results['trained'], is_last)
+    report = pathlib.Path(self.straight, 'report.html').read_text()
+    self.assertRegex(report, rf'step shown\D+{best}\D')
     sizes = results['dataset']
     self.assertEqual(
       [sizes[name]['classes'] for name in ('train', 'validation', 'test')],
@@ -326,15 +328,21 @@ class MainTest(parameterized.TestCase):
 class HelpTest(parameterized.TestCase):
 
   @parameterized.parameters(
-    ('main.py', ('--config:', '--workdir:', '--mode:')),
-    ('experiments/identities.py', ('--config:', '--workdir:', '--num_seeds:')),
+    (('main.py',), ('config.FIELD=VALUE', '--workdir:', '--mode:')),
+    # As the installed command is.
+    (
+      ('-c', 'import main; main.run()'),
+      ('config.FIELD=VALUE', '--workdir:', '--mode:'),
+    ),
+    (('experiments/identities.py',), ('--config:', '--num_seeds:')),
   )
-  def test_help_lists_the_flags(self, command, names):
-    _, output = whole_runs.finish(
+  def test_help_tells_of_the_flags(self, program, names):
+    code, output = whole_runs.finish(
       whole_runs.start(
-        [sys.executable, str(whole_runs.ROOT / command), '--help']
+        [sys.executable, *program, '--help'], cwd=whole_runs.ROOT
       )
     )
+    self.assertEqual(code, 0, output)
     for name in names:
       self.assertIn(name, output)
 

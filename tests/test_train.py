@@ -16,6 +16,7 @@ from PIL import Image
 
 from configs import default, image_folder
 from proxy_nca_jax import (
+  config_checks,
   input_pipeline,
   interruption,
   losses,
@@ -694,11 +695,11 @@ class ConfigTest(parameterized.TestCase):
   )
   def test_impossible_numbers_are_refused(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
-      train.check_config(_config(**fields))
+      config_checks.check(_config(**fields))
 
   def test_steps_to_trace_may_be_one_or_all(self):
     for steps in ((), (1, 1), (1, 1000)):
-      train.check_config(_config(profile_steps=steps))
+      config_checks.check(_config(profile_steps=steps))
 
   @parameterized.parameters(*losses.LOSSES)
   def test_every_loss_can_be_chosen(self, name):

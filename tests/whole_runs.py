@@ -42,7 +42,7 @@ def environment() -> dict[str, str]:
   }
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def start(arguments: list[str], *, cwd='/') -> subprocess.Popen:
   """Starts a command; its stdout has all that it prints."""
   return subprocess.Popen(
     arguments,
@@ -50,7 +50,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
     stderr=subprocess.STDOUT,
     text=True,
     env=environment(),
-    cwd='/',
+    cwd=cwd,
   )
 
 
