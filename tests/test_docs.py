@@ -18,7 +18,7 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import image_folder
-from proxy_nca_jax import command_line, train
+from proxy_nca_jax import command_line, literature, train
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PAGES = ('README.md', 'docs/search.md')
@@ -146,6 +146,19 @@ class DocsTest(parameterized.TestCase):
           operator.attrgetter(name.removeprefix('config.'))(config)
         else:
           self.assertRegex(help_text, rf'--(\[no\])?{name}:')
+
+  def test_the_published_results_are_those_of_the_reports(self):
+    text = (_ROOT / 'README.md').read_text()
+    published = [
+      literature.PUBLISHED[name] for name in ('cub200', 'cars196', 'sop')
+    ]
+    for rows in zip(*(rows[:3] for rows in published)):
+      self.assertLen({row.name for row in rows}, 1)
+      numbers = (f'{100 * row.scores["recall@1"]:.2f}' for row in rows)
+      self.assertRegex(
+        text,
+        rf'\| {re.escape(rows[0].name)}.* \| {" . ".join(numbers)} \| not yet',
+      )
 
   def test_programs_exist_and_know_their_flags(self):
     commands = [
