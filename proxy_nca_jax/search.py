@@ -71,7 +71,7 @@ def _distances(queries, items, indices) -> np.ndarray:
   ])
 
 
-def _find_in(
+def find_in_index(
     path: str, content: index_lib.Content, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """As `find`, in an index, with FAISS where there are many pictures."""
@@ -89,7 +89,9 @@ def _find_in(
     lists = faiss.index_factory(
       items.shape[1], f'IVF{num_lists},Flat', faiss.METRIC_INNER_PRODUCT
     )
-    lists.train(items)
+    # Sixty-four pictures tell where the centre of a list is.
+    order = np.random.default_rng(0).permutation(len(items))
+    lists.train(items[order[: 64 * num_lists]])
     lists.add(items)
     faiss.write_index(lists, stored)
   # A sixteenth of the lists is looked through.
@@ -128,7 +130,7 @@ def make_index(arguments: argparse.Namespace) -> None:
 def query(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
   embedder = _load_embedder(content, arguments.workdir)
-  found = _find_in(
+  found = find_in_index(
     arguments.index, content, embedder(arguments.pictures), arguments.k
   )
   paths = content.paths
@@ -231,7 +233,7 @@ def classify(arguments: argparse.Namespace) -> None:
     found = find(queries, points, 1)
   else:
     labels = content.labels
-    found = _find_in(arguments.index, content, queries, arguments.k)
+    found = find_in_index(arguments.index, content, queries, arguments.k)
   rows = []
   for picture, away, numbers in zip(arguments.pictures, *found):
     # The most frequent; of as frequent ones the nearest, as they are counted.

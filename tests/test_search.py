@@ -238,7 +238,7 @@ class SearchTest(parameterized.TestCase):
     with mock.patch.object(search, '_MANY', 8):
       with contextlib.redirect_stderr(io.StringIO()) as error:
         for _ in range(2):
-          actual = search._find_in(
+          actual = search.find_in_index(
             self.index, content, content.embeddings, 1
           )
     np.testing.assert_array_equal(actual[1], expected[1])
