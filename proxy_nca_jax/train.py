@@ -192,11 +192,7 @@ def train_and_evaluate(
       pixels = input_pipeline.raw_pixels(data.test)
       baselines = {
         'untrained': score(state, data.test),
-        'raw_pixels': evaluate.score(
-          pixels,
-          data.test.labels,
-          **scoring.score_settings(config, mesh, data.test),
-        ),
+        'raw_pixels': _score_test(config, mesh, pixels, data.test),
       }
       del pixels
     if baselines:
@@ -245,15 +241,14 @@ def train_and_evaluate(
         config.num_steps, workdir_lib.flatten({'test': trained})
       )
     best, choice = _restore_selected(config, state, run)
-    scores = {'trained': trained}
     if choice:
+      choice['selected'] = trained
       if best is not state:
         tested = embed(best, data.test)
-        trained = _score_test(config, mesh, tested, data.test)
-      scores = {'selected': trained, **scores}
+        choice['selected'] = _score_test(config, mesh, tested, data.test)
     results = {
-      **scores,
       **choice,
+      'trained': trained,
       **({'seen_classes': score(state, data.seen)} if data.seen else {}),
       **baselines,
       'step': config.num_steps,

@@ -78,23 +78,27 @@ class RunTest(parameterized.TestCase):
   def _workdir(self):
     return tempfile.mkdtemp(dir=self.root)
 
-  def _assert_losses_are_of_one_process(self, workdir, *, num_steps):
-    losses, expected = (
-      {
-        row['step']: row['loss']
-        for row in metric_writer.read_metrics(folder)
+  def _assert_steps_are_of_one_process(self, workdir, *, num_steps):
+    rows, expected = (
+      [
+        row for row in metric_writer.read_metrics(folder)
         if 'loss' in row and row['step'] <= num_steps
-      }
+      ]
       for folder in (workdir, self.one)
     )
-    self.assertEqual(list(losses), [*range(1, num_steps + 1)])
-    np.testing.assert_allclose(
-      # Losses cross 0, where nothing is relative.
-      [*losses.values()], [*expected.values()], rtol=1e-5, atol=1e-5
+    self.assertEqual(
+      [row['step'] for row in rows], [*range(1, num_steps + 1)]
     )
+    for row, other in zip(rows, expected):
+      self.assertEqual(row['step'], other['step'])
+      for name in ('loss', 'proxy_error', 'gradient_norm'):
+        # Losses cross 0, where nothing is relative.
+        np.testing.assert_allclose(
+          row[name], other[name], rtol=1e-5, atol=1e-5
+        )
 
   def test_two_processes_train_as_one_does(self):
-    self._assert_losses_are_of_one_process(self.two, num_steps=50)
+    self._assert_steps_are_of_one_process(self.two, num_steps=50)
     # Nothing was trained: the embeddings are the same.
     results, expected = map(whole_runs.results, (self.two, self.one))
     self.assertEqual(results['raw_pixels'], expected['raw_pixels'])
@@ -123,7 +127,7 @@ class RunTest(parameterized.TestCase):
         )
       )
       self.assertEqual(set(codes), {0}, outputs)
-    self._assert_losses_are_of_one_process(workdir, num_steps=70)
+    self._assert_steps_are_of_one_process(workdir, num_steps=70)
 
   def test_a_signal_to_one_stops_and_saves_all(self):
     workdir = self._workdir()
