@@ -60,7 +60,10 @@ def find(
 
 
 def _project(rows: np.ndarray) -> np.ndarray:
-  return np.asarray(distances.unit_norm(np.asarray(rows, np.float32)))
+  return np.asarray(_unit_norm(np.asarray(rows, np.float32)))
+
+
+_unit_norm = jax.jit(distances.unit_norm)
 
 
 def _distances(queries, items, indices) -> np.ndarray:

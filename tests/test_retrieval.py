@@ -8,6 +8,8 @@ from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import metrics, retrieval
+from proxy_nca_jax.retrieval import blocked
+from proxy_nca_jax.retrieval import ranks as ranks_lib
 
 
 def _scores(embeddings, labels, block_size=64, **kwargs):
@@ -109,7 +111,7 @@ class PositiveRanksTest(parameterized.TestCase):
   def test_classes_with_many_positives_equal_the_oracle(self, block_size):
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2, 3, 4], [200, 150, 3, 1, 40])
-    self.assertGreater(199, retrieval._MAX_COMPARED)
+    self.assertGreater(199, ranks_lib._MAX_COMPARED)
     embeddings = rng.integers(-4, 5, (len(labels), 3)).astype(np.float64)
     similarities = embeddings @ embeddings.T
     expected = oracles.retrieval_scores(similarities, labels, (1, 3))
@@ -176,7 +178,7 @@ class PositiveRanksTest(parameterized.TestCase):
     embeddings, labels = _with_copies()
     expected = _ranks(embeddings, labels, block_size=64)
     kwargs = {'block_size': 64, **(_over(num_devices) if num_devices else {})}
-    with mock.patch.object(retrieval, '_MAX_THRESHOLDS', 3000):
+    with mock.patch.object(ranks_lib, '_MAX_THRESHOLDS', 3000):
       self.assertEqual(_ranks(embeddings, labels, **kwargs), expected)
 
   @parameterized.parameters(
@@ -184,20 +186,23 @@ class PositiveRanksTest(parameterized.TestCase):
     ([1, 1], [range(0, 2)]),
   )
   def test_blocks_are_grouped_by_their_thresholds(self, numbers, expected):
-    layout = retrieval._Layout(None, None, 64)
-    with mock.patch.object(retrieval, '_MAX_THRESHOLDS', 12 * 64):
-      self.assertEqual(retrieval._groups(numbers, layout), expected)
+    layout = blocked.Layout(None, None, 64)
+    with mock.patch.object(ranks_lib, '_MAX_THRESHOLDS', 12 * 64):
+      self.assertEqual(ranks_lib._groups(numbers, layout), expected)
 
   @parameterized.parameters(3, 64, 512)
   def test_products_are_rounded_alike_wherever_rows_lie(self, dim):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, dim)).astype(np.float32)
     products = set()
-    for num_rows, num_columns in ((64, 64), (64, 1024), (192, 448)):
+    for num_rows, num_columns in ((64, 1024), (64, 64), (192, 448)):
       rows, columns = np.tile(a, (num_rows, 1)), np.tile(b, (num_columns, 1))
       for pair in ((rows, columns), (columns, rows)):
-        products |= set(np.ravel(retrieval._similarities(*pair)).tolist())
+        products |= set(np.ravel(blocked.similarities(*pair)).tolist())
     self.assertLen(products, 1)
+    # Of few rows, as few queries are: alike in one product.
+    few = blocked.similarities(np.tile(a, (16, 1)), np.tile(b, (1024, 1)))
+    self.assertLen(np.unique(few), 1)
 
   def test_re_identification_by_hand(self):
     # The query is person 1 by camera 1. Nearest first: the same person and

@@ -1,4 +1,4 @@
-"""Exact ranks of positives by counting, and nearest neighbours, block by block.
+"""Exact ranks of positives by counting, block by block.
 
 The rank of a positive is 1 + the positives before it + the negatives that are
 at least as near. So a query's similarities to its positives are thresholds, and
@@ -9,9 +9,7 @@ thresholds. Where items search among themselves, the product of two blocks
 serves both. Memory is one block of similarities, the thresholds and the counts.
 
 Several devices are dealt the blocks in turn and pass theirs round. Counts are
-whole numbers, whose sum has no order. Blocks have a multiple of 64 rows: on
-CPUs a product of fewer than 16 is rounded differently, larger ones alike,
-wherever their rows lie.
+whole numbers, whose sum has no order.
 """
 
 import functools
@@ -23,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+
+from proxy_nca_jax.retrieval import blocked
 
 
 def positive_ranks(
@@ -64,12 +63,12 @@ def positive_ranks(
   """
   chex.assert_rank([embeddings, labels], [2, 1])
   is_self = gallery is None
-  layout = _Layout(mesh, axis_name, -(-block_size // 64) * 64)
-  embeddings = _as_float32(embeddings)
+  layout = blocked.Layout(mesh, axis_name, blocked.round_up(block_size))
+  embeddings = blocked.as_float32(embeddings)
   if is_self:
     gallery = (embeddings, labels)
   else:
-    gallery = (_as_float32(gallery[0]), gallery[1])
+    gallery = (blocked.as_float32(gallery[0]), gallery[1])
   query_classes, item_classes = _number_by_size(labels, gallery[1])
   queries = _sort(embeddings, query_classes, layout)
   items = queries if is_self else _sort(gallery[0], item_classes, layout)
@@ -105,70 +104,6 @@ def positive_ranks(
       layout=layout,
     )
     yield from _ranks(thresholds, counts, numbers, group, queries, layout)
-
-
-class _Layout(NamedTuple):
-  """How rows lie on devices: block b is the (b // n)-th of device b % n."""
-
-  mesh: jax.sharding.Mesh | None
-  axis_name: str | None
-  block_size: int
-
-  @property
-  def num_devices(self) -> int:
-    return 1 if self.mesh is None else self.mesh.shape[self.axis_name]
-
-  def deal(self, rows: np.ndarray) -> np.ndarray:
-    """Brings sorted rows into the order of the devices."""
-    blocks = rows.reshape(-1, self.num_devices, self.block_size)
-    return blocks.swapaxes(0, 1).reshape(-1)
-
-  def place(self, rows: np.ndarray) -> jax.Array:
-    """Divides rows among the devices."""
-    if self.mesh is None:
-      return jax.device_put(rows)
-    sharding = NamedSharding(self.mesh, PartitionSpec(self.axis_name))
-    rows = np.asarray(rows)
-    return jax.make_array_from_callback(
-      rows.shape, sharding, lambda index: rows[index]
-    )
-
-  def take(self, rows: jax.Array | np.ndarray, order: np.ndarray) -> jax.Array:
-    """Places the rows in this order; an order beyond them is a filling of NaN.
-
-    A similarity to NaN reaches no threshold.
-    """
-    if isinstance(rows, jax.Array):
-      return self.place(_take(rows, order))
-    taken = np.empty((len(order), *rows.shape[1:]), rows.dtype)
-    np.take(rows, order, axis=0, mode='clip', out=taken)
-    taken[order >= len(rows)] = np.nan
-    return self.place(taken)
-
-  def on_each(self, fn, *, is_shared: bool = False):
-    """Maps (rows of a device, what all share) to rows, or to what all share."""
-    if self.mesh is None:
-      return fn
-    rows = PartitionSpec(self.axis_name)
-    return jax.shard_map(
-      fn,
-      mesh=self.mesh,
-      in_specs=(rows, PartitionSpec()),
-      out_specs=PartitionSpec() if is_shared else rows,
-      check_vma=False,
-    )
-
-
-def _as_float32(rows: chex.Array) -> jax.Array | np.ndarray:
-  """Leaves rows where they are: another copy of all of them is memory."""
-  if isinstance(rows, jax.Array):
-    return rows.astype(jnp.float32)
-  return np.asarray(rows, np.float32)
-
-
-@jax.jit
-def _take(rows, order):
-  return rows.at[order].get(mode='fill', fill_value=jnp.nan)
 
 
 class _Sorted(NamedTuple):
@@ -232,7 +167,7 @@ def _number_by_size(
   return numbers[labels[0]], numbers[labels[1]]
 
 
-def _sort(embeddings, classes: np.ndarray, layout: _Layout) -> _Sorted:
+def _sort(embeddings, classes: np.ndarray, layout: blocked.Layout) -> _Sorted:
   order = np.argsort(classes, kind='stable')
   filling = (0, -len(order) % (layout.block_size * layout.num_devices))
   order = np.pad(order, filling, constant_values=len(classes))
@@ -246,7 +181,7 @@ def _sort(embeddings, classes: np.ndarray, layout: _Layout) -> _Sorted:
 
 
 def _bands(
-    queries: _Sorted, items: _Sorted, layout: _Layout, *, is_self: bool
+    queries: _Sorted, items: _Sorted, layout: blocked.Layout, *, is_self: bool
 ) -> list[_Band]:
   """Finds the positives of each block of queries, or of one on each device."""
   # The filling has no positives, where the last query begins.
@@ -277,7 +212,7 @@ def _bands(
   return bands
 
 
-def _groups(numbers: list[int], layout: _Layout) -> list[range]:
+def _groups(numbers: list[int], layout: blocked.Layout) -> list[range]:
   """Divides blocks so that the thresholds of a group fit into memory."""
   rows = layout.num_devices * layout.block_size
   groups, total = [range(0, 0)], 0
@@ -291,7 +226,7 @@ def _groups(numbers: list[int], layout: _Layout) -> list[range]:
 
 
 def _place_band(
-    band: _Band, embeddings, items: _Sorted, cameras, layout: _Layout,
+    band: _Band, embeddings, items: _Sorted, cameras, layout: blocked.Layout,
     block: int,
 ) -> dict[str, jax.Array]:
   """Gives each device the items of the classes of its block of queries."""
@@ -338,7 +273,7 @@ def _thresholds(queries, band, block, *, number, nearest_only, layout):
 
   def local(rows, block):
     queries, band = rows
-    queries = _block(queries, block, size)
+    queries = blocked.block(queries, block, size)
     starts, ends, own = (
       band[name][None, :] for name in ('starts', 'ends', 'own')
     )
@@ -351,7 +286,8 @@ def _thresholds(queries, band, block, *, number, nearest_only, layout):
       return exists
 
     def find_nearest(index, nearest):
-      similarities = _similarities(_block(band['items'], index, size), queries)
+      items = blocked.block(band['items'], index, size)
+      similarities = blocked.similarities(items, queries)
       columns = index * size + jnp.arange(size)[:, None]
       similarities = jnp.where(is_positive(columns), similarities, -jnp.inf)
       return jnp.maximum(nearest, jnp.max(similarities, axis=0)[None, :])
@@ -360,7 +296,8 @@ def _thresholds(queries, band, block, *, number, nearest_only, layout):
     columns += columns >= own
 
     def gather(index, positives):
-      similarities = _similarities(_block(band['items'], index, size), queries)
+      items = blocked.block(band['items'], index, size)
+      similarities = blocked.similarities(items, queries)
       places = columns - index * size
       found = jnp.take_along_axis(
         similarities, jnp.clip(places, 0, size - 1), axis=0
@@ -378,14 +315,6 @@ def _thresholds(queries, band, block, *, number, nearest_only, layout):
     return positives if nearest_only else -jnp.sort(-positives, axis=0)
 
   return layout.on_each(local)((queries, band), block)
-
-
-def _block(rows, index, size):
-  return jax.lax.dynamic_slice_in_dim(rows, index * size, size)
-
-
-def _similarities(queries, items):
-  return jnp.dot(queries, items.T, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(
@@ -454,11 +383,11 @@ def _count_around(
     others, other_counts = visitors
 
     def compare(block, counts):
-      rows = [_block(array, first + block, size) for array in queries]
+      rows = [blocked.block(array, first + block, size) for array in queries]
 
       def add_pair(other, counts):
         counts, other_counts = counts
-        columns = [_block(array, other, size) for array in others[:2]]
+        columns = [blocked.block(array, other, size) for array in others[:2]]
         similarities = _negative_similarities(rows, columns)
         counts = _add_reached(
           similarities,
@@ -510,7 +439,7 @@ def _negative_similarities(queries, items):
   Classes are sorted: blocks whose ranges of classes are apart share none.
   """
   (queries, classes), (items, item_classes) = queries, items
-  similarities = _similarities(queries, items)
+  similarities = blocked.similarities(queries, items)
   may_share = classes[-1] >= item_classes[0]
   may_share &= item_classes[-1] >= classes[0]
   return jax.lax.cond(
@@ -568,7 +497,7 @@ def _add_reached(similarities, thresholds, counts, start, end, *, axis):
 
 def _ranks(
     thresholds, counts, numbers: list[int], group: range, queries: _Sorted,
-    layout: _Layout,
+    layout: blocked.Layout,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields the queries of each block and their ranks."""
   shape = (layout.num_devices, -1, layout.block_size)
@@ -592,168 +521,3 @@ def _ranks(
       keep = is_row[block, device]
       if keep.any():
         yield order[block, device][keep], ranks[keep]
-
-
-def nearest(
-    queries: chex.Array,
-    k: int,
-    *,
-    gallery: chex.Array | None = None,
-    recall_target: float | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    axis_name: str | None = None,
-    block_size: int = 8192,
-) -> tuple[jax.Array, jax.Array]:
-  """Finds the k items of largest inner product in float32 with each query.
-
-  Equal to a full sort: nearest first, the earlier item where two are as near.
-  `jax.lax.top_k` of each block is merged with the best so far; on CPUs, stages
-  by the maxima of groups took longer than it (jax 0.10.2).
-
-  Args:
-    queries: float [num_queries, dim].
-    k: in [1, num_items], or below num_items without a gallery.
-    gallery: float [num_items, dim]. By default the queries, each without
-      itself, by its index.
-    recall_target: if given, `jax.lax.approx_max_k` finds a neighbour within its
-      block of items with this probability, on a TPU; elsewhere it is exact.
-    mesh: the devices that share the gallery, along `axis_name`; by default one
-      device. Each process gives all rows and gets all neighbours.
-    axis_name: of the mesh.
-    block_size: items a block, rounded up to a multiple of 64. It changes no
-      result but an approximate one.
-
-  Returns:
-    (similarities, indices): float32 and int32 [num_queries, k].
-
-  Raises:
-    ValueError: if there are fewer than k items to find.
-  """
-  is_self = gallery is None
-  gallery = queries if is_self else gallery
-  chex.assert_rank([queries, gallery], 2)
-  num_items = len(gallery)
-  if not 1 <= k <= num_items - is_self:
-    raise ValueError(
-      f'k ({k}) must be in [1, {num_items - is_self}], the number of items '
-      'that a query searches.'
-    )
-  num_devices = 1 if mesh is None else mesh.shape[axis_name]
-  share = -(-num_items // num_devices)
-  layout = _Layout(mesh, axis_name, -(-min(block_size, share) // 64) * 64)
-  filling = -num_items % (num_devices * layout.block_size)
-  items = layout.take(
-    _as_float32(gallery), np.arange(num_items + filling)
-  )
-  queries = jnp.asarray(queries, jnp.float32)
-  num_queries, dim = queries.shape
-  queries = jnp.pad(queries, ((0, -num_queries % _QUERIES), (0, 0)))
-  similarities, indices = _nearest(
-    items,
-    queries.reshape(-1, _QUERIES, dim),
-    num_items,
-    k=k,
-    is_self=is_self,
-    recall_target=recall_target,
-    layout=layout,
-  )
-  return tuple(
-    rows.reshape(-1, k)[:num_queries] for rows in (similarities, indices)
-  )
-
-
-# Queries at once: with the default blocks, 8 MiB of similarities.
-_QUERIES = 256
-
-
-@functools.partial(
-  jax.jit, static_argnames=('k', 'is_self', 'recall_target', 'layout')
-)
-def _nearest(items, queries, num_items, *, k, is_self, recall_target, layout):
-  """Returns (similarities, indices) [num_blocks, _QUERIES, k]."""
-  size = layout.block_size
-  if recall_target is None:
-    top_k = jax.lax.top_k
-  else:
-    top_k = functools.partial(
-      jax.lax.approx_max_k, recall_target=recall_target
-    )
-
-  def merge(best, indices, new, new_indices):
-    best, place = jax.lax.top_k(jnp.concatenate([best, new], axis=1), k)
-    indices = jnp.concatenate([indices, new_indices], axis=1)
-    return best, jnp.take_along_axis(indices, place, axis=1)
-
-  def local(items, shared):
-    queries, num_items = shared
-    num_rows = items.shape[0]
-    device = 0
-    if layout.num_devices > 1:
-      device = jax.lax.axis_index(layout.axis_name)
-
-    def search(block):
-      queries, own = block
-
-      def add_block(index, best):
-        similarities = _similarities(queries, _block(items, index, size))
-        first = device * num_rows + index * size
-        places = first + jnp.arange(size)[None, :]
-        is_searched = places < num_items
-        if is_self:
-          is_searched &= places != own[:, None]
-        new, place = top_k(
-          jnp.where(is_searched, similarities, -jnp.inf), min(k, size)
-        )
-        return merge(*best, new, first + place)
-
-      best = (
-        jnp.full((_QUERIES, k), -jnp.inf), jnp.zeros((_QUERIES, k), jnp.int32)
-      )
-      best = jax.lax.fori_loop(0, num_rows // size, add_block, best)
-      if layout.num_devices > 1:
-        # Devices hold the items in order: so do their results.
-        best = jax.lax.all_gather(best, layout.axis_name, axis=1, tiled=True)
-        best = merge(*(rows[:, :0] for rows in best), *best)
-      return best
-
-    own = jnp.arange(queries.shape[0] * _QUERIES).reshape(-1, _QUERIES)
-    return jax.lax.map(search, (queries, own))
-
-  return layout.on_each(local, is_shared=True)(items, (queries, num_items))
-
-
-def pairs_above(
-    points: chex.Array, threshold: float, *, block_size: int = 2048
-) -> np.ndarray:
-  """Finds all pairs whose inner product in float32 is at least a threshold.
-
-  Args:
-    points: float [num_points, dim].
-    threshold: of the products.
-    block_size: points whose products are held at once, squared.
-
-  Returns:
-    int64 [num_pairs, 2], each pair once and ascending, in order.
-  """
-  chex.assert_rank(points, 2)
-  points = _as_float32(points)
-  size = min(block_size, -(-len(points) // 64) * 64)
-  blocks = [
-    _take(points, np.arange(first, first + size))
-    for first in range(0, len(points), size)
-  ]
-  pairs = [np.zeros((0, 2), np.int64)]
-  for row, queries in enumerate(blocks):
-    for column in range(row, len(blocks)):
-      # The rows after the last are not a number, and reach nothing.
-      found = np.asarray(_reach(queries, blocks[column], threshold))
-      if row == column:
-        found = np.triu(found, 1)
-      pairs.append(np.argwhere(found) + size * np.array([row, column]))
-  pairs = np.concatenate(pairs)
-  return pairs[np.lexsort(pairs.T[::-1])]
-
-
-@jax.jit
-def _reach(queries, items, threshold):
-  return _similarities(queries, items) >= threshold
