@@ -74,11 +74,11 @@ class FaultsTest(absltest.TestCase):
 
   @classmethod
   def _run(cls, workdir):
-    return whole_runs.finish(whole_runs.start(cls._command(workdir)))
+    return whole_runs.finish(whole_runs.Fork(cls._command(workdir)))
 
   def _break(self, do, line_start, workdir):
     """Starts a run, breaks something when a line begins so; returns its end."""
-    process = whole_runs.start(self._command(workdir))
+    process = whole_runs.Fork(self._command(workdir))
     begun = whole_runs.wait_for(process, line_start)
     do(process)
     code, output = whole_runs.finish(process)

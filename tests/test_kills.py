@@ -1,6 +1,5 @@
 """Runs that are killed or stopped again and again end as one that was not."""
 
-import multiprocessing
 import os
 import pathlib
 import random
@@ -8,29 +7,25 @@ import shutil
 import signal
 import tempfile
 import time
-from unittest import mock
 
 import whole_runs
 from absl.testing import absltest
-
-from configs import glyphs
-from proxy_nca_jax import train
 
 # As a share of the duration of a straight run: a run may be quicker than that.
 _LATEST = 0.85
 
 
-def _train(workdir):
-  """Trains; at the top of a module, as another process must find it."""
-  config = glyphs.get_config()
-  config.update_from_flattened_dict({
-    'num_steps': 8, 'batch_size': 32, 'log_every': 1, 'save_every': 2,
-    'eval_every': 4, 'dataset.validation': '2/2', 'dataset.num_classes': 20,
-    'model.width': 4, 'evaluation.nearest_only': True,
-    'evaluation.kmeans_iterations': 0, 'evaluation.baselines': False,
-    'report': False,
-  })
-  train.train_and_evaluate(config, workdir)
+_FIELDS = {
+  'num_steps': 8, 'batch_size': 32, 'log_every': 1, 'save_every': 2,
+  'eval_every': 4, 'dataset.validation': '2/2', 'dataset.num_classes': 20,
+  'model.width': 4, 'evaluation.nearest_only': True,
+  'evaluation.kmeans_iterations': 0, 'evaluation.baselines': False,
+  'report': False,
+}
+
+
+def _start(workdir):
+  return whole_runs.Fork(whole_runs.command('glyphs.py', workdir, **_FIELDS))
 
 
 def _is_saving(workdir) -> bool:
@@ -51,26 +46,13 @@ class KillsTest(absltest.TestCase):
     super().setUpClass()
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
-    # The server imports once; each run is a process of its own, forked from it.
-    cls.context = multiprocessing.get_context('forkserver')
-    cls.context.set_forkserver_preload([__name__])
-    cls.enterClassContext(
-      mock.patch.dict(os.environ, whole_runs.environment())
-    )
     # The second has what is prepared and compiled, as those after it.
     cls.straight = cls.root / 'straight'
     for workdir in (cls.root / 'first', cls.straight):
       begun = time.monotonic()
-      process = cls._start(workdir)
-      process.join()
-      assert process.exitcode == 0
+      code, output = whole_runs.finish(_start(workdir))
+      assert code == 0, output
       cls.duration = time.monotonic() - begun
-
-  @classmethod
-  def _start(cls, workdir):
-    process = cls.context.Process(target=_train, args=(str(workdir),))
-    process.start()
-    return process
 
   def _interrupt(self, number, moments, *, in_save=()):
     """Signals runs at moments after their start; asserts what they end with.
@@ -85,21 +67,20 @@ class KillsTest(absltest.TestCase):
     num_in_saves, index = 0, 0
     workdir = self.root / f'run{number}'
     while index < len(moments) or workdir.exists():
-      process = self._start(workdir)
+      process = _start(workdir)
       if index < len(moments):
-        process.join(moments[index] * self.duration)
-        while index in in_save and process.is_alive():
+        code = process.wait(moments[index] * self.duration)
+        while index in in_save and code is None:
           if _is_saving(workdir):
             num_in_saves += 1
             break
-          time.sleep(0.001)
-        if process.is_alive():
-          os.kill(process.pid, number)
-      process.join()
-      if process.exitcode:
-        # Who is told to stop ends with an exception, or, while it starts or
-        # ends, at once.
-        self.assertIn(process.exitcode, (1, -number))
+          code = process.wait(0.001)
+        if code is None:
+          process.send_signal(number)
+      code, output = whole_runs.finish(process)
+      if code:
+        # Who is told to stop says so, or, while it starts or ends, is gone.
+        self.assertIn(code, (128 + number, -number), output)
         self.assertLess(index, len(moments))
         index += 1
         continue

@@ -37,13 +37,13 @@ def _command(workdir, *flags, config='glyphs.py', **fields):
   return whole_runs.command(config, workdir, *flags, **(_SMALL | fields))
 
 
-def _run(*args, **kwargs):
-  return whole_runs.finish(whole_runs.start(_command(*args, **kwargs)))
+def _run(*args, start=whole_runs.Fork, **kwargs):
+  return whole_runs.finish(start(_command(*args, **kwargs)))
 
 
-def _signal_at(number, line_start, *args, **kwargs):
+def _signal_at(number, line_start, *args, start=whole_runs.Fork, **kwargs):
   """Starts a run, signals it when a line begins so, and returns its end."""
-  process = whole_runs.start(_command(*args, **kwargs))
+  process = start(_command(*args, **kwargs))
   begun = whole_runs.wait_for(process, line_start)
   process.send_signal(number)
   code, output = whole_runs.finish(process)
@@ -58,7 +58,7 @@ class MainTest(parameterized.TestCase):
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.straight = str(cls.root / 'straight')
-    code, output = _run(cls.straight, report=True)
+    code, output = _run(cls.straight, start=whole_runs.start, report=True)
     assert code == 0, output
     cls.output = output
 
@@ -135,11 +135,12 @@ class MainTest(parameterized.TestCase):
       mock.patch.dict(os.environ, environment, clear=True)
     )
     workdir = self._workdir()
-    code, _ = _signal_at(signal.SIGKILL, 'step 12/20', workdir)
+    start = whole_runs.start
+    code, _ = _signal_at(signal.SIGKILL, 'step 12/20', workdir, start=start)
     self.assertEqual(code, -signal.SIGKILL)
     cache = pathlib.Path(workdir, 'compilation_cache')
     compiled = {path.name for path in cache.glob('*-cache')}
-    code, output = _run(workdir)
+    code, output = _run(workdir, start=start)
     self.assertEqual(code, 0, output)
     self.assertRegex(output, r'Resuming after step \d+')
     self._assert_equals_straight(workdir)
@@ -294,7 +295,7 @@ class MainTest(parameterized.TestCase):
   def test_a_missing_config_is_one_clear_line(self):
     command = _command(self._workdir())
     command[2] = '--config=cub'
-    code, output = whole_runs.finish(whole_runs.start(command))
+    code, output = whole_runs.finish(whole_runs.Fork(command))
     self._assert_refused(code, output, "no config 'cub'.*one of .*cub200.*sop")
 
   def test_a_dry_run_prints_the_plan_and_leaves_no_trace(self):
@@ -310,7 +311,7 @@ class MainTest(parameterized.TestCase):
   def test_a_config_of_ours_is_found_by_its_name(self):
     command = _command(self._workdir(), dry_run=True)
     command[2] = '--config=glyphs'
-    code, output = whole_runs.finish(whole_runs.start(command))
+    code, output = whole_runs.finish(whole_runs.Fork(command))
     self.assertEqual(code, 0, output)
 
   def test_a_missing_or_empty_root_is_said(self):

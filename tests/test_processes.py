@@ -39,7 +39,7 @@ def _start(workdir, number, **fields):
     address = f'localhost:{free.getsockname()[1]}'
   fields = _SMALL | fields
   return [
-    whole_runs.start(
+    whole_runs.Fork(
       whole_runs.command('glyphs.py', workdir, *flags, **fields)
     )
     for flags in (

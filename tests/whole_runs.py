@@ -1,11 +1,14 @@
 """Runs as real processes, and what they leave, as far as two must agree."""
 
+import atexit
 import json
+import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import jax
 import numpy as np
@@ -38,7 +41,8 @@ def environment() -> dict[str, str]:
     ' --xla_llvm_disable_expensive_passes=true'
   )
   return os.environ | {
-    'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'
+    'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1',
+    'PYTHONPATH': str(ROOT),
   }
 
 
@@ -54,7 +58,58 @@ def start(arguments: list[str], *, cwd='/') -> subprocess.Popen:
   )
 
 
-def wait_for(process: subprocess.Popen, line_start: str) -> str:
+# A server that has imported the program; its children begin at once.
+_FORKS = multiprocessing.get_context('forkserver')
+_FORKS.set_forkserver_preload(['main'])
+
+
+class Fork:
+  """A process as `start` gives it, of main.py, that imports nothing again."""
+
+  def __init__(self, arguments: list[str]):
+    """Starts it.
+
+    Args:
+      arguments: of `command`.
+    """
+    reader, writer = _FORKS.Pipe(duplex=False)
+    self._process = _FORKS.Process(target=_run, args=(arguments[1:], writer))
+    # The server and its children have the environment of the first start.
+    with mock.patch.dict(os.environ, environment()):
+      self._process.start()
+    writer.close()
+    self.stdout = open(os.dup(reader.fileno()))
+    self.pid = self._process.pid
+
+  def send_signal(self, number: int) -> None:
+    os.kill(self.pid, number)
+
+  def kill(self) -> None:
+    self._process.kill()
+
+  def wait(self, timeout: float | None = None) -> int | None:
+    """Returns the exit status, or None if there is none by then."""
+    self._process.join(timeout)
+    return self._process.exitcode
+
+
+def _run(arguments, output):
+  """Runs main.py, in a child of the server."""
+  import main
+
+  for standard in (1, 2):
+    os.dup2(output.fileno(), standard)
+  output.close()
+  os.chdir('/')
+  sys.argv = arguments
+  try:
+    main.run()
+  finally:
+    # As any program that ends; a fork would not.
+    atexit._run_exitfuncs()
+
+
+def wait_for(process: subprocess.Popen | Fork, line_start: str) -> str:
   """Returns what a process prints up to the first line that begins so.
 
   Or all of it, if it ends before.
@@ -67,7 +122,7 @@ def wait_for(process: subprocess.Popen, line_start: str) -> str:
   return output
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
+def finish(process: subprocess.Popen | Fork) -> tuple[int, str]:
   """Returns the exit status of a process, and what it printed since.
 
   A process that hangs is killed after five minutes.
