@@ -154,6 +154,7 @@ class ExperimentsTest(parameterized.TestCase):
     config.num_steps, config.batch_size, config.log_every = 20, 8, 10
     config.evaluation.batch_size = 32
     config.evaluation.kmeans_iterations = 0
+    config.evaluation.nearest_only = True
     config.report = False
     workdir = self.create_tempdir().full_path
     changes = {'a': {'dataset.num_train_classes': 6}}

@@ -187,8 +187,9 @@ class LayoutsTest(_Test):
   def test_from_the_archive_to_the_metrics(self, name, score):
     _write(name, self.manual_dir)
     config = self._config(name, image_size=16, num_classes=0)
-    config.update(num_steps=2, batch_size=8, log_every=1)
+    config.update(num_steps=2, batch_size=8, log_every=1, report=False)
     config.evaluation.batch_size = 8
+    config.model.width = 4
     results = train.train_and_evaluate(config, self.create_tempdir().full_path)
     for title in ('trained', 'untrained', 'raw_pixels'):
       self.assertBetween(results[title][score], 0, 1)

@@ -145,6 +145,7 @@ class RemoteRunTest(absltest.TestCase):
       'num_steps': 6, 'batch_size': 8, 'log_every': 1, 'save_every': 2,
       'model.width': 4, 'dataset.resize': 16, 'dataset.image_size': 16,
       'dataset.root': root, 'evaluation.batch_size': 8,
+      'evaluation.nearest_only': True, 'evaluation.kmeans_iterations': 0,
       'dataset.data_dir': self.create_tempdir().full_path,
     })
     return config

@@ -70,6 +70,18 @@ class Layout(NamedTuple):
     )
 
 
+def make_layout(
+    mesh: jax.sharding.Mesh | None,
+    axis_name: str | None,
+    block_size: int,
+    num_rows: int,
+) -> Layout:
+  """Returns a layout whose blocks are no larger than so many rows need."""
+  num_devices = 1 if mesh is None else mesh.shape[axis_name]
+  share = -(-num_rows // num_devices)
+  return Layout(mesh, axis_name, round_up(min(block_size, share)))
+
+
 def as_float32(rows: chex.Array) -> jax.Array | np.ndarray:
   """Leaves rows where they are: another copy of all of them is memory."""
   if isinstance(rows, jax.Array):

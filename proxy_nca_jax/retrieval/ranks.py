@@ -53,8 +53,8 @@ def positive_ranks(
     mesh: the devices that share the rows, along `axis_name`; by default one
       device. Each process gives all rows and gets all ranks.
     axis_name: of the mesh.
-    block_size: queries a block, rounded up to a multiple of 64. It changes no
-      result.
+    block_size: queries a block, rounded up to a multiple of 64; at most as
+      many as there are on a device. It changes no result.
 
   Yields:
     (queries, ranks): int64 [at most block_size], rows of `embeddings`; int32
@@ -63,12 +63,13 @@ def positive_ranks(
   """
   chex.assert_rank([embeddings, labels], [2, 1])
   is_self = gallery is None
-  layout = blocked.Layout(mesh, axis_name, blocked.round_up(block_size))
   embeddings = blocked.as_float32(embeddings)
   if is_self:
     gallery = (embeddings, labels)
   else:
     gallery = (blocked.as_float32(gallery[0]), gallery[1])
+  num_rows = max(len(embeddings), len(gallery[0]))
+  layout = blocked.make_layout(mesh, axis_name, block_size, num_rows)
   query_classes, item_classes = _number_by_size(labels, gallery[1])
   queries = _sort(embeddings, query_classes, layout)
   items = queries if is_self else _sort(gallery[0], item_classes, layout)
