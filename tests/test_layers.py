@@ -25,8 +25,7 @@ _LAYERS = (
   ),
   (
     'models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering',
-    'mirror', 'index', 'pages', 'charts',
-    'literature',
+    'mirror', 'index', 'pages',
   ),
   (
     'metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch',
@@ -45,7 +44,7 @@ _FENCES = {
   'sklearn': ('report',),
   'absl': ('main', 'command_line'),
   'tensorboardX': ('metric_writer',),
-  'matplotlib': ('report', 'datasets'),
+  'matplotlib': ('datasets',),
   'tensorflow': (),
   'torch': (),
 }

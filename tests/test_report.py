@@ -10,7 +10,10 @@ import time
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import charts, datasets, report
+from proxy_nca_jax import datasets, report
+from proxy_nca_jax.report import __main__ as comparison
+from proxy_nca_jax.report import charts
+from proxy_nca_jax.report import run as report_of_run
 
 _CHROMIUM = shutil.which('chromium')
 _DRIVER = shutil.which('chromedriver')
@@ -93,7 +96,7 @@ class ReportTest(parameterized.TestCase):
 
   def test_neighbours_are_of_a_full_sort_and_no_query_is_its_own(self):
     test = _embedded()
-    found = report._find_neighbours(test)
+    found = report_of_run._find_neighbours(test)
     unit = test.embeddings / np.linalg.norm(
       test.embeddings, axis=1, keepdims=True
     )
@@ -110,14 +113,14 @@ class ReportTest(parameterized.TestCase):
   def test_queries_search_the_gallery_alone(self):
     is_query = np.arange(40) % 4 == 0
     test = _embedded(is_query=is_query)
-    found = report._find_neighbours(test)
+    found = report_of_run._find_neighbours(test)
     np.testing.assert_array_equal(found.queries, np.flatnonzero(is_query))
     self.assertFalse(is_query[found.items].any())
 
   def test_the_same_camera_is_left_out(self):
     cameras = np.tile([0, 0, 1, 1], 10).astype(np.int32)
     test = _embedded(is_query=np.arange(40) % 4 == 0, cameras=cameras)
-    found = report._find_neighbours(test)
+    found = report_of_run._find_neighbours(test)
     self.assertFalse(np.any(
       found.is_right & (cameras[found.items] == cameras[found.queries][:, None])
     ))
@@ -156,7 +159,7 @@ class CompareTest(absltest.TestCase):
     self.addCleanup(shutil.rmtree, self.root)
 
   def test_seeds_are_one_row_and_other_fields_are_told(self):
-    page = report.compare([
+    page = comparison.compare([
       self._run('a', 0.5), self._run('b', 0.7, seed=1),
       self._run('c', 0.4, loss={'name': 'triplet'}),
     ])
@@ -168,7 +171,7 @@ class CompareTest(absltest.TestCase):
   def test_an_unfinished_run_is_named(self):
     (self.root / 'x').mkdir()
     with self.assertRaisesRegex(ValueError, 'holds no finished run'):
-      report.compare([str(self.root / 'x')])
+      comparison.compare([str(self.root / 'x')])
 
 
 class ChartsTest(absltest.TestCase):
