@@ -99,18 +99,29 @@ def _run(work, argv: list[str]) -> None:
     _logger.debug('The run failed', exc_info=True)
     errors.fail(_describe(error))
   except jax.errors.JaxRuntimeError as error:
+    _logger.debug('The run failed', exc_info=True)
+    if 'RESOURCE_EXHAUSTED' in str(error):
+      errors.fail(
+        f'The memory of a device is full ({_join(error)[:300]}). Make '
+        'config.batch_size, config.dataset.image_size or the network smaller, '
+        'or set config.model.remat=True; --config.dry_run=True tells what a '
+        'step takes.'
+      )
     if jax.process_count() == 1:
       raise
-    _logger.debug('The run failed', exc_info=True)
     errors.fail(
       'Another process of this run has ended or cannot be reached '
-      f'({_describe(error)[:300]}). Start all of them again: the run goes on '
+      f'({_join(error)[:300]}). Start all of them again: the run goes on '
       'from its last checkpoint.'
     )
 
 
+def _join(error: Exception) -> str:
+  return ' '.join(str(error).split())
+
+
 def _describe(error: Exception) -> str:
-  text = ' '.join(str(error).split())
+  text = _join(error)
   is_full = 'No space left' in text or 'RESOURCE_EXHAUSTED' in text
   if is_full or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
     return (

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+import tqdm
 from PIL import Image
 
 from proxy_nca_jax import (
@@ -213,7 +214,15 @@ def duplicates(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
   points = _project(content.embeddings)
   # |x - y|^2 = 2 - 2 x.y; the products' rounding is let in, then taken away.
-  pairs = retrieval.pairs_above(points, 1 - arguments.threshold**2 / 2 - 1e-6)
+  least = 1 - arguments.threshold**2 / 2 - 1e-6
+  pairs = []
+  with tqdm.tqdm(
+    total=len(points), unit=' pictures', disable=None, leave=False, delay=1
+  ) as bar:
+    for number, more in retrieval.pairs_above(points, least):
+      pairs.append(more)
+      bar.update(number)
+  pairs = np.concatenate(pairs)
   away = np.linalg.norm(points[pairs[:, 0]] - points[pairs[:, 1]], axis=1)
   paths = content.paths
   _write(

@@ -326,7 +326,26 @@ class MainTest(parameterized.TestCase):
     self.assertRegex(line, message)
 
 
-class HelpTest(parameterized.TestCase):
+_OUT_OF_MEMORY = """
+import jax
+from proxy_nca_jax import command_line
+
+def work(config, workdir):
+  raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: allocating 9 bytes')
+
+command_line.run(work, config='configs/glyphs.py')
+"""
+
+
+class CommandLineTest(parameterized.TestCase):
+
+  def test_a_device_without_memory_is_one_clear_line(self):
+    process = whole_runs.start(
+      [sys.executable, '-c', _OUT_OF_MEMORY, '--workdir=/nowhere'],
+      cwd=whole_runs.ROOT,
+    )
+    line = whole_runs.assert_one_line_error(*whole_runs.finish(process))
+    self.assertRegex(line, 'memory of a device is full.*config.batch_size')
 
   @parameterized.parameters(
     (('main.py',), ('config.FIELD=VALUE', '--workdir:', '--mode:')),

@@ -94,6 +94,21 @@ class ReportTest(parameterized.TestCase):
     self.assertNotIn('<class & ', page)
     self.assertIn('&lt;class &amp; 3&gt;', page)
 
+  def test_curves_are_of_every_recall_that_was_scored_while_training(self):
+    rows = [
+      {'step': 0, 'untrained.recall@1': 0.1, 'untrained.recall@8': 0.2},
+      {'step': 9, 'test.recall@1': 0.3, 'test.recall@8': 0.4, 'test.map': 0.1},
+    ]
+    curves = report_of_run._curves(rows)
+    self.assertIn('recall@8: 40 at 9', curves)
+    self.assertIn('recall@1: 10 at 0', curves)
+    self.assertNotIn('map', curves)
+    curves = report_of_run._curves(
+      [*rows, {'step': 4, 'validation.recall@1': 0.5}]
+    )
+    self.assertIn('recall@1: 50 at 4', curves)
+    self.assertNotIn('recall@8', curves)
+
   def test_neighbours_are_of_a_full_sort_and_no_query_is_its_own(self):
     test = _embedded()
     found = report_of_run._find_neighbours(test)

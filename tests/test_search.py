@@ -338,10 +338,11 @@ class PairsTest(parameterized.TestCase):
     points = np.random.default_rng(0).integers(-2, 3, (number, 3))
     products = np.float32(points @ points.T)
     expected = np.argwhere(np.triu(products >= 4, 1))
-    actual = retrieval.pairs_above(
-      np.float32(points), 4, block_size=block_size
+    numbers, actual = zip(
+      *retrieval.pairs_above(np.float32(points), 4, block_size=block_size)
     )
-    np.testing.assert_array_equal(actual, expected)
+    self.assertEqual(sum(numbers), number)
+    np.testing.assert_array_equal(np.concatenate(actual), expected)
 
 
 if __name__ == '__main__':

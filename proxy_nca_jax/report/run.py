@@ -4,6 +4,7 @@ import collections
 import html
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -170,18 +171,21 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> str:
   losses = [(row['step'], row['loss']) for row in rows if 'loss' in row]
   if losses:
     series['loss'] = {'loss': tuple(zip(*losses))}
-  recalls = collections.defaultdict(list)
+  # Of the classes that were scored while training.
+  is_validated = any(
+    name.startswith('validation.') for row in rows for name in row
+  )
+  scored = ('validation',) if is_validated else ('untrained', 'test')
+  scores = collections.defaultdict(list)
   for row in rows:
     for name, value in row.items():
       title, _, score = name.partition('.')
-      if title in ('untrained', 'test', 'validation') and score in (
-        'recall@1', 'cmc@1', 'nmi'
-      ):
-        title = 'test' if title == 'untrained' else title
-        recalls[f'{score}, {title}'].append((row['step'], 100 * value))
-  recalls = {name: tuple(zip(*values)) for name, values in recalls.items()}
-  if recalls:
-    series['percent'] = recalls
+      if title in scored and re.fullmatch(r'(recall|cmc)@\d+|nmi', score):
+        scores[score].append((row['step'], 100 * value))
+  if scores:
+    series[f'percent on {scored[-1]} classes'] = {
+      name: tuple(zip(*values)) for name, values in scores.items()
+    }
   return '<div class="charts">' + ''.join(
     charts.lines(
       each, title=f'{label} against steps', x_label='steps', y_label=label

@@ -1,6 +1,7 @@
 """Exact nearest neighbours, and all pairs that are near, block by block."""
 
 import functools
+from collections.abc import Iterator
 
 import chex
 import jax
@@ -148,7 +149,7 @@ def _nearest(items, queries, num_items, *, k, is_self, recall_target, layout):
 
 def pairs_above(
     points: chex.Array, threshold: float, *, block_size: int = 2048
-) -> np.ndarray:
+) -> Iterator[tuple[int, np.ndarray]]:
   """Finds all pairs whose inner product in float32 is at least a threshold.
 
   Args:
@@ -156,8 +157,9 @@ def pairs_above(
     threshold: of the products.
     block_size: points whose products are held at once, squared.
 
-  Returns:
-    int64 [num_pairs, 2], each pair once and ascending, in order.
+  Yields:
+    (number, pairs): the next points, so many, and int64 [num_pairs, 2], their
+    pairs with points after them; ascending, each pair once, in order.
   """
   chex.assert_rank(points, 2)
   points = blocked.as_float32(points)
@@ -166,16 +168,17 @@ def pairs_above(
     blocked.take(points, np.arange(first, first + size))
     for first in range(0, len(points), size)
   ]
-  pairs = [np.zeros((0, 2), np.int64)]
   for row, queries in enumerate(blocks):
+    pairs = []
     for column in range(row, len(blocks)):
       # The rows after the last are not a number, and reach nothing.
       found = np.asarray(_reach(queries, blocks[column], threshold))
       if row == column:
         found = np.triu(found, 1)
       pairs.append(np.argwhere(found) + size * np.array([row, column]))
-  pairs = np.concatenate(pairs)
-  return pairs[np.lexsort(pairs.T[::-1])]
+    pairs = np.concatenate(pairs)
+    number = min(size, len(points) - row * size)
+    yield number, pairs[np.lexsort(pairs.T[::-1])]
 
 
 @jax.jit
