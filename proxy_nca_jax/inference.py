@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import numpy as safetensors
 
 from configs import default
-from proxy_nca_jax import input_pipeline, models, scoring, selection
+from proxy_nca_jax import augmentation, models, scoring, selection
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax import workdir as workdir_lib
@@ -93,7 +93,7 @@ class Embedder:
       OSError: if the file cannot be read.
     """
     image = images_lib.resize(_decode(picture), **self._preparation)
-    return input_pipeline.center_crop(
+    return augmentation.center_crop(
       np.asarray(image), self.config.dataset.image_size
     )
 

@@ -12,7 +12,7 @@ from PIL import Image
 from configs import glyphs as glyphs_config
 from configs import image_folder as image_folder_config
 from proxy_nca_jax import datasets
-from proxy_nca_jax.datasets import glyphs, images, loading
+from proxy_nca_jax.datasets import glyphs, images
 
 _FONTS = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf')
 
@@ -93,131 +93,6 @@ class DecodeTest(parameterized.TestCase):
   def test_what_is_no_picture_says_so(self, encoded, message):
     with self.assertRaisesRegex(ValueError, message):
       images.decode(encoded)
-
-
-class SplitTest(parameterized.TestCase):
-
-  def _split(self, total=20, **changes):
-    arguments = dict(
-      num_train_classes=None, num_classes=0, test_fraction=0.5, seed=0
-    )
-    return loading.split_classes(total, **(arguments | changes))
-
-  def test_classes_are_divided_without_overlap(self):
-    train, test = self._split(21, test_fraction=0.25)
-    self.assertLen(train, 16)
-    np.testing.assert_array_equal(
-      np.sort(np.concatenate([train, test])), np.arange(21)
-    )
-
-  def test_the_seed_decides(self):
-    np.testing.assert_array_equal(self._split()[0], self._split()[0])
-    self.assertTrue(np.any(self._split()[0] != self._split(seed=1)[0]))
-
-  def test_a_given_division_is_kept(self):
-    train, test = self._split(num_train_classes=15)
-    np.testing.assert_array_equal(train, np.arange(15))
-    np.testing.assert_array_equal(test, np.arange(15, 20))
-
-  @parameterized.parameters(
-    ({'num_classes': 21}, '21 classes were asked for'),
-    ({'num_classes': -1}, '-1 classes'),
-    ({'num_classes': 3}, '1 train and 2 test|2 train and 1 test'),
-    ({'test_fraction': 0.0}, 'test_fraction'),
-    ({'test_fraction': 1.0}, 'test_fraction'),
-    ({'num_train_classes': 19}, 'at least 2'),
-  )
-  def test_impossible_requests_are_errors(self, changes, message):
-    with self.assertRaisesRegex(ValueError, message):
-      self._split(**changes)
-
-
-class ValidationTest(parameterized.TestCase):
-
-  # As ProxyNCA++ has the second halves of CUB, Cars, SOP and In-Shop.
-  @parameterized.parameters((100, 50), (98, 49), (11318, 5659), (3997, 1998))
-  def test_the_second_half_selects(self, total, half):
-    train, validation = loading.split_validation(np.arange(total), '2/2')
-    np.testing.assert_array_equal(train, np.arange(half))
-    np.testing.assert_array_equal(validation, np.arange(half, total))
-
-  def test_folds_cover_the_train_classes_once(self):
-    classes = np.array([3, 5, 8, 9, 11, 20, 21, 22, 30])
-    parts = []
-    for fold in ('1/4', '2/4', '3/4', '4/4'):
-      train, validation = loading.split_validation(classes, fold)
-      np.testing.assert_array_equal(
-        np.sort(np.concatenate([train, validation])), classes
-      )
-      parts.append(validation)
-    np.testing.assert_array_equal(np.concatenate(parts), classes)
-
-  def test_nothing_is_kept_unless_asked(self):
-    train, validation = loading.split_validation(np.arange(9), '')
-    self.assertLen(train, 9)
-    self.assertEmpty(validation)
-
-  @parameterized.parameters('half', '0/2', '3/2', '1/1', '1/9', '1/2/3')
-  def test_parts_that_are_none_are_errors(self, part):
-    with self.assertRaisesRegex(ValueError, 'config.dataset.validation'):
-      loading.split_validation(np.arange(9), part)
-
-
-class ThinOutTest(parameterized.TestCase):
-
-  def test_classes_become_long_tailed(self):
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(50), 80))
-    learned, held_out = loading.thin_out(labels, 20.0, seed=0)
-    self.assertEmpty(np.intersect1d(learned, held_out))
-    np.testing.assert_array_equal(np.bincount(labels[held_out]), 20)
-    sizes = np.sort(np.bincount(labels[learned]))
-    # 60 are left of 80, and 3 is a twentieth of them.
-    self.assertEqual((sizes[0], sizes[-1]), (3, 60))
-    np.testing.assert_allclose(
-      sizes, 60 * 20 ** -np.linspace(1, 0, 50), atol=0.5
-    )
-
-  def test_the_seed_decides(self):
-    labels = np.repeat(np.arange(5), 40)
-    first, again, other = (
-      loading.thin_out(labels, 10.0, seed=seed)[0] for seed in (0, 0, 1)
-    )
-    np.testing.assert_array_equal(first, again)
-    self.assertNotEqual(
-      np.bincount(labels[first]).tolist(), np.bincount(labels[other]).tolist()
-    )
-
-  def test_two_pictures_are_enough(self):
-    learned, held_out = loading.thin_out(np.array([0, 0, 1, 1]), 9.0, seed=0)
-    self.assertEqual((len(learned), len(held_out)), (2, 2))
-
-  @parameterized.parameters(
-    ([0, 0, 1, 1], 1.0, 'long_tail .1.0. must be above 1'),
-    ([0, 1, 1], 9.0, '1 classes have one alone'),
-  )
-  def test_what_cannot_be_is_an_error(self, labels, ratio, message):
-    with self.assertRaisesRegex(ValueError, message):
-      loading.thin_out(np.array(labels), ratio, seed=0)
-
-
-class ChooseClassesTest(absltest.TestCase):
-
-  def test_fewer_are_among_more(self):
-    classes = np.arange(10, 40)
-    few, more = (
-      loading.choose_classes(classes, number, seed=3) for number in (5, 20)
-    )
-    self.assertLen(few, 5)
-    self.assertContainsSubset(few, more)
-    self.assertContainsSubset(more, classes)
-    np.testing.assert_array_equal(more, np.sort(more))
-    np.testing.assert_array_equal(
-      loading.choose_classes(classes, 0, seed=3), classes
-    )
-
-  def test_what_is_not_there_is_an_error(self):
-    with self.assertRaisesRegex(ValueError, 'num_train_classes .31. must be'):
-      loading.choose_classes(np.arange(30), 31, seed=0)
 
 
 class ResizeTest(parameterized.TestCase):

@@ -14,10 +14,10 @@ from PIL import Image
 import proxy_nca_jax
 from configs import image_folder
 from proxy_nca_jax import (
+  augmentation,
   datasets,
   evaluate,
   inference,
-  input_pipeline,
   train,
 )
 
@@ -160,7 +160,7 @@ class InferenceTest(parameterized.TestCase):
       subprocess.run(
         [sys.executable, '-I', '-c', program], cwd=self.root, check=True
       )
-      cropped = [input_pipeline.center_crop(x, 16) for x in pictures]
+      cropped = [augmentation.center_crop(x, 16) for x in pictures]
       np.testing.assert_allclose(
         np.load(self.root / 'embeddings.npy'),
         self.embedder.embed(np.stack(cropped)),

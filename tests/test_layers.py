@@ -23,6 +23,7 @@ _LAYERS = (
     'state', 'optimizer', 'input_pipeline', 'device_data', 'metric_writer',
     'workdir',
   ),
+  ('augmentation',),
   (
     'models', 'datasets', 'proxies', 'losses', 'retrieval', 'clustering',
     'mirror', 'index', 'pages',
