@@ -517,7 +517,8 @@ class RunTest(absltest.TestCase):
       'dataset.resize': 16, 'dataset.image_size': 16, 'model.width': 8,
       'batch_size': 16, 'num_steps': 14, 'log_every': 1, 'save_every': 4,
       'evaluation.batch_size': 16, 'evaluation.kmeans_iterations': 0,
-      'evaluation.baselines': False, 'report': False, **fields,
+      'evaluation.nearest_only': True, 'evaluation.baselines': False,
+      'report': False, **fields,
     })
     original = input_pipeline.train_batches
 
