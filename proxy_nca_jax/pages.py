@@ -31,7 +31,7 @@ figcaption { font-size: .75rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem .25rem 0; text-align: left;
   border-bottom: 1px solid var(--faint); vertical-align: top; }
-td.number, th.number { text-align: right; }
+td.number, th.number { text-align: right; } td:first-child { min-width: 9rem; }
 th button { all: unset; cursor: pointer; font-weight: bold; }
 th button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " ▲"; }

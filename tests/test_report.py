@@ -30,6 +30,7 @@ _RESULTS = {
 _CONFIG = {
   'seed': 0, 'num_steps': 20, 'dataset': {'name': 'cub200'},
   'loss': {'name': 'proxy_nca'},
+  'model': {'name': 'resnet50', 'embedding_dim': 128},
 }
 _ROWS = [
   {'step': 0, 'untrained.recall@1': 0.1},
@@ -89,6 +90,7 @@ class ReportTest(parameterized.TestCase):
     self.assertIn('49.21', page)
     self.assertIn('github.com/dichotomies/proxy-nca', page)
     self.assertIn('50.00', page)
+    self.assertIn('<td>resnet50, 128</td>', page)
     # Nothing is fetched, and what names hold is text.
     self.assertEmpty(re.findall(r'(?:src|href|url\()="?(?!data:)\w', page))
     self.assertNotIn('<class & ', page)

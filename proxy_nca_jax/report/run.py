@@ -83,7 +83,7 @@ def write(
   rng = np.random.default_rng(0)
   found = _find_neighbours(test)
   sections = [
-    ('Scores', _scores(results, config['dataset']['name'])),
+    ('Scores', _scores(results, config)),
     ('Training', _curves(rows)),
     ('Queries and their nearest neighbours', _queries(test, found)),
     ('The embedding space', _map(test, rng)),
@@ -135,8 +135,9 @@ def _find_neighbours(test: Embedded) -> _Neighbours:
   return _Neighbours(queries, items, away, is_right)
 
 
-def _scores(results: Mapping[str, Any], dataset: str) -> str:
+def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
   """The table of the run's scores, above those that are published."""
+  network = f'{config["model"]["name"]}, {config["model"]["embedding_dim"]}'
   titles = [
     title for title in (
       'selected', 'trained', 'seen_classes', 'untrained', 'raw_pixels'
@@ -149,14 +150,15 @@ def _scores(results: Mapping[str, Any], dataset: str) -> str:
   ]
   ours = [
     [
-      f'this run, {title.replace("_", " ")}', '',
+      f'this run, {title.replace("_", " ")}',
+      '' if title == 'raw_pixels' else network,
       *map(results[title].get, names), 'measured here',
     ]
     for title in titles
   ]
   theirs = [
     [row.name, row.network, *map(row.scores.get, names), row.source]
-    for row in literature.PUBLISHED.get(dataset, ())
+    for row in literature.PUBLISHED.get(config['dataset']['name'], ())
   ]
   header = ['method', 'network', *names, 'source']
   note = 'Percent, on classes that training did not see.'
