@@ -73,8 +73,8 @@ def kmeans(
     The clusters.
 
   Raises:
-    ValueError: if there are fewer points than clusters, or the start is
-      unknown.
+    ValueError: if there are fewer points than clusters, the start is unknown,
+      or a number cannot be.
   """
   chex.assert_rank(points, 2)
   num_points, dim = points.shape
@@ -82,6 +82,11 @@ def kmeans(
     raise ValueError(
       f'num_clusters ({num_clusters}) must be in [1, {num_points}], the number '
       'of points.'
+    )
+  if num_starts < 1 or max_iterations < 0:
+    raise ValueError(
+      f'num_starts ({num_starts}) must be at least 1, and max_iterations '
+      f'({max_iterations}) not negative.'
     )
   if not isinstance(start, str):
     chex.assert_shape(start, (num_clusters, dim))

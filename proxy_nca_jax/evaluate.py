@@ -117,9 +117,14 @@ def score(
     thirds of the classes, by the items of each that are searched.
 
   Raises:
-    ValueError: if lengths differ, there is no query or none with a match, or
-      an embedding is not finite.
+    ValueError: if lengths differ, a number cannot be, there is no query or none
+      with a match, or an embedding is not finite.
   """
+  if not recall_at or min(recall_at) < 1 or num_resamples < 0:
+    raise ValueError(
+      f'recall_at ({recall_at}) must hold numbers of at least 1, and '
+      f'num_resamples ({num_resamples}) must not be negative.'
+    )
   labels = np.asarray(labels)
   _check_lengths(embeddings, labels, is_query=is_query, cameras=cameras)
   embeddings, num_zeros = _project_to_sphere(embeddings)
@@ -408,7 +413,7 @@ def _read(arguments: argparse.Namespace) -> dict[str, np.ndarray | None]:
         f'--{name} and --query_{name} go together, where there are '
         '--query_embeddings.'
       )
-    parts = [np.load(p, mmap_mode='r') for p in (path, query_path) if p]
+    parts = [_load(p) for p in (path, query_path) if p]
     arrays[name] = parts[0] if len(parts) == 1 else None
     if len(parts) == 2:
       arrays[name] = np.concatenate(parts)
@@ -424,6 +429,15 @@ def _read(arguments: argparse.Namespace) -> dict[str, np.ndarray | None]:
   return arrays
 
 
+def _load(path: str) -> np.ndarray:
+  try:
+    return np.load(path, mmap_mode='r')
+  except ValueError as error:
+    raise ValueError(
+      f'{path!r} is no file of an array as numpy.save writes it: {error}'
+    ) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
   arguments = _parse(arguments)
   names = (
@@ -436,13 +450,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
       **{name: getattr(arguments, name) for name in names},
       mesh=mesh_lib.make_mesh(),
     )
+    print(format_table({'percent': scores}))
+    for name, value in scores.items():
+      if isinstance(value, int):
+        print(f'{name.replace("_", " ")}: {value:,}')
     if arguments.json:
       with open(arguments.json, 'w', encoding='utf-8') as file:
         json.dump(scores, file, indent=2)
-  print(format_table({'percent': scores}))
-  for name, value in scores.items():
-    if isinstance(value, int):
-      print(f'{name.replace("_", " ")}: {value:,}')
 
 
 if __name__ == '__main__':

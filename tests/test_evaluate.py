@@ -282,13 +282,14 @@ def _of_two_processes():
 
 class CommandTest(parameterized.TestCase):
 
-  def _run(self, **arrays):
+  def _run(self, *more, **arrays):
     """Returns the exit status, the output and the scores of the command."""
     folder = tempfile.mkdtemp(dir=absltest.get_default_test_tmpdir())
     arguments = [f'--json={folder}/scores.json', '--num_resamples=20']
     for name, array in arrays.items():
       np.save(f'{folder}/{name}.npy', array)
       arguments.append(f'--{name}={folder}/{name}.npy')
+    arguments += more
     output, code = io.StringIO(), 0
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
       try:
@@ -347,6 +348,20 @@ class CommandTest(parameterized.TestCase):
   def test_what_does_not_fit_is_one_line(self, more, message):
     code, output, _ = self._run(
       embeddings=np.eye(3), labels=np.zeros(4), **more
+    )
+    self.assertEqual(code, 2)
+    self.assertRegex(output, message)
+    self.assertEqual(output.count('\n'), 1)
+
+  @parameterized.parameters(
+    (['--recall_at', '0'], 'recall_at .* at least 1'),
+    (['--num_resamples=-3'], 'num_resamples .-3. must not be negative'),
+    (['--kmeans_num_starts=0'], 'num_starts .0. must be at least 1'),
+    ([f'--embeddings={__file__}'], 'test_evaluate.py. is no file of an array'),
+  )
+  def test_numbers_and_files_that_cannot_be_are_one_line(self, more, message):
+    code, output, _ = self._run(
+      *more, embeddings=np.eye(4), labels=np.arange(4) // 2
     )
     self.assertEqual(code, 2)
     self.assertRegex(output, message)
