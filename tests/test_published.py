@@ -16,7 +16,7 @@ from PIL import Image
 from configs import default
 from proxy_nca_jax import datasets, input_pipeline, train
 from proxy_nca_jax.datasets import __main__ as command
-from proxy_nca_jax.datasets import archives, published
+from proxy_nca_jax.datasets import downloads, published
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -317,7 +317,7 @@ class TrustTest(_Test):
       for checksum, message in (
         ('sha256:' + '0' * 64, f'sha256 is {digest}'), (f'sha256:{digest}', '')
       ):
-        file = archives.RemoteFile(
+        file = downloads.RemoteFile(
           archive.name, urls, archive.stat().st_size, checksum
         )
         with absltest.mock.patch.object(

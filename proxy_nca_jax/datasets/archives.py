@@ -1,23 +1,17 @@
-"""Finds, downloads and extracts published archives, none of them trusted.
+"""Finds and extracts published archives, none of them trusted.
 
-What is under its final name is whole: files and folders grow beside it, under
-a name that ends in `.part`, and are renamed at the end. Callers see to it that
-no two processes work on one name.
+What is under its final name is whole: a folder grows beside it, under a name
+that ends in `.part`, and is renamed at the end. Callers see to it that no two
+processes work on one name.
 """
 
-import dataclasses
 import errno
 import gzip
-import hashlib
-import http.client
 import os
 import re
 import shutil
 import stat
 import tarfile
-import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -36,18 +30,7 @@ _MAX_DEPTH = 64
 _MAX_NAMED = 20
 _CHUNK = 2**20
 
-_MAX_IDLE_ATTEMPTS = 3
-_PAUSE = 1.0  # Seconds.
-_HEADERS = {'Accept-Encoding': 'identity', 'User-Agent': 'proxy_nca_jax'}
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _BAD_PATH = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
-_DROPPED = (
-  http.client.IncompleteRead,
-  ConnectionError,
-  TimeoutError,
-  urllib.error.URLError,
-)
 # RuntimeError: headers nested without end, or a zip of an unknown version.
 _DAMAGED = (
   EOFError,
@@ -58,23 +41,6 @@ _DAMAGED = (
   zipfile.BadZipFile,
   zlib.error,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class RemoteFile:
-  """A published file and how to know it.
-
-  Attributes:
-    name: the name it is stored under.
-    urls: tried in order; empty if only people can fetch it.
-    size: in bytes, None if nobody published it.
-    checksum: 'sha256:HEX' or 'md5:HEX', '' if nobody published it.
-  """
-
-  name: str
-  urls: tuple[str, ...] = ()
-  size: int | None = None
-  checksum: str = ''
 
 
 def find_file(folder: str, names: Sequence[str]) -> str | None:
@@ -129,155 +95,6 @@ def _list(folder: str) -> tuple[list[str], list[str]]:
   return folders, files
 
 
-def fetch(file: RemoteFile, folder: str, *, timeout: float = 60.0) -> str:
-  """Downloads a file, going on where an earlier call stopped.
-
-  Args:
-    file: its size and checksum are verified as far as they are known.
-    folder: where it is stored; made if missing. A file that is there already
-      was verified when it got its name.
-    timeout: seconds to wait for a server to send anything.
-
-  Returns:
-    The path of the file.
-
-  Raises:
-    ValueError: if no URL gives the file; a line for each URL says why.
-    OSError: if the disk is full. What has arrived is kept.
-  """
-  path = os.path.join(folder, file.name)
-  if os.path.exists(path):
-    return path
-  if not file.urls:
-    raise ValueError(f'{file.name}: no URL is known; put it into {folder!r}.')
-  os.makedirs(folder, exist_ok=True)
-  reasons = []
-  for url in file.urls:
-    try:
-      _fetch_from(url, file, path + '.part', timeout)
-      os.replace(path + '.part', path)
-      return path
-    except (OSError, ValueError, http.client.HTTPException) as error:
-      if getattr(error, 'errno', None) in _DISK_FULL:
-        raise
-      reasons.append(f'{url}: {_reason(error)}')
-  raise ValueError('\n'.join(reasons))
-
-
-def _reason(error: Exception) -> str:
-  """Says in one line what happened, in words safe to print."""
-  if isinstance(error, urllib.error.HTTPError):
-    return f'{error.code} {http.client.responses.get(error.code, "?")}'
-  if isinstance(error, urllib.error.URLError):
-    error = error.reason
-  text = getattr(error, 'strerror', None) or str(error)
-  return ''.join(filter(str.isprintable, text))[:200]
-
-
-def _fetch_from(url: str, file: RemoteFile, part: str, timeout: float) -> None:
-  resumed = os.path.exists(part)
-  _download(url, file, part, timeout)
-  try:
-    _verify(file, part)
-  except ValueError:
-    os.remove(part)
-    if not resumed:
-      raise
-    # What was there may have been the beginning of another file.
-    _fetch_from(url, file, part, timeout)
-
-
-def _verify(file: RemoteFile, part: str) -> None:
-  algorithm, _, expected = file.checksum.partition(':')
-  with open(part, 'rb+') as stream:
-    # On disk before it is renamed, or a power cut could leave a name of zeros.
-    os.fsync(stream.fileno())
-    if not expected:
-      return
-    digest = hashlib.file_digest(stream, algorithm).hexdigest()
-  if digest != expected.lower():
-    raise ValueError(f'{algorithm} is {digest}, expected {expected}')
-
-
-def _download(url: str, file: RemoteFile, part: str, timeout: float) -> None:
-  """Connects until `part` is whole, as long as this brings it forward."""
-  most, idle = _size(part), 0
-  while True:
-    try:
-      return _connect(url, file, part, timeout)
-    except _DROPPED as error:
-      if getattr(error, 'code', None) == 416 and _size(part):
-        # What is there is not the beginning of what is offered.
-        os.remove(part)
-      elif isinstance(error, urllib.error.HTTPError):
-        raise
-      idle = 0 if _size(part) > most else idle + 1
-      if idle == _MAX_IDLE_ATTEMPTS:
-        raise
-    most = max(most, _size(part))
-    time.sleep(_PAUSE * (idle + 1))
-
-
-def _connect(url: str, file: RemoteFile, part: str, timeout: float) -> None:
-  """Adds to `part` what one connection brings; raises if that is not all."""
-  start = _size(part)
-  if start and start == file.size:
-    return
-  if file.size is not None and start > file.size:
-    start = 0
-  headers = _HEADERS | ({'Range': f'bytes={start}-'} if start else {})
-  request = urllib.request.Request(url, headers=headers)
-  with urllib.request.urlopen(request, timeout=timeout) as response:
-    start, size = _parse_headers(response, start)
-    if file.size is not None:
-      if size not in (None, file.size):
-        raise ValueError(f'sends {size} bytes, expected {file.size}')
-      size = file.size
-    with (
-      open(part, 'ab' if start else 'wb') as stream,
-      _progress(file.name, initial=start, total=size) as progress,
-    ):
-      # read1: what has arrived is kept even if the rest is late.
-      while chunk := response.read1(_CHUNK):
-        start += len(chunk)
-        if size is not None and start > size:
-          raise ValueError(f'sends more bytes than the expected {size}')
-        stream.write(chunk)
-        progress.update(len(chunk))
-  if size not in (None, start):
-    raise ConnectionError(f'stops after {start} of {size} bytes')
-
-
-def _parse_headers(response, start: int) -> tuple[int, int | None]:
-  """Returns where in the file the body starts, and the size of the file."""
-  if response.status == 206:
-    text = response.headers.get('Content-Range', '')
-    match = re.fullmatch(r'bytes (\d+)-\d+/(\d+|\*)', text.strip())
-    if not match or int(match[1]) != start:
-      raise ValueError(f'sends the range {text!r}, expected bytes {start}-')
-    if match[2] != '*':
-      return start, int(match[2])
-  else:
-    start = 0
-  text = response.headers.get('Content-Length')
-  if text is None:
-    return start, None
-  if not text.strip().isdecimal():
-    raise ValueError(f'sends the Content-Length {text!r}')
-  return start, start + int(text)
-
-
-def _size(path: str) -> int:
-  return os.path.getsize(path) if os.path.exists(path) else 0
-
-
-def _progress(name: str, **options) -> tqdm.tqdm:
-  # disable=None: silent unless someone watches.
-  return tqdm.tqdm(
-    desc=name, unit='B', unit_scale=True, disable=None, **options
-  )
-
-
 def extract(paths: Sequence[str], folder: str) -> None:
   """Extracts archives side by side into a new folder.
 
@@ -321,7 +138,9 @@ def extract(paths: Sequence[str], folder: str) -> None:
 def _extract_one(path: str, folder: str) -> None:
   limit = MAX_RATIO * os.path.getsize(path) + _ALLOWANCE
   offenders, num_members, num_bytes = [], 0, 0
-  with _progress(os.path.basename(path)) as progress:
+  with tqdm.tqdm(
+    desc=os.path.basename(path), unit='B', unit_scale=True, disable=None
+  ) as progress:
     for name, fault, size, source in _members(path, limit):
       num_members += 1
       num_bytes += size

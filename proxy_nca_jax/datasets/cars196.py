@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import io
 
-from proxy_nca_jax.datasets import archives, published
+from proxy_nca_jax.datasets import downloads, published
 
 # The authors' own addresses are dead.
 _COPY = (
@@ -27,7 +27,7 @@ class Cars196(published.PublishedBuilder):
   homepage = 'https://huggingface.co/datasets/XiN0919/FGVC'
   files = (
     (
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'car_ims.tgz',
         urls=(
           f'{_COPY}/car_ims.tgz',
@@ -35,7 +35,7 @@ class Cars196(published.PublishedBuilder):
         size=1956628579,
         checksum='sha256:4d96e3e3e892c6b7e4a71959325c7de4804037d27ba5aaf1c756100fd94a5342',
       ),
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'cars_annos.mat',
         urls=(f'{_COPY}/cars_annos.mat',),
         size=394471,
@@ -43,29 +43,29 @@ class Cars196(published.PublishedBuilder):
       ),
     ),
     (
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'cars_train.tgz',
         size=979269282,
         checksum='sha256:512b227b30e2f0a8aab9e09485786ab4479582073a144998da74d64b801fd288',
       ),
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'cars_test.tgz',
         size=977350468,
         checksum='sha256:bffea656d6f425cba3c91c6d83336e4c5f86c6cffd8975b0f375d3a10da8e243',
       ),
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'car_devkit.tgz',
         size=330960,
         checksum='sha256:b97deb463af7d58b6bfaa18b2a4de9829f0f79e8ce663dfa9261bf7810e9accd',
       ),
-      archives.RemoteFile(
+      downloads.RemoteFile(
         _TEST_LABELS,
         size=185758,
         checksum='sha256:790f75be8ea34eeded134cc559332baf23e30e91367e9ddca97d26ed9b895f05',
       ),
     ),
     (
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'CARS196.zip',
         urls=('http://ftp.cs.stanford.edu/cs/cvgl/CARS196.zip',),
       ),

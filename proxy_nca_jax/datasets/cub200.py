@@ -6,7 +6,7 @@ the archive holds is for classification.
 
 import os
 
-from proxy_nca_jax.datasets import archives, published
+from proxy_nca_jax.datasets import downloads, published
 
 _IMAGES = 'images'
 
@@ -17,7 +17,7 @@ class Cub200(published.PublishedBuilder):
   homepage = 'https://data.caltech.edu/records/65de6-vp158'
   files = (
     (
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'CUB_200_2011.tgz',
         urls=(
           'https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1',

@@ -8,7 +8,7 @@ import os
 
 import tensorflow_datasets as tfds
 
-from proxy_nca_jax.datasets import archives, published
+from proxy_nca_jax.datasets import downloads, published
 
 _PARTITION = 'list_eval_partition.txt'
 
@@ -22,8 +22,8 @@ class Inshop(published.PublishedBuilder):
   )
   files = (
     (
-      archives.RemoteFile('img.zip'),
-      archives.RemoteFile(
+      downloads.RemoteFile('img.zip'),
+      downloads.RemoteFile(
         _PARTITION,
         checksum='sha256:'
         'cfada103c44df866db5e2ee9ecc2301ca691a4d0cdb3c875fe4051b62570894c',

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from proxy_nca_jax.datasets import archives, published
+from proxy_nca_jax.datasets import downloads, published
 
 _FOLDERS = {
   'train': 'bounding_box_train',
@@ -30,7 +30,7 @@ class Market1501(published.PublishedBuilder):
   homepage = 'https://zheng-lab.cecs.anu.edu.au/Project/project_reid.html'
   files = (
     (
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'Market-1501-v15.09.15.zip',
         urls=(
           'http://188.138.127.15:81/Datasets/Market-1501-v15.09.15.zip',

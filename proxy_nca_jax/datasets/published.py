@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 
-from proxy_nca_jax.datasets import archives, images, records
+from proxy_nca_jax.datasets import archives, downloads, images, records
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class PublishedBuilder(records.OrderedBuilder):
   """
 
   homepage: str
-  files: Sequence[Sequence[archives.RemoteFile]]
+  files: Sequence[Sequence[downloads.RemoteFile]]
   markers: Sequence[Sequence[str]]
   counts: Mapping[str, tuple[int, int]]
   features: Mapping[str, object] = {}
@@ -189,7 +189,7 @@ class PublishedBuilder(records.OrderedBuilder):
     for files, paths in zip(self.files, found):
       try:
         return [
-          path or archives.fetch(file, self.downloads)
+          path or downloads.fetch(file, self.downloads)
           for file, path in zip(files, paths)
         ]
       except ValueError as error:
@@ -201,7 +201,7 @@ class PublishedBuilder(records.OrderedBuilder):
       f'People find them at {self.homepage}. ({"; ".join(reasons)})'
     )
 
-  def _find_file(self, file: archives.RemoteFile) -> str | None:
+  def _find_file(self, file: downloads.RemoteFile) -> str | None:
     """Looks for a file under the names that its copies have."""
     stem = file.name.split('.')[0]
     names = [file.name]
@@ -224,7 +224,7 @@ class PublishedBuilder(records.OrderedBuilder):
     )
 
 
-def _describe_file(file: archives.RemoteFile) -> str:
+def _describe_file(file: downloads.RemoteFile) -> str:
   facts = [f'{file.size:,} bytes'] if file.size else []
   facts += [file.checksum] if file.checksum else []
   return f'{file.name} ({", ".join(facts)})' if facts else file.name

@@ -6,7 +6,7 @@ divide the things.
 
 import tensorflow_datasets as tfds
 
-from proxy_nca_jax.datasets import archives, published
+from proxy_nca_jax.datasets import downloads, published
 
 
 class Sop(published.PublishedBuilder):
@@ -15,7 +15,7 @@ class Sop(published.PublishedBuilder):
   homepage = 'https://cvgl.stanford.edu/projects/lifted_struct/'
   files = (
     (
-      archives.RemoteFile(
+      downloads.RemoteFile(
         'Stanford_Online_Products.zip',
         urls=(
           'http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip',
