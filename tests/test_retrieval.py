@@ -296,6 +296,20 @@ class NearestTest(parameterized.TestCase):
         similarities, np.take_along_axis(expected, order, axis=1)
       )
 
+  @parameterized.parameters(0, 1, 17, 300)
+  def test_any_number_of_queries_is_answered(self, num_queries):
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(num_queries, 4)).astype(np.float32)
+    gallery = rng.normal(size=(150, 4)).astype(np.float32)
+    similarities, indices = retrieval.nearest(queries, 3, gallery=gallery)
+    expected = queries @ gallery.T
+    np.testing.assert_array_equal(
+      indices, np.argsort(-expected, axis=1)[:, :3]
+    )
+    np.testing.assert_allclose(
+      similarities, -np.sort(-expected, axis=1)[:, :3], rtol=1e-5
+    )
+
   def test_all_items_can_be_asked_for(self):
     rng = np.random.default_rng(0)
     queries, gallery = rng.normal(size=(3, 4)), rng.normal(size=(70, 4))

@@ -72,7 +72,7 @@ def nearest(
     items = layout.place(items)
   queries = jnp.asarray(queries, jnp.float32)
   num_queries, dim = queries.shape
-  at_once = min(blocked.round_up(num_queries, _MULTIPLE), _MAX_QUERIES)
+  at_once = min(blocked.round_up(max(num_queries, 1), _MULTIPLE), _MAX_QUERIES)
   queries = jnp.pad(queries, ((0, -num_queries % at_once), (0, 0)))
   similarities, indices = _nearest(
     items,
