@@ -8,6 +8,7 @@ points has the same centroid, however the points are divided.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -44,6 +45,7 @@ def kmeans(
     mesh: jax.sharding.Mesh | None = None,
     axis_name: str | None = None,
     block_size: int = 1024,
+    progress: Callable[[int], object] | None = None,
 ) -> Clusters:
   """Clusters points by Lloyd's algorithm.
 
@@ -68,6 +70,7 @@ def kmeans(
     axis_name: of the mesh.
     block_size: the largest number of points, and of centroids, whose products
       are held at once, rounded up to a multiple of 64. It changes no result.
+    progress: is called with 1 for each update of the centroids.
 
   Returns:
     The clusters.
@@ -107,14 +110,25 @@ def kmeans(
   if mesh is not None:
     sharding = NamedSharding(mesh, PartitionSpec(axis_name))
     points = jax.device_put(points, sharding)
-  return _kmeans(
-    points,
-    centroids,
-    jax.random.split(key, num_starts),
-    tolerance,
-    max_iterations,
-    start=start,
-    layout=_Layout(mesh, axis_name, block_size, num_points),
+  layout = _Layout(mesh, axis_name, block_size, num_points)
+  best, least = None, float('inf')
+  for each in jax.random.split(key, num_starts):
+    state = _begin(points, centroids, each, start=start, layout=layout)
+    num_iterations, goes_on = 0, True
+    # One by one, so that a signal is heard.
+    while goes_on and num_iterations < max_iterations:
+      state, goes_on = _update(points, state, tolerance, layout=layout)
+      num_iterations += 1
+      if progress:
+        progress(1)
+    if best is None or float(state.inertia) < least:
+      best, least = (state, num_iterations), float(state.inertia)
+  state, num_iterations = best
+  return Clusters(
+    _gather(state.ids, layout=layout),
+    state.centroids,
+    state.inertia,
+    jnp.int32(num_iterations),
   )
 
 
@@ -158,47 +172,109 @@ class _Layout(NamedTuple):
     return self.sum(jnp.where(is_here[:, None], rows, 0))
 
 
-@functools.partial(jax.jit, static_argnames=('start', 'layout'))
-def _kmeans(
-    points, centroids, keys, tolerance, max_iterations, *, start, layout
-):
-  """Runs `_best_start` on each device."""
-  run = functools.partial(_best_start, start=start, layout=layout)
-  if layout.mesh is not None:
-    shared = PartitionSpec()
-    run = jax.shard_map(
-      run,
-      mesh=layout.mesh,
-      in_specs=(PartitionSpec(layout.axis_name), *4 * [shared]),
-      out_specs=shared,
-      check_vma=False,
-    )
-  return run(points, centroids, keys, tolerance, max_iterations)
+class _State(NamedTuple):
+  """What Lloyd's algorithm knows between two updates.
+
+  Attributes:
+    scores: float32 [num_rows], each point's best, as `_assign` has it.
+    ids: int32 [num_rows], the centroids that have it.
+    centroids: float32 [num_clusters, dim].
+    inertia: float32 [].
+  """
+
+  scores: jax.Array
+  ids: jax.Array
+  centroids: jax.Array
+  inertia: jax.Array
 
 
-def _best_start(
-    points, centroids, keys, tolerance, max_iterations, *, start, layout
-):
-  num_clusters = centroids.shape[0]
-
-  def keep_better(best, key):
-    if start == 'given':
-      first = centroids
-    else:
-      choose = _choose if start == 'random' else _choose_plus_plus
-      first = layout.take(points, choose(points, key, num_clusters, layout))
-    new = _lloyd(points, first, tolerance, max_iterations, layout)
-    is_better = new.inertia < best.inertia
-    return jax.tree.map(lambda a, b: jnp.where(is_better, a, b), new, best), ()
-
-  nothing = Clusters(
-    jnp.zeros(layout.num_points, jnp.int32),
-    jnp.zeros_like(centroids),
-    jnp.float32(jnp.inf),
-    jnp.int32(0),
+def _on_each(fn, layout: _Layout, *, arguments: str, results):
+  """Maps the points and what else a device has of them, or all have alike."""
+  if layout.mesh is None:
+    return fn
+  rows, shared = PartitionSpec(layout.axis_name), PartitionSpec()
+  specs = {
+    'rows': rows, 'shared': shared, 'state': _State(rows, rows, shared, shared)
+  }
+  return jax.shard_map(
+    fn,
+    mesh=layout.mesh,
+    in_specs=tuple(specs[name] for name in arguments.split()),
+    out_specs=jax.tree.map(specs.get, results),
+    check_vma=False,
   )
-  best, _ = jax.lax.scan(keep_better, nothing, keys)
-  return best
+
+
+@functools.partial(jax.jit, static_argnames=('start', 'layout'))
+def _begin(points, centroids, key, *, start, layout):
+  """Assigns the points to the first centroids, which it draws if not given."""
+
+  def begin(points, centroids, key):
+    num_clusters = centroids.shape[0]
+    if start != 'given':
+      choose = _choose if start == 'random' else _choose_plus_plus
+      chosen = choose(points, key, num_clusters, layout)
+      centroids = layout.take(points, chosen)
+    squares = _squares(points)
+    scores, ids = _assign(
+      points,
+      centroids,
+      jnp.ones(num_clusters, bool),
+      squares,
+      jnp.zeros(squares.shape, jnp.int32),
+      layout=layout,
+    )
+    return _State(scores, ids, centroids, _inertia(squares, scores, layout))
+
+  return _on_each(
+    begin, layout, arguments='rows shared shared', results='state'
+  )(points, centroids, key)
+
+
+@functools.partial(jax.jit, static_argnames='layout')
+def _update(points, state, tolerance, *, layout):
+  """Moves the centroids to the means; returns (state, whether to go on)."""
+
+  def update(points, state, tolerance):
+    squares, num_clusters = _squares(points), state.centroids.shape[0]
+    means = _means(
+      points,
+      state.ids,
+      num_clusters,
+      _scale(points, layout),
+      _distances(squares, state.scores, layout),
+      layout,
+    )
+    has_moved = jnp.any(means != state.centroids, axis=1)
+    scores, ids = _assign(
+      points, means, has_moved, state.scores, state.ids, layout=layout
+    )
+    inertia = _inertia(squares, scores, layout)
+    has_changed = jnp.any(layout.gather(ids != state.ids))
+    has_fallen = state.inertia - inertia > tolerance * state.inertia
+    goes_on = has_changed & (has_fallen | (tolerance == 0))
+    return _State(scores, ids, means, inertia), goes_on
+
+  return _on_each(
+    update, layout, arguments='rows state shared', results=('state', 'shared')
+  )(points, state, tolerance)
+
+
+@functools.partial(jax.jit, static_argnames='layout')
+def _gather(ids, *, layout):
+  return _on_each(
+    layout.gather, layout, arguments='rows', results='shared'
+  )(ids)
+
+
+def _distances(squares, scores, layout):
+  return layout.gather(jnp.maximum(squares - 2 * scores, 0))
+
+
+def _inertia(squares, scores, layout):
+  # The sum alone, not fused with what differs between numbers of devices.
+  distances = _distances(squares, scores, layout)
+  return jnp.sum(jax.lax.optimization_barrier(distances))
 
 
 def _choose(points, key, num_clusters, layout):
@@ -284,44 +360,6 @@ def _choose_plus_plus(points, key, num_clusters, layout):
     (weights, indices, jnp.int32(1)),
   )
   return indices
-
-
-def _lloyd(points, centroids, tolerance, max_iterations, layout):
-  num_clusters = centroids.shape[0]
-  squares = _squares(points)
-  scale = _scale(points, layout)
-  assign = functools.partial(_assign, points, layout=layout)
-
-  def distances(scores):
-    return layout.gather(jnp.maximum(squares - 2 * scores, 0))
-
-  def add_up(scores):
-    # The sum alone, not fused with what differs between numbers of devices.
-    return jnp.sum(jax.lax.optimization_barrier(distances(scores)))
-
-  def update(state):
-    scores, ids, centroids, inertia, _, iteration = state
-    means = _means(points, ids, num_clusters, scale, distances(scores), layout)
-    has_moved = jnp.any(means != centroids, axis=1)
-    scores, new = assign(means, has_moved, scores, ids)
-    new_inertia = add_up(scores)
-    has_changed = jnp.any(layout.gather(new != ids))
-    has_fallen = inertia - new_inertia > tolerance * inertia
-    goes_on = has_changed & (has_fallen | (tolerance == 0))
-    return scores, new, means, new_inertia, goes_on, iteration + 1
-
-  scores, ids = assign(
-    centroids,
-    jnp.ones(num_clusters, bool),
-    squares,
-    jnp.zeros(squares.shape, jnp.int32),
-  )
-  scores, ids, centroids, inertia, _, num_iterations = jax.lax.while_loop(
-    lambda state: state[4] & (state[5] < max_iterations),
-    update,
-    (scores, ids, centroids, add_up(scores), True, jnp.int32(0)),
-  )
-  return Clusters(layout.gather(ids), centroids, inertia, num_iterations)
 
 
 def _assign(points, centroids, has_moved, scores, ids, *, layout):

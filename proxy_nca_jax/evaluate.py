@@ -158,15 +158,20 @@ def score(
     )
   num_classes = len(np.unique(labels))
   if cameras is None and kmeans_iterations:
-    clusters = clustering.kmeans(
-      embeddings,
-      num_clusters=num_classes,
-      key=jax.random.key(seed),
-      start=kmeans_start,
-      num_starts=kmeans_num_starts,
-      max_iterations=kmeans_iterations,
-      **over,
-    )
+    with tqdm.tqdm(
+      total=kmeans_num_starts * kmeans_iterations, desc='clustering',
+      unit='update', disable=None, leave=False, delay=1,
+    ) as bar:
+      clusters = clustering.kmeans(
+        embeddings,
+        num_clusters=num_classes,
+        key=jax.random.key(seed),
+        start=kmeans_start,
+        num_starts=kmeans_num_starts,
+        max_iterations=kmeans_iterations,
+        progress=bar.update,
+        **over,
+      )
     scores |= _cluster_scores(labels, np.asarray(clusters.assignments))
   scores |= {
     'num_queries': int(has_match.sum()),
@@ -251,12 +256,17 @@ def _score_queries(
     embeddings, labels = embeddings[queries], labels[queries]
   parts = {name: [] for name in score_fns}
   order = []
-  for rows, ranks in retrieval.positive_ranks(
-    embeddings, labels, gallery=gallery, cameras=cameras, **kwargs
-  ):
-    order.append(rows)
-    for name, score_fn in score_fns.items():
-      parts[name].append(score_fn(ranks))
+  with tqdm.tqdm(
+    total=1, desc='ranking', disable=None, leave=False, delay=1,
+    bar_format='{l_bar}{bar}| {elapsed}<{remaining}',
+  ) as bar:
+    for rows, ranks in retrieval.positive_ranks(
+      embeddings, labels, gallery=gallery, cameras=cameras,
+      progress=bar.update, **kwargs,
+    ):
+      order.append(rows)
+      for name, score_fn in score_fns.items():
+        parts[name].append(score_fn(ranks))
   scores = {name: np.concatenate(values) for name, values in parts.items()}
   return scores, labels[np.concatenate(order)]
 

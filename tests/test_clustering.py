@@ -211,6 +211,15 @@ class KMeansTest(parameterized.TestCase):
     self.assertGreater(numbers[1], numbers[2])
     self.assertEqual(numbers[2], 1)
 
+  def test_every_update_is_told(self):
+    points = np.random.default_rng(0).normal(size=(200, 3))
+    told = []
+    clusters = clustering.kmeans(
+      points, num_clusters=9, key=jax.random.key(0), progress=told.append
+    )
+    self.assertEqual(told, [1] * int(clusters.num_iterations))
+    self.assertNotEmpty(told)
+
   def test_an_unknown_start_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, "'randon'.*'random' or 'k-means"):
       clustering.kmeans(

@@ -146,7 +146,7 @@ class MainTest(parameterized.TestCase):
     self._assert_equals_straight(workdir)
     # The second start took what the first had compiled.
     added = {path.name for path in cache.glob('*-cache')} - compiled
-    for name in ('train_step', 'forward', '_kmeans', '_count', 'init'):
+    for name in ('train_step', 'forward', '_update', '_count', 'init'):
       self.assertTrue([x for x in compiled if f'jit_{name}' in x], name)
       self.assertFalse([x for x in added if f'jit_{name}' in x], name)
 

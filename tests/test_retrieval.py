@@ -204,6 +204,34 @@ class PositiveRanksTest(parameterized.TestCase):
     few = blocked.similarities(np.tile(a, (16, 1)), np.tile(b, (1024, 1)))
     self.assertLen(np.unique(few), 1)
 
+  @parameterized.product(num_devices=(0, 3), with_gallery=(False, True))
+  def test_calls_of_few_blocks_change_no_rank_and_tell_their_share(
+      self, num_devices, with_gallery
+  ):
+    embeddings, labels = _with_copies()
+    kwargs = {'block_size': 64, **(_over(num_devices) if num_devices else {})}
+    if with_gallery:
+      kwargs['gallery'] = (embeddings[200:], labels[200:])
+      embeddings, labels = embeddings[:200], labels[:200]
+    expected = _ranks(embeddings, labels, **kwargs)
+    shares = []
+    with mock.patch.object(ranks_lib, '_MIN_BLOCKS', 1):
+      actual = _ranks(embeddings, labels, progress=shares.append, **kwargs)
+    self.assertEqual(actual, expected)
+    self.assertGreater(len(shares), 1)
+    self.assertAlmostEqual(sum(shares), 1)
+
+  @parameterized.parameters(True, False)
+  def test_every_block_is_in_one_call(self, is_symmetric):
+    for number in (1, 8, 9, 1000):
+      calls = list(ranks_lib._calls(number, is_symmetric))
+      self.assertLessEqual(len(calls), 64)
+      self.assertEqual(
+        [block for blocks, _ in calls for block in range(*blocks)],
+        [*range(number)],
+      )
+      self.assertAlmostEqual(sum(share for _, share in calls), 1)
+
   def test_re_identification_by_hand(self):
     # The query is person 1 by camera 1. Nearest first: the same person and
     # camera (ignored), a distractor, the person by camera 2, another, camera 3.

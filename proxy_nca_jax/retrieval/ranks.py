@@ -13,7 +13,7 @@ whole numbers, whose sum has no order.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import chex
@@ -35,6 +35,7 @@ def positive_ranks(
     mesh: jax.sharding.Mesh | None = None,
     axis_name: str | None = None,
     block_size: int = 1024,
+    progress: Callable[[float], object] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Ranks each query's positives in its gallery, block by block.
 
@@ -55,6 +56,8 @@ def positive_ranks(
     axis_name: of the mesh.
     block_size: queries a block, rounded up to a multiple of 64; at most as
       many as there are on a device. It changes no result.
+    progress: is called with each share of the work that is done; all of them
+      are 1 together.
 
   Yields:
     (queries, ranks): int64 [at most block_size], rows of `embeddings`; int32
@@ -95,15 +98,23 @@ def positive_ranks(
       )
       # So that one band is held at a time.
       thresholds.append(jax.block_until_ready(of_block))
-    thresholds, counts = _count(
-      queries[:2],
-      items[:2],
-      thresholds,
-      group.start,
-      numbers=tuple(numbers[block] for block in group),
-      is_symmetric=is_self and len(groups) == 1,
-      layout=layout,
+    of_group = [numbers[block] for block in group]
+    thresholds, counts = _join(
+      thresholds, numbers=tuple(of_group), layout=layout
     )
+    is_symmetric = is_self and len(groups) == 1
+    for blocks, share in _calls(len(group), is_symmetric):
+      counts = _count(
+        (queries[:2], items[:2], thresholds),
+        counts,
+        (group.start, np.cumsum([0, *of_group], dtype=np.int32), *blocks),
+        is_symmetric=is_symmetric,
+        layout=layout,
+      )
+      # So that a signal is heard, and progress is what it says.
+      jax.block_until_ready(counts)
+      if progress:
+        progress(share * len(group) / len(bands))
     yield from _ranks(thresholds, counts, numbers, group, queries, layout)
 
 
@@ -150,6 +161,9 @@ class _Band(NamedTuple):
 _MAX_COMPARED = 128
 # Thresholds at once, in 64 MiB; the counts take as much.
 _MAX_THRESHOLDS = 1 << 24
+# Blocks of queries by one call: each passes the items round once, and more than
+# a minute of a million items would be long to wait.
+_MIN_BLOCKS, _MAX_CALLS = 8, 64
 _FILLING = np.iinfo(np.int32).max
 
 
@@ -318,53 +332,71 @@ def _thresholds(queries, band, block, *, number, nearest_only, layout):
   return layout.on_each(local)((queries, band), block)
 
 
+@functools.partial(jax.jit, static_argnames=('numbers', 'layout'))
+def _join(thresholds, *, numbers, layout):
+  """Joins the thresholds of blocks, of each its number.
+
+  Returns:
+    The thresholds float32, and counts of 0, int32, both [sum of numbers,
+    block_size] on each device.
+  """
+
+  def local(thresholds, _):
+    joined = jnp.concatenate(
+      [block[:number] for block, number in zip(thresholds, numbers)]
+    )
+    return joined, jnp.zeros(joined.shape, jnp.int32)
+
+  return layout.on_each(local)(thresholds, ())
+
+
+def _calls(
+    num_blocks: int, is_symmetric: bool
+) -> Iterator[tuple[tuple[int, int], float]]:
+  """Yields (first, last + 1) of the blocks of a call, and its share of all."""
+  size = max(_MIN_BLOCKS, -(-num_blocks // _MAX_CALLS))
+  # Each meets those from itself on; what several devices do is evener.
+  costs = np.arange(num_blocks, 0, -1) if is_symmetric else np.ones(num_blocks)
+  for first in range(0, num_blocks, size):
+    blocks = (first, min(first + size, num_blocks))
+    yield blocks, float(costs[slice(*blocks)].sum() / costs.sum())
+
+
 @functools.partial(
-  jax.jit, static_argnames=('numbers', 'is_symmetric', 'layout')
+  jax.jit, static_argnames=('is_symmetric', 'layout'), donate_argnums=1
 )
-def _count(
-    queries, items, thresholds, first, *, numbers, is_symmetric, layout
-):
-  """Counts the negatives that reach the thresholds of blocks of queries.
+def _count(rows, counts, shared, *, is_symmetric, layout):
+  """Counts the negatives that reach the thresholds of some blocks of queries.
 
   Args:
-    queries, items: (embeddings, classes), on each device.
-    thresholds: for each block float32 [at least its number, block_size], on
-      each device.
-    first: the block of the first thresholds.
-    numbers: of thresholds, of each block.
+    rows: (queries, items, thresholds) on each device; queries and items are
+      (embeddings, classes).
+    counts: int32, as the thresholds; those of the blocks before.
+    shared: the block of the first thresholds; where the thresholds of each
+      block begin, and where the last ones end; the first block to count for and
+      the one after the last, from 0 at the first thresholds.
     is_symmetric: whether the queries are the items, all of them. Then the
       product of two blocks serves both.
     layout: of the rows.
 
   Returns:
-    The thresholds and int32 counts, both [sum of numbers, block_size] on each
-    device.
+    The counts, as given, with those of these blocks.
   """
-  offsets = jnp.cumsum(jnp.array((0, *numbers), jnp.int32))
-  count = functools.partial(
+  local = functools.partial(
     _count_around, is_symmetric=is_symmetric, layout=layout
   )
-
-  def local(rows, shared):
-    queries, items, thresholds = rows
-    thresholds = jnp.concatenate(
-      [block[:number] for block, number in zip(thresholds, numbers)]
-    )
-    return thresholds, count(queries, items, thresholds, *shared)
-
-  return layout.on_each(local)((queries, items, thresholds), (first, offsets))
+  return layout.on_each(local)((*rows, counts), shared)
 
 
-def _count_around(
-    queries, items, thresholds, first, offsets, *, is_symmetric, layout
-):
+def _count_around(rows, shared, *, is_symmetric, layout):
   """Counts on one device, which the items of all others visit in turn.
 
   In the symmetric case they bring their thresholds and take home their counts,
   having met every device once: half of the way round is enough.
   """
+  queries, items, thresholds, counts = rows
+  first, offsets, *blocks = shared
   num_devices, size = layout.num_devices, layout.block_size
-  num_query_blocks = len(offsets) - 1
   num_item_blocks = items[0].shape[0] // size
   device = 0 if num_devices == 1 else jax.lax.axis_index(layout.axis_name)
 
@@ -412,12 +444,13 @@ def _count_around(
       )
 
     counts, other_counts = jax.lax.fori_loop(
-      0, num_query_blocks, compare, (counts, other_counts)
+      *blocks, compare, (counts, other_counts)
     )
     return counts, (others, other_counts)
 
-  counts = jnp.zeros(thresholds.shape, jnp.int32)
-  visitors = ((*items, thresholds), counts) if is_symmetric else (items, 0)
+  visitors = (items, 0)
+  if is_symmetric:
+    visitors = ((*items, thresholds), jnp.zeros_like(counts))
   counts, visitors = visit(0, counts, visitors)
   num_steps = num_devices // 2 + 1 if is_symmetric else num_devices
   if num_steps > 1:
