@@ -120,7 +120,7 @@ class FaultsTest(absltest.TestCase):
       env=whole_runs.environment(),
       stdout=subprocess.PIPE,
       text=True,
-      timeout=300,
+      timeout=600,
     ).stdout.split()
     full, saved, read_only, on = (
       pathlib.Path(f'{copied}.{name}').read_text()

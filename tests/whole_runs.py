@@ -125,10 +125,10 @@ def wait_for(process: subprocess.Popen | Fork, line_start: str) -> str:
 def finish(process: subprocess.Popen | Fork) -> tuple[int, str]:
   """Returns the exit status of a process, and what it printed since.
 
-  A process that hangs is killed after five minutes.
+  A process that hangs is killed after ten minutes.
   """
   # Not `communicate`: what `wait_for` has read ahead would be lost.
-  timer = threading.Timer(300, process.kill)
+  timer = threading.Timer(600, process.kill)
   timer.start()
   output = process.stdout.read()
   code = process.wait()
