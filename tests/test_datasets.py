@@ -1,7 +1,9 @@
+import contextlib
 import io
 import os
 import pathlib
 import shutil
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from configs import glyphs as glyphs_config
 from configs import image_folder as image_folder_config
-from proxy_nca_jax import datasets
+from proxy_nca_jax import datasets, locks
 from proxy_nca_jax.datasets import glyphs, images
 
 _FONTS = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf')
@@ -248,6 +250,21 @@ class ImageFolderTest(absltest.TestCase):
       for index in range(count):
         picture = _noise(100 * number + index)
         self._write(f'{name}/{index}.png', _encode(picture))
+
+  def test_who_waited_for_another_to_prepare_reads_what_it_prepared(self):
+    self._write_classes('abcd')
+    hold = locks.hold
+
+    @contextlib.contextmanager
+    def hold_later(path):
+      with mock.patch.object(locks, 'hold', hold):
+        self._load()  # The other one.
+      with hold(path):
+        yield
+
+    with mock.patch.object(locks, 'hold', hold_later):
+      data = self._load()
+    self.assertEqual((len(data.train), len(data.test)), (6, 6))
 
   def _load(self, **fields):
     config = image_folder_config.get_config()

@@ -266,12 +266,13 @@ def prepare(
   data_dir = find_data_dir(fields['data_dir'])
   names = set(inspect.signature(DATASETS[name]).parameters)
   names -= {'builder_cls', 'data_dir'}
-  builder, skipped = DATASETS[name](
-    data_dir=data_dir, **{field: fields[field] for field in names}
-  )
   os.makedirs(os.path.join(data_dir, name), exist_ok=True)
-  # Two runs that need the same data set prepare it once.
+  # Two runs that need the same data set prepare it once. A builder reads what
+  # is prepared when it is made: so after the wait.
   with locks.hold(os.path.join(data_dir, name, 'lock')):
+    builder, skipped = DATASETS[name](
+      data_dir=data_dir, **{field: fields[field] for field in names}
+    )
     _prepare(builder)
   return builder, [*skipped, *builder.info.metadata.get('skipped', ())]
 
