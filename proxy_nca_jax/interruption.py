@@ -34,6 +34,7 @@ class StopSignals:
 
   def __enter__(self) -> 'StopSignals':
     self._is_deferred, self._received, self._previous = False, None, {}
+    self._num_checks = 0
     if threading.current_thread() is not threading.main_thread():
       return self
     if jax.process_count() > 1:
@@ -46,13 +47,16 @@ class StopSignals:
       self._previous[number] = signal.signal(number, self._handle)
     return self
 
-  def check(self, step: int) -> None:
-    """Raises `Stopped` if several processes have agreed to stop at a step.
+  def check(self) -> None:
+    """Raises `Stopped` if several processes have agreed to stop here.
 
-    All call it before each step, with the number of those done.
+    All call it equally often: before each step.
     """
     if jax.process_count() > 1:
-      if multihost_utils.reached_preemption_sync_point(step):
+      # They agree on the number after the largest that one of them has come to,
+      # 0 before the first call: so it counts from 1, wherever a run begins.
+      self._num_checks += 1
+      if multihost_utils.reached_preemption_sync_point(self._num_checks):
         raise Stopped(signal.SIGTERM)
 
   def __exit__(self, *exception) -> None:

@@ -322,8 +322,7 @@ def _fit(
         _evaluate(config, state, run)
     rate_scale = selection.rate_scale(config, run.workdir)
     while done < last:
-      # Processes that stop agree on a number that all of them come to.
-      run.signals.check(done // size)
+      run.signals.check()
       with run.signals.deferred():
         with waiting_for(_INPUT, step=done + 1):
           batches = list(itertools.islice(run.batches, size))
