@@ -132,7 +132,7 @@ def kmeans(
   )
 
 
-# Smaller products than of 16 rows are rounded differently by XLA on CPUs.
+# Products of fewer rows may be rounded differently by XLA on CPUs.
 _ROWS = 64
 # Centroids of k-means++ from one product with all points to the next.
 _ROUND = 256

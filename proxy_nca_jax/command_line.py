@@ -102,7 +102,7 @@ def _run(work, argv: list[str]) -> None:
     _logger.debug('The run failed', exc_info=True)
     if 'RESOURCE_EXHAUSTED' in str(error):
       errors.fail(
-        f'The memory of a device is full ({_join(error)[:300]}). Make '
+        f'The memory of a device is full ({str(error)[:300]}). Make '
         'config.batch_size, config.dataset.image_size or the network smaller, '
         'or set config.model.remat=True; --config.dry_run=True tells what a '
         'step takes.'
@@ -111,17 +111,13 @@ def _run(work, argv: list[str]) -> None:
       raise
     errors.fail(
       'Another process of this run has ended or cannot be reached '
-      f'({_join(error)[:300]}). Start all of them again: the run goes on '
+      f'({str(error)[:300]}). Start all of them again: the run goes on '
       'from its last checkpoint.'
     )
 
 
-def _join(error: Exception) -> str:
-  return ' '.join(str(error).split())
-
-
 def _describe(error: Exception) -> str:
-  text = _join(error)
+  text = ' '.join(str(error).split())
   is_full = 'No space left' in text or 'RESOURCE_EXHAUSTED' in text
   if is_full or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
     return (

@@ -41,8 +41,7 @@ def environment() -> dict[str, str]:
     ' --xla_llvm_disable_expensive_passes=true'
   )
   return os.environ | {
-    'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1',
-    'PYTHONPATH': str(ROOT),
+    'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'
   }
 
 
@@ -74,8 +73,10 @@ class Fork:
     """
     reader, writer = _FORKS.Pipe(duplex=False)
     self._process = _FORKS.Process(target=_run, args=(arguments[1:], writer))
-    # The server and its children have the environment of the first start.
-    with mock.patch.dict(os.environ, environment()):
+    # The server and its children have the environment of the first start; it
+    # finds `main` by the path alone.
+    path = {'PYTHONPATH': str(ROOT)}
+    with mock.patch.dict(os.environ, environment() | path):
       self._process.start()
     writer.close()
     self.stdout = open(os.dup(reader.fileno()))

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+ROWS = 64
 
-def round_up(number: int, multiple: int = 64) -> int:
+
+def round_up(number: int, multiple: int = ROWS) -> int:
   return -(-number // multiple) * multiple
 
 

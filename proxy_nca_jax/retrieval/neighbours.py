@@ -62,8 +62,8 @@ def nearest(
     )
   num_devices = 1 if mesh is None else mesh.shape[axis_name]
   # Where one device has all rows, they are searched where they lie.
-  num_rows = max(-(-num_items // num_devices), 64)
-  size = min(blocked.round_up(block_size), num_rows // 64 * 64)
+  num_rows = max(-(-num_items // num_devices), blocked.ROWS)
+  size = min(blocked.round_up(block_size), num_rows - num_rows % blocked.ROWS)
   layout = blocked.Layout(mesh, axis_name, size)
   items = blocked.as_float32(gallery)
   if num_rows * num_devices > num_items:
