@@ -3,36 +3,39 @@
 import ml_collections
 from ml_collections import config_dict
 
-_LOSS_ARGUMENTS = {
-  'arcface': dict(scale=64.0, margin=0.5),
-  'center': dict(),
-  'center_softmax': dict(weight=0.003),
-  'contrastive': dict(margin=1.0),
-  'cosface': dict(scale=64.0, margin=0.35),
-  'dynamic_proxy_nca': dict(temperature=1 / 9, normalize=True),
-  'facility_location': dict(margin_multiplier=1.0, num_refinements=5),
-  'fractional_proxy_nca': dict(temperature=1 / 9, normalize=True),
-  'lifted_structure': dict(margin=1.0),
-  'magnet': dict(alpha=1.0),
-  'multi_similarity': dict(alpha=2.0, beta=50.0, base=0.5, epsilon=0.1),
-  'n_pairs': dict(regularization=0.0),
-  'normalized_softmax': dict(temperature=0.05),
-  'proxy_anchor': dict(alpha=32.0, margin=0.1),
-  'proxy_nca': dict(
-    temperature=1 / 9,  # ProxyNCA++'s.
-    positive_in_denominator=False,  # The paper's form.
-    normalize=True,
-    label_smoothing=0.0,
-    proxy_chunk=config_dict.placeholder(int),  # Proxies at a time; None: all.
-  ),
-  'proxy_nca_pp': dict(
-    temperature=1 / 9, proxy_chunk=config_dict.placeholder(int)
-  ),
-  'proxy_triplet': dict(margin=0.2, normalize=True),
-  'soft_triple': dict(scale=20.0, margin=0.01, gamma=0.1, tau=0.2),
-  'subcenter_arcface': dict(scale=64.0, margin=0.5),
-  'triplet': dict(margin=0.2, mining='semi_hard'),
-}
+
+def _loss_arguments() -> dict[str, dict]:
+  # Anew for each config: configs that hold one placeholder share its value.
+  return {
+    'arcface': dict(scale=64.0, margin=0.5),
+    'center': dict(),
+    'center_softmax': dict(weight=0.003),
+    'contrastive': dict(margin=1.0),
+    'cosface': dict(scale=64.0, margin=0.35),
+    'dynamic_proxy_nca': dict(temperature=1 / 9, normalize=True),
+    'facility_location': dict(margin_multiplier=1.0, num_refinements=5),
+    'fractional_proxy_nca': dict(temperature=1 / 9, normalize=True),
+    'lifted_structure': dict(margin=1.0),
+    'magnet': dict(alpha=1.0),
+    'multi_similarity': dict(alpha=2.0, beta=50.0, base=0.5, epsilon=0.1),
+    'n_pairs': dict(regularization=0.0),
+    'normalized_softmax': dict(temperature=0.05),
+    'proxy_anchor': dict(alpha=32.0, margin=0.1),
+    'proxy_nca': dict(
+      temperature=1 / 9,  # ProxyNCA++'s.
+      positive_in_denominator=False,  # The paper's form.
+      normalize=True,
+      label_smoothing=0.0,
+      proxy_chunk=config_dict.placeholder(int),  # Proxies at a time; None: all.
+    ),
+    'proxy_nca_pp': dict(
+      temperature=1 / 9, proxy_chunk=config_dict.placeholder(int)
+    ),
+    'proxy_triplet': dict(margin=0.2, normalize=True),
+    'soft_triple': dict(scale=20.0, margin=0.01, gamma=0.1, tau=0.2),
+    'subcenter_arcface': dict(scale=64.0, margin=0.5),
+    'triplet': dict(margin=0.2, mining='semi_hard'),
+  }
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -103,7 +106,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.class_weighting = 0.0
   config.loss.logit_adjustment = 0.0  # proxy_nca and proxy_nca_pp.
   # Arguments of each loss, which its function explains; those of `name` count.
-  for name, arguments in _LOSS_ARGUMENTS.items():
+  for name, arguments in _loss_arguments().items():
     config.loss[name] = ml_collections.ConfigDict(arguments)
 
   config.proxies = ml_collections.ConfigDict()

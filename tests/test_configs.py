@@ -113,6 +113,13 @@ class ConfigsTest(parameterized.TestCase):
         default.get_config().loss[name].to_dict(), arguments, name
       )
 
+  def test_a_change_of_one_config_is_not_seen_in_another(self):
+    changed = default.get_config()
+    for loss, field in (('proxy_nca', 'proxy_chunk'), ('triplet', 'margin')):
+      before = default.get_config().loss[loss][field]
+      changed.loss[loss][field] = 2
+      self.assertEqual(default.get_config().loss[loss][field], before)
+
   def test_a_misspelled_field_is_refused(self):
     with self.assertRaisesRegex(AttributeError, 'num_stepz'):
       default.get_config().num_stepz = 3
