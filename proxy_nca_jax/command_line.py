@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from configs import default
-from proxy_nca_jax import errors, interruption, processes, train
+from proxy_nca_jax import errors, interruption, processes, provenance
 
 _logger = logging.getLogger('proxy_nca_jax')
 
@@ -85,7 +85,7 @@ def _run(work, argv: list[str]) -> None:
     '%s in %s, on %d x %s, %s',
     flags.FLAGS['config'].config_filename, workdir, jax.device_count(),
     jax.devices()[0].device_kind,
-    ' '.join(f'{name} {x}' for name, x in train.versions().items()),
+    ' '.join(f'{name} {x}' for name, x in provenance.versions().items()),
   )
   for name, value in flags.FLAGS['config'].override_values.items():
     _logger.info('config.%s = %r', name, value)

@@ -45,23 +45,6 @@ def make_embed_fn(
   return embed_fn
 
 
-def score_state(
-    embed_fn: Callable[..., jax.Array],
-    config: ml_collections.ConfigDict,
-    mesh: jax.sharding.Mesh,
-    state: state_lib.TrainState,
-    split: datasets.Split,
-    **kwargs,
-) -> dict[str, float]:
-  """Scores a state's embeddings of a split, with kwargs of `evaluate.score`."""
-  return evaluate.score(
-    embed_split(embed_fn, config, state, split),
-    split.labels,
-    **score_settings(config, mesh, split),
-    **kwargs,
-  )
-
-
 def embed_split(
     embed_fn: Callable[..., jax.Array],
     config: ml_collections.ConfigDict,
@@ -79,19 +62,34 @@ def embed_split(
   return embeddings
 
 
-def score_settings(
+def score_split(
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
+    embeddings: np.ndarray,
     split: datasets.Split,
-) -> dict:
-  """Returns the arguments of `evaluate.score` that a run's scores have."""
+    *,
+    num_resamples: int = 0,
+) -> dict[str, float]:
+  """Scores embeddings of a split as the config says: see `evaluate.score`.
+
+  Args:
+    config: of the run.
+    mesh: of the devices.
+    embeddings: float32 [len(split), dim].
+    split: of the data set.
+    num_resamples: of the classes, for confidence intervals.
+  """
   names = (
     'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
     'kmeans_num_starts',
   )
-  return {name: config.evaluation[name] for name in names} | {
-    'is_query': split.is_query,
-    'cameras': split.cameras,
-    'seed': config.seed,
-    'mesh': mesh,
-  }
+  return evaluate.score(
+    embeddings,
+    split.labels,
+    is_query=split.is_query,
+    cameras=split.cameras,
+    seed=config.seed,
+    mesh=mesh,
+    num_resamples=num_resamples,
+    **{name: config.evaluation[name] for name in names},
+  )

@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import logging
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -29,6 +27,7 @@ from proxy_nca_jax import (
   models,
   plan,
   processes,
+  provenance,
   report,
   scoring,
   selection,
@@ -126,30 +125,17 @@ def train_and_evaluate(
       _log_table(results)
       return results
 
-    data = _load_in_turn(config)
-    if saved and saved['dataset_digest'] != data.digest:
-      raise ValueError(
-        'The data set has changed since this run began (other classes, '
-        'records or split). Restore it, or use another workdir.'
-      )
-    weights_digest = processes.of_first(
-      functools.partial(_digest_weights, config, saved)
-    )
-    workdir_lib.write_json(
-      os.path.join(folder.path, 'run.json'),
-      {
-        'config': workdir_lib.as_json(config),
-        'dataset_digest': data.digest,
-        'weights_digest': weights_digest,
-        'class_names': data.train.class_names,
-      },
-    )
+    data, weights_digest = _begin(config, saved, folder.path)
     mesh = mesh_lib.make_mesh()
-    process = (jax.process_index(), jax.process_count())
     embed_fn = scoring.make_embed_fn(
       model, scoring.make_normalize(config), mesh
     )
-    score = functools.partial(scoring.score_state, embed_fn, config, mesh)
+    embed = functools.partial(scoring.embed_split, embed_fn, config)
+    score_embeddings = functools.partial(scoring.score_split, config, mesh)
+
+    def score(state, split, **kwargs):
+      return score_embeddings(embed(state, split), split, **kwargs)
+
     state = state_lib.create(
       config,
       model,
@@ -175,10 +161,7 @@ def train_and_evaluate(
         'trained': score(state, data.test, num_resamples=1000),
         'step': int(state.step),
       }
-      workdir_lib.write_json(
-        os.path.join(folder.path, 'evaluation.json'), results
-      )
-      _log_table(results)
+      _write_results('evaluation.json', results, folder.path)
       return results
 
     prepare = make_prepare(config, data.train, mesh)
@@ -189,12 +172,12 @@ def train_and_evaluate(
     baselines = _baselines(rows[0]) if rows else {}
     if is_new and config.evaluation.baselines:
       _logger.info('Scoring raw pixels and the untrained network')
-      pixels = input_pipeline.raw_pixels(data.test)
       baselines = {
         'untrained': score(state, data.test),
-        'raw_pixels': _score_test(config, mesh, pixels, data.test),
+        'raw_pixels': score_embeddings(
+          input_pipeline.raw_pixels(data.test), data.test
+        ),
       }
-      del pixels
     if baselines:
       selection.check_select_by(config, baselines['untrained'])
     selected = state_lib.Checkpoints(folder.path, keep=2, folder='selected')
@@ -209,7 +192,10 @@ def train_and_evaluate(
       writer.write_texts(0, {'config': f'```\n{config}\n```'})
       writer.write_scalars(0, workdir_lib.flatten(baselines))
     batches = input_pipeline.train_batches(
-      data.train, config, first_step=first_step, process=process
+      data.train,
+      config,
+      first_step=first_step,
+      process=(jax.process_index(), jax.process_count()),
     )
     stack.callback(batches.close)
     run = _Run(
@@ -232,45 +218,26 @@ def train_and_evaluate(
       ),
     )
     state = _fit(config, state, run)
-    embed = functools.partial(scoring.embed_split, embed_fn, config)
-    tested = embed(state, data.test)
-    trained = _score_test(config, mesh, tested, data.test)
-    # A run that was killed since then has them already.
-    if not _is_written('test', config.num_steps, folder.path):
-      writer.write_scalars(
-        config.num_steps, workdir_lib.flatten({'test': trained})
-      )
-    best, choice = _restore_selected(config, state, run)
-    if choice:
-      choice['selected'] = trained
-      if best is not state:
-        tested = embed(best, data.test)
-        choice['selected'] = _score_test(config, mesh, tested, data.test)
+    best, tested, scores = _score_last(
+      config, state, run, embed=embed, score_embeddings=score_embeddings
+    )
     results = {
-      **choice,
-      'trained': trained,
-      **({'seen_classes': score(state, data.seen)} if data.seen else {}),
+      **scores,
       **baselines,
       'step': config.num_steps,
       'skipped_steps': _num_skipped(state),
-      'dataset': _summary(data),
+      'dataset': provenance.summarize_data(data),
       'weights': {'from': config.model.init_from, 'sha256': weights_digest},
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-      'versions': versions(),
+      'versions': provenance.versions(),
     }
-    workdir_lib.write_json(os.path.join(folder.path, 'results.json'), results)
-    _log_table(results)
+    _write_results('results.json', results, folder.path)
     if config.report:
       _write_report(
         config, best, functools.partial(embed, best), tested, results, data,
         folder.path,
       )
     return results
-
-
-def _score_test(config, mesh, embeddings, test) -> dict[str, float]:
-  settings = scoring.score_settings(config, mesh, test)
-  return evaluate.score(embeddings, test.labels, **settings)
 
 
 def _make_train_step(config, model, optimizer, loss, train, mesh):
@@ -378,6 +345,40 @@ def _fit(
   return state
 
 
+def _score_last(
+    config: ml_collections.ConfigDict,
+    state: state_lib.TrainState,
+    run: _Run,
+    *,
+    embed: Callable[..., np.ndarray],
+    score_embeddings: Callable[..., dict[str, float]],
+) -> tuple[state_lib.TrainState, np.ndarray, dict]:
+  """Scores the last state and the selected one, which is shown, on the test.
+
+  Returns:
+    The selected state, its test embeddings, and the scores by their titles in
+    results.json.
+  """
+  test = run.data.test
+  tested = embed(state, test)
+  trained = score_embeddings(tested, test)
+  # A run that was killed since then has them already.
+  if not _is_written('test', config.num_steps, run.workdir):
+    run.writer.write_scalars(
+      config.num_steps, workdir_lib.flatten({'test': trained})
+    )
+  best, scores = _restore_selected(config, state, run)
+  if scores:
+    scores['selected'] = trained
+    if best is not state:
+      tested = embed(best, test)
+      scores['selected'] = score_embeddings(tested, test)
+  scores['trained'] = trained
+  if run.data.seen:
+    scores['seen_classes'] = run.score(state, run.data.seen)
+  return best, tested, scores
+
+
 def _write_report(
     config, state, embed, tested, results, data: datasets.Datasets, workdir: str
 ) -> None:
@@ -400,7 +401,7 @@ def _write_report(
     facts={
       'step shown': str(results.get('selected_step', results['step'])),
       'wall time': watch.wall_time(),
-      'commit': _commit(),
+      'commit': provenance.commit(),
     },
     rows=metric_writer.read_metrics(workdir),
     test=report.Embedded(data.test, tested),
@@ -408,20 +409,6 @@ def _write_report(
     proxies=proxies,
   )
   _logger.info('The report is %s', path)
-
-
-def _commit() -> str:
-  """The commit of this code, where it is a checkout."""
-  folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  # An installed package may lie in a checkout of something else.
-  if not os.path.exists(os.path.join(folder, '.git')):
-    return 'unknown'
-  command = ['git', '-C', folder, 'rev-parse', 'HEAD']
-  try:
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-  except OSError:  # There is no git.
-    return 'unknown'
-  return found.stdout.strip() or 'unknown'
 
 
 def _read_run(config, workdir: str) -> tuple[dict | None, dict | None]:
@@ -447,6 +434,35 @@ def _read_run(config, workdir: str) -> tuple[dict | None, dict | None]:
   return saved, results
 
 
+def _begin(
+    config, saved: Mapping | None, workdir: str
+) -> tuple[datasets.Datasets, str | None]:
+  """Returns the data and the digest of the weights; writes run.json.
+
+  Raises:
+    ValueError: if either cannot be had, or the data is other than before.
+  """
+  data = _load_in_turn(config)
+  if saved and saved['dataset_digest'] != data.digest:
+    raise ValueError(
+      'The data set has changed since this run began (other classes, records '
+      'or split). Restore it, or use another workdir.'
+    )
+  weights_digest = processes.of_first(
+    functools.partial(_digest_weights, config, saved)
+  )
+  workdir_lib.write_json(
+    os.path.join(workdir, 'run.json'),
+    {
+      'config': workdir_lib.as_json(config),
+      'dataset_digest': data.digest,
+      'weights_digest': weights_digest,
+      'class_names': data.train.class_names,
+    },
+  )
+  return data, weights_digest
+
+
 def _num_skipped(state: state_lib.TrainState) -> int:
   """The steps that were skipped because they were not finite."""
   counts = optimizer_lib.skip_counts(state.opt_state)
@@ -462,7 +478,7 @@ def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:
   loaded = []
   processes.of_first(lambda: loaded.append(datasets.load(config)))
   data = loaded[0] if loaded else datasets.load(config)
-  _describe(data)
+  provenance.log_data(data)
   input_pipeline.check_image_size(data.test, config.dataset)
   input_pipeline.check_train_batches(data.train, config)
   return data
@@ -586,48 +602,9 @@ def _baselines(row: Mapping[str, float]) -> dict[str, dict[str, float]]:
   return baselines
 
 
-def _describe(data: datasets.Datasets) -> None:
-  _logger.info(
-    'Training on %d images of %d classes, measuring on %d images of %d others',
-    len(data.train),
-    data.train.num_classes,
-    len(data.test),
-    data.test.num_classes,
-  )
-  if data.validation:
-    _logger.info(
-      'Selecting on %d images of %d classes more',
-      len(data.validation),
-      data.validation.num_classes,
-    )
-  if data.num_shared_classes:
-    _logger.warning(
-      '%d test classes have the name of a train class: the scores are not of '
-      'unseen classes.', data.num_shared_classes,
-    )
-  if data.skipped:
-    _logger.warning('%d files were left out:', len(data.skipped))
-    for name, reason in data.skipped[:20]:
-      _logger.warning('  %s: %s', name, reason)
-    if len(data.skipped) > 20:
-      _logger.warning('  ... all of them are in results.json')
-
-
-def _summary(data: datasets.Datasets) -> dict:
-  splits = {
-    'train': data.train, 'validation': data.validation, 'test': data.test
-  }
-  summary = {
-    name: {'images': len(split), 'classes': split.num_classes}
-    for name, split in splits.items()
-    if split
-  }
-  return summary | {
-    'resized_source': data.is_resized_source,
-    'shared_classes': data.num_shared_classes,
-    'skipped': [list(row) for row in data.skipped],
-    'digest': data.digest,
-  }
+def _write_results(name: str, results: Mapping, workdir: str) -> None:
+  workdir_lib.write_json(os.path.join(workdir, name), results)
+  _log_table(results)
 
 
 def _log_table(results: Mapping) -> None:
@@ -648,9 +625,3 @@ def _log_table(results: Mapping) -> None:
       scores['queries_without_match'],
       scores['queries_without_match'] + scores['num_queries'],
     )
-
-
-def versions() -> dict[str, str]:
-  """Returns the versions of the libraries that results depend on."""
-  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
-  return {name: importlib.metadata.version(name) for name in names}

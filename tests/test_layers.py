@@ -16,7 +16,7 @@ _LAYERS = (
   ('command_line',),
   ('train', 'inference'),
   ('report',),
-  ('scoring', 'selection', 'plan'),
+  ('scoring', 'selection', 'plan', 'provenance'),
   ('evaluate',),
   ('train_step',),
   (
