@@ -1,4 +1,9 @@
-"""SIGTERM and Ctrl-C as an exception that waits for a safe place."""
+"""SIGTERM and Ctrl-C as an exception, and blocks that end before it is raised.
+
+An exception that comes from outside, at any line, leaves locks held and saves
+half done, and libraries take it for a failure of their own. So what reads or
+writes saved states is `deferred`; the rest ends at once.
+"""
 
 import contextlib
 import os
@@ -13,7 +18,7 @@ from jax.experimental import multihost_utils
 class Stopped(KeyboardInterrupt):
   """Someone asks the run to end: raised by `StopSignals`.
 
-  Like its base it is no `Exception`, so that no library swallows it.
+  Like its base it is no `Exception`, which libraries catch more often.
   """
 
   def __init__(self, number: int):
@@ -22,7 +27,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-  """Raises `Stopped` on a signal, at once or when `deferred` ends.
+  """Raises `Stopped` on a signal, at once or when all `deferred` end.
 
   A second signal takes its default course, so that nobody is kept waiting. The
   handlers can be set in the main thread only; elsewhere nothing changes.
@@ -33,8 +38,8 @@ class StopSignals:
   """
 
   def __enter__(self) -> 'StopSignals':
-    self._is_deferred, self._received, self._previous = False, None, {}
-    self._num_checks = 0
+    self._num_deferred, self._num_checks = 0, 0
+    self._received, self._previous = None, {}
     if threading.current_thread() is not threading.main_thread():
       return self
     if jax.process_count() > 1:
@@ -44,14 +49,17 @@ class StopSignals:
       )
       return self
     for number in (signal.SIGTERM, signal.SIGINT):
-      self._previous[number] = signal.signal(number, self._handle)
+      # One that is not Python's could not be set again.
+      if signal.getsignal(number) is not None:
+        self._previous[number] = signal.signal(number, self._handle)
     return self
 
   def check(self) -> None:
-    """Raises `Stopped` if several processes have agreed to stop here.
+    """Raises `Stopped` if a library swallowed it, or all processes agree on it.
 
-    All call it equally often: before each step.
+    They call this equally often: before each step.
     """
+    self._raise_received()
     if jax.process_count() > 1:
       # They agree on the number after the largest that one of them has come to,
       # 0 before the first call: so it counts from 1, wherever a run begins.
@@ -71,16 +79,27 @@ class StopSignals:
     del frame
     self._restore()
     self._received = number
-    if not self._is_deferred:
-      raise Stopped(number)
+    self._raise_received()
 
-  @contextlib.contextmanager
-  def deferred(self) -> Iterator[None]:
-    """Lets the block end before a signal is raised."""
-    self._is_deferred = True
-    try:
-      yield
-    finally:
-      self._is_deferred = False
-    if self._received is not None:
+  def _raise_received(self):
+    if self._received is not None and not self._num_deferred:
       raise Stopped(self._received)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+  """Lets a block, or a function, end before the `StopSignals` around it raise.
+
+  Without them, in other threads, and after a first signal it does nothing.
+  """
+  signals = getattr(signal.getsignal(signal.SIGTERM), '__self__', None)
+  is_main = threading.current_thread() is threading.main_thread()
+  if not is_main or not isinstance(signals, StopSignals):
+    yield
+    return
+  signals._num_deferred += 1
+  try:
+    yield
+  finally:
+    signals._num_deferred -= 1
+  signals._raise_received()

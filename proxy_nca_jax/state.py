@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from proxy_nca_jax import losses, processes, proxies
+from proxy_nca_jax import interruption, losses, processes, proxies
 from proxy_nca_jax import mesh as mesh_lib
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ class Checkpoints:
 
   A save happens in the background. It becomes visible by a rename when it is
   whole, so that a killed process leaves the states before it. Each state
-  carries sums over its bytes: Orbax does not notice changed ones.
+  carries sums over its bytes: Orbax does not notice changed ones. A signal is
+  not raised before a call ends: Orbax takes it for a broken file, or hangs.
   """
 
   def __init__(self, workdir: str, *, keep: int, folder: str = 'checkpoints'):
@@ -170,6 +171,7 @@ class Checkpoints:
     self._checkpointer = None
     self._open()
 
+  @interruption.deferred()
   def _open(self):
     if self._checkpointer is not None:
       self._checkpointer.close()
@@ -183,12 +185,14 @@ class Checkpoints:
     self._pending = None
 
   @property
+  @interruption.deferred()
   def steps(self) -> list[int]:
     """The steps of the saved states, ascending."""
     return processes.of_first(
       lambda: sorted(entry.step for entry in self._checkpointer.checkpoints)
     )
 
+  @interruption.deferred()
   def save(self, step: int, state: TrainState) -> None:
     """Begins to save a state, unless that step is saved; waits for the last."""
     self.wait()
@@ -197,6 +201,7 @@ class Checkpoints:
         step, {'state': _as_dict(state), 'sums': _sums(state)}
       )
 
+  @interruption.deferred()
   def wait(self) -> None:
     """Waits for the save that is under way.
 
@@ -207,6 +212,7 @@ class Checkpoints:
     if pending is not None:
       pending.result()
 
+  @interruption.deferred()
   def restore(
       self, like: TrainState, *, step: int | None = None
   ) -> TrainState | None:
@@ -270,6 +276,7 @@ class Checkpoints:
       target = f'{path}.broken{number}'
     os.rename(path, target)
 
+  @interruption.deferred()
   def close(self) -> None:
     self.wait()
     self._checkpointer.close()
@@ -300,12 +307,12 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   try:
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-      ocp.metadata(path).metadata,
-    )
-    del abstract['state']['opt_state']
-    with context:
+    with context, interruption.StopSignals(), interruption.deferred():
+      abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        ocp.metadata(path).metadata,
+      )
+      del abstract['state']['opt_state']
       saved = ocp.load(path, abstract)
   except Exception as error:  # Orbax lets the types of its readers through.
     reason = (str(error).splitlines() or [''])[0][:200]

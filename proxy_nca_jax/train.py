@@ -290,7 +290,7 @@ def _fit(
     rate_scale = selection.rate_scale(config, run.workdir)
     while done < last:
       run.signals.check()
-      with run.signals.deferred():
+      with interruption.deferred():
         with waiting_for(_INPUT, step=done + 1):
           batches = list(itertools.islice(run.batches, size))
         for batch in batches:
@@ -321,7 +321,7 @@ def _fit(
         _evaluate(config, state, run)
         rate_scale = selection.rate_scale(config, run.workdir)
         progress.restart_clock()
-      with run.signals.deferred():
+      with interruption.deferred():
         if done == last or done % config.save_every == 0:
           # A state is saved only if all losses before it are finite.
           with waiting_for(_DEVICE, step=done):
@@ -546,7 +546,7 @@ def _evaluate(config, state: state_lib.TrainState, run: _Run) -> None:
     step, config.num_steps, name, 100 * value, title,
   )
   selection.check_select_by(config, scores)
-  with run.signals.deferred():
+  with interruption.deferred():
     run.writer.write_scalars(step, workdir_lib.flatten({title: scores}))
     if run.data.validation and selection.select(config, run.workdir)[0] == step:
       run.selected.save(step, state)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import threading
@@ -17,20 +18,60 @@ class StopSignalsTest(parameterized.TestCase):
         self.fail('The signal did nothing.')
     self.assertEqual(raised.exception.number, number)
 
-  def test_a_deferred_signal_waits_for_the_end_of_the_block(self):
+  @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
+  def test_a_deferred_signal_waits_for_the_end_of_the_block(self, number):
     done = []
     with self.assertRaises(interruption.Stopped):
-      with interruption.StopSignals() as signals:
-        with signals.deferred():
-          os.kill(os.getpid(), signal.SIGTERM)
-          done.append('block')
+      with interruption.StopSignals():
+        with interruption.deferred():
+          with interruption.deferred():
+            os.kill(os.getpid(), number)
+            done.append('block')
+          done.append('block around it')
         done.append('after')
-    self.assertEqual(done, ['block'])
+    self.assertEqual(done, ['block', 'block around it'])
 
   def test_nothing_is_raised_without_a_signal(self):
     with interruption.StopSignals() as signals:
-      with signals.deferred():
-        pass
+      with interruption.deferred():
+        signals.check()
+
+  def test_a_deferred_function_ends_first_each_time_it_is_called(self):
+    done = []
+
+    @interruption.deferred()
+    def work():
+      os.kill(os.getpid(), signal.SIGTERM)
+      done.append('work')
+
+    for _ in range(2):
+      with self.assertRaises(interruption.Stopped):
+        with interruption.StopSignals():
+          work()
+    self.assertEqual(done, ['work', 'work'])
+
+  def test_nothing_is_deferred_outside(self):
+    handler = signal.getsignal(signal.SIGINT)
+    with interruption.deferred():
+      self.assertIs(signal.getsignal(signal.SIGINT), handler)
+      with self.assertRaises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+  def test_a_second_signal_is_not_deferred(self):
+    with self.assertRaises(KeyboardInterrupt) as raised:
+      with interruption.StopSignals(), interruption.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with interruption.deferred():
+          os.kill(os.getpid(), signal.SIGINT)
+          self.fail('The second signal did nothing.')
+    self.assertNotIsInstance(raised.exception, interruption.Stopped)
+
+  def test_one_that_a_library_swallowed_is_raised_by_the_next_check(self):
+    with interruption.StopSignals() as signals:
+      with contextlib.suppress(interruption.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+      with self.assertRaises(interruption.Stopped):
+        signals.check()
 
   def test_the_handlers_of_before_come_back(self):
     before = signal.getsignal(signal.SIGTERM)

@@ -1,5 +1,7 @@
 import dataclasses
 import os
+import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,8 @@ import numpy as np
 from absl.testing import absltest
 
 from configs import default
+from proxy_nca_jax import interruption, models
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax import models
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
@@ -51,6 +53,26 @@ def _largest_file(directory):
     for name in names
   ]
   return max(paths, key=os.path.getsize)
+
+
+def _stop_at(work, number):
+  """Tells the process to stop at a call of a work; returns their number."""
+  num_calls = 0
+
+  def count(frame, event, argument):
+    del frame, argument
+    nonlocal num_calls
+    if event in ('call', 'c_call'):
+      num_calls += 1
+      if num_calls == number:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+  sys.setprofile(count)
+  try:
+    work()
+  finally:
+    sys.setprofile(None)
+  return num_calls
 
 
 def _assert_equal(actual, expected):
@@ -154,6 +176,21 @@ class StateTest(absltest.TestCase):
     checkpoints.save(1, _at_step(1))
     checkpoints.wait()
     self.assertEqual(checkpoints.steps, [1])
+
+  def test_a_stop_at_any_call_of_a_restore_is_no_fault_of_the_state(self):
+    self._save(1)
+    like, path = _create(), os.path.join(self.workdir, 'checkpoints')
+    for read in (
+      lambda: self._open().restore(like), lambda: state_lib.read(path)
+    ):
+      read()
+      num_calls = _stop_at(read, None)
+      for share in np.arange(0.05, 1, 0.1):
+        with interruption.StopSignals():
+          with self.assertRaises(interruption.Stopped):
+            _stop_at(read, int(share * num_calls))
+        self.assertNotIn('1.broken', os.listdir(path))
+    _assert_equal(self._open().restore(like), _at_step(1))
 
   def _assert_falls_back(self):
     with self.assertLogs('proxy_nca_jax', 'WARNING') as logs:
