@@ -14,6 +14,7 @@ os.environ['XLA_FLAGS'] = (
   # Tests compile for longer than they compute.
   + ' --xla_backend_optimization_level=0'
   + ' --xla_llvm_disable_expensive_passes=true'
+  + ' --xla_cpu_use_fusion_emitters=false'
 )
 # A program is compiled once and a data set is prepared once, whichever test or
 # process of a test needs it.

@@ -7,6 +7,7 @@ import types
 
 import jax
 import numpy as np
+import whole_runs
 from absl.testing import absltest, parameterized
 
 from configs import default
@@ -198,8 +199,8 @@ class ProcessesTest(absltest.TestCase):
       free.bind(('localhost', 0))
       address = f'localhost:{free.getsockname()[1]}'
     tests = pathlib.Path(__file__).parent
-    environment = os.environ | {
-      'PYTHONPATH': f'{tests.parent}{os.pathsep}{tests}', 'XLA_FLAGS': ''
+    environment = whole_runs.environment() | {
+      'PYTHONPATH': f'{tests.parent}{os.pathsep}{tests}'
     }
     processes = [
       subprocess.Popen(

@@ -1,7 +1,6 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import tempfile
 
 import numpy as np
 import oracles
+import whole_runs
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import evaluate
@@ -266,7 +266,7 @@ def _of_two_processes():
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   root = str(pathlib.Path(__file__).parent.parent)
-  environment = os.environ | {'PYTHONPATH': root, 'XLA_FLAGS': ''}
+  environment = whole_runs.environment() | {'PYTHONPATH': root}
   processes = [
     subprocess.Popen(
       [sys.executable, '-c', _PROCESS, str(index), address],

@@ -59,7 +59,11 @@ def _variables(module, size):
 
 
 def _compute(module, variables, images):
-  """Pooled features in evaluation and training, statistics and gradients."""
+  """Pooled features in evaluation and training, statistics, and gradients.
+
+  Those of convolutional networks nobody reads: a rectifier at 0 may pass a
+  gradient here and not there.
+  """
 
   def pool(features):
     if features.ndim == 3:
@@ -74,9 +78,11 @@ def _compute(module, variables, images):
     return jnp.sum(features := pool(features)), (features, state)
 
   evaluated = pool(module.apply(variables, images, train=False))
-  gradients, (trained, state) = jax.grad(features_sum, has_aux=True)(
-    variables['params']
-  )
+  params, gradients = variables['params'], {}
+  if 'cls_token' in params:
+    gradients, (trained, state) = jax.grad(features_sum, has_aux=True)(params)
+  else:
+    _, (trained, state) = features_sum(params)
   return evaluated, trained, state.get('batch_stats', {}), gradients
 
 
@@ -103,8 +109,7 @@ class BackboneTest(parameterized.TestCase):
     self._assert_close(evaluated, original['evaluated'], 1e-4)
     # Deep channels have eight numbers: their normalisation enlarges rounding.
     self._assert_close(trained, original['trained'], 5e-3)
-    # Of the others, a rectifier at 0 may pass a gradient here and not there.
-    if 'cls_token' in gradients:
+    if gradients:
       self._assert_close(
         gradients['cls_token'], original['token_gradient'], 1e-3
       )
@@ -144,12 +149,14 @@ class BackboneTest(parameterized.TestCase):
     plain, remat = (vit.ViT(**kwargs, remat=x) for x in (False, True))
     images = made_weights.make_images(8)
     variables = plain.init(jax.random.key(0), images, train=False)
-    for a, b in zip(
-      jax.tree.leaves(_run(plain, variables, images)),
-      jax.tree.leaves(_run(remat, variables, images)),
-    ):
-      scale = np.abs(b).max() + 1e-6
-      np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+    plain, remat = (
+      jax.tree.leaves(_run(module, variables, images))
+      for module in (plain, remat)
+    )
+    # Of one size for all: that of a key's bias is 0, but for rounding.
+    scale = max(np.abs(leaf).max() for leaf in plain)
+    for actual, expected in zip(remat, plain):
+      np.testing.assert_allclose(actual, expected, atol=1e-5 * scale)
 
   def test_bgr_and_means_are_those_of_the_caffe_models(self):
     backbone = backbones.BACKBONES['bn_inception']
