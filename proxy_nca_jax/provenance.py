@@ -39,7 +39,7 @@ def log_data(data: datasets.Datasets) -> None:
 
 
 def summarize_data(data: datasets.Datasets) -> dict:
-  """Returns the same as results.json has it, with the digest of the data."""
+  """Returns what results.json tells of the data, with its digest."""
   splits = {
     'train': data.train, 'validation': data.validation, 'test': data.test
   }
