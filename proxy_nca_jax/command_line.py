@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -68,6 +69,8 @@ def run(
 def _run(work, argv: list[str]) -> None:
   if len(argv) > 1:
     errors.fail(f'Unexpected arguments: {" ".join(argv[1:])}')
+  # Outside of a run a Ctrl-C, and in it a second one, ends the process at once.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   # The libraries report their inner steps through absl.
   absl_logging.set_verbosity(absl_logging.FATAL)
   try:

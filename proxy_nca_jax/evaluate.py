@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from proxy_nca_jax import clustering, errors, metrics, retrieval
+from proxy_nca_jax import clustering, errors, interruption, metrics, retrieval
 from proxy_nca_jax import mesh as mesh_lib
 
 
@@ -41,6 +41,7 @@ def embed(
   for batch in tqdm.tqdm(
     batches, desc='embedding', unit='batch', disable=None, leave=False, delay=1
   ):
+    interruption.check()
     embeddings = np.asarray(embed_fn(batch), np.float32)
     mask, label, number = multihost_utils.process_allgather(
       (batch['mask'], batch['label'], batch['id']), tiled=True
@@ -128,6 +129,7 @@ def score(
   labels = np.asarray(labels)
   _check_lengths(embeddings, labels, is_query=is_query, cameras=cameras)
   embeddings, num_zeros = _project_to_sphere(embeddings)
+  interruption.check()
   if mesh is not None and mesh.size == 1:
     mesh = None
   over = {'mesh': mesh, 'axis_name': mesh_lib.AXIS}
@@ -162,6 +164,11 @@ def score(
       total=kmeans_num_starts * kmeans_iterations, desc='clustering',
       unit='update', disable=None, leave=False, delay=1,
     ) as bar:
+
+      def progress(num_updates):
+        interruption.check()
+        bar.update(num_updates)
+
       clusters = clustering.kmeans(
         embeddings,
         num_clusters=num_classes,
@@ -169,7 +176,7 @@ def score(
         start=kmeans_start,
         num_starts=kmeans_num_starts,
         max_iterations=kmeans_iterations,
-        progress=bar.update,
+        progress=progress,
         **over,
       )
     scores |= _cluster_scores(labels, np.asarray(clusters.assignments))

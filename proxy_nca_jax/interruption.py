@@ -1,24 +1,22 @@
-"""SIGTERM and Ctrl-C as an exception, and blocks that end before it is raised.
+"""SIGTERM and Ctrl-C: noted when they come, raised where a run can end.
 
-An exception that comes from outside, at any line, leaves locks held and saves
-half done, and libraries take it for a failure of their own. So what reads or
-writes saved states is `deferred`; the rest ends at once.
+An exception that a signal handler raises comes at any line: it leaves locks
+held, and libraries take it for a failure of their own. So long work of ours
+calls `check` between its parts, and no handler raises.
 """
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class Stopped(KeyboardInterrupt):
-  """Someone asks the run to end: raised by `StopSignals`.
+  """Someone asks the run to end: raised by `check`.
 
-  Like its base it is no `Exception`, which libraries catch more often.
+  Like its base it is no `Exception`, which whoever retries would catch.
   """
 
   def __init__(self, number: int):
@@ -27,19 +25,21 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-  """Raises `Stopped` on a signal, at once or when all `deferred` end.
+  """Notes the first signal in its context, and says on stderr what follows.
 
-  A second signal takes its default course, so that nobody is kept waiting. The
+  A second one takes its default course, so that nobody is kept waiting. The
   handlers can be set in the main thread only; elsewhere nothing changes.
 
   Where a run has several processes, it is enough that one is told: all stop
-  after the same step, which JAX's preemption service finds. So nothing is
-  raised but by `check`.
+  after the same step, which JAX's preemption service finds.
   """
 
+  _current = None
+
   def __enter__(self) -> 'StopSignals':
-    self._num_deferred, self._num_checks = 0, 0
+    self._num_checks = 0
     self._received, self._previous = None, {}
+    self._outer, StopSignals._current = StopSignals._current, self
     if threading.current_thread() is not threading.main_thread():
       return self
     if jax.process_count() > 1:
@@ -55,11 +55,12 @@ class StopSignals:
     return self
 
   def check(self) -> None:
-    """Raises `Stopped` if a library swallowed it, or all processes agree on it.
+    """Raises `Stopped` if a signal has come, to any process of the run.
 
     They call this equally often: before each step.
     """
-    self._raise_received()
+    if self._received is not None:
+      raise Stopped(self._received)
     if jax.process_count() > 1:
       # They agree on the number after the largest that one of them has come to,
       # 0 before the first call: so it counts from 1, wherever a run begins.
@@ -68,6 +69,7 @@ class StopSignals:
         raise Stopped(signal.SIGTERM)
 
   def __exit__(self, *exception) -> None:
+    StopSignals._current = self._outer
     self._restore()
 
   def _restore(self):
@@ -79,27 +81,19 @@ class StopSignals:
     del frame
     self._restore()
     self._received = number
-    self._raise_received()
+    # Not `print`, which must not be called while it is at work.
+    os.write(2, (
+      f'{signal.Signals(number).name}: the run ends after what it is doing; a '
+      'second one ends it at once.\n'
+    ).encode())
 
-  def _raise_received(self):
-    if self._received is not None and not self._num_deferred:
-      raise Stopped(self._received)
 
+def check() -> None:
+  """Raises `Stopped` if a signal came to the one process of a run.
 
-@contextlib.contextmanager
-def deferred() -> Iterator[None]:
-  """Lets a block, or a function, end before the `StopSignals` around it raise.
-
-  Without them, in other threads, and after a first signal it does nothing.
+  Outside of `StopSignals` it does nothing; several processes stop between
+  steps only.
   """
-  signals = getattr(signal.getsignal(signal.SIGTERM), '__self__', None)
-  is_main = threading.current_thread() is threading.main_thread()
-  if not is_main or not isinstance(signals, StopSignals):
-    yield
-    return
-  signals._num_deferred += 1
-  try:
-    yield
-  finally:
-    signals._num_deferred -= 1
-  signals._raise_received()
+  signals = StopSignals._current
+  if signals is not None and signals._received is not None:
+    raise Stopped(signals._received)

@@ -11,6 +11,8 @@ import time
 import uuid
 from collections.abc import Iterator
 
+from proxy_nca_jax import interruption
+
 # A killed run keeps others out for two minutes; one that cannot reach the
 # storage for as long may lose its lease.
 LEASE_SECONDS = 120.0
@@ -35,7 +37,15 @@ def hold(path: str, *, wait: bool = True) -> Iterator[None]:
   """
   descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
   try:
-    fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    while True:
+      try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:
+        if not wait:
+          raise
+      interruption.check()
+      time.sleep(0.1)
     yield
   finally:
     os.close(descriptor)

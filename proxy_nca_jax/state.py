@@ -161,8 +161,7 @@ class Checkpoints:
 
   A save happens in the background. It becomes visible by a rename when it is
   whole, so that a killed process leaves the states before it. Each state
-  carries sums over its bytes: Orbax does not notice changed ones. A signal is
-  not raised before a call ends: Orbax takes it for a broken file, or hangs.
+  carries sums over its bytes: Orbax does not notice changed ones.
   """
 
   def __init__(self, workdir: str, *, keep: int, folder: str = 'checkpoints'):
@@ -171,7 +170,6 @@ class Checkpoints:
     self._checkpointer = None
     self._open()
 
-  @interruption.deferred()
   def _open(self):
     if self._checkpointer is not None:
       self._checkpointer.close()
@@ -185,14 +183,12 @@ class Checkpoints:
     self._pending = None
 
   @property
-  @interruption.deferred()
   def steps(self) -> list[int]:
     """The steps of the saved states, ascending."""
     return processes.of_first(
       lambda: sorted(entry.step for entry in self._checkpointer.checkpoints)
     )
 
-  @interruption.deferred()
   def save(self, step: int, state: TrainState) -> None:
     """Begins to save a state, unless that step is saved; waits for the last."""
     self.wait()
@@ -201,7 +197,6 @@ class Checkpoints:
         step, {'state': _as_dict(state), 'sums': _sums(state)}
       )
 
-  @interruption.deferred()
   def wait(self) -> None:
     """Waits for the save that is under way.
 
@@ -212,7 +207,6 @@ class Checkpoints:
     if pending is not None:
       pending.result()
 
-  @interruption.deferred()
   def restore(
       self, like: TrainState, *, step: int | None = None
   ) -> TrainState | None:
@@ -276,7 +270,6 @@ class Checkpoints:
       target = f'{path}.broken{number}'
     os.rename(path, target)
 
-  @interruption.deferred()
   def close(self) -> None:
     self.wait()
     self._checkpointer.close()
@@ -307,13 +300,15 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   try:
-    with context, interruption.StopSignals(), interruption.deferred():
+    # Orbax takes a Ctrl-C for a broken file, or hangs.
+    with context, interruption.StopSignals() as signals:
       abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         ocp.metadata(path).metadata,
       )
       del abstract['state']['opt_state']
       saved = ocp.load(path, abstract)
+    signals.check()
   except Exception as error:  # Orbax lets the types of its readers through.
     reason = (str(error).splitlines() or [''])[0][:200]
     raise ValueError(

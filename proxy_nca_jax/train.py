@@ -290,30 +290,29 @@ def _fit(
     rate_scale = selection.rate_scale(config, run.workdir)
     while done < last:
       run.signals.check()
-      with interruption.deferred():
-        with waiting_for(_INPUT, step=done + 1):
-          batches = list(itertools.islice(run.batches, size))
-        for batch in batches:
-          losses.check_labels(batch['label'], run.data.train.num_classes)
-        run.trace.before(done + 1, done + size)
-        with (
-          waiting_for(_DEVICE, step=done + 1),
-          jax.profiler.StepTraceAnnotation('train', step_num=done + 1),
-        ):
-          state, metrics = run.train_steps(
-            state,
-            [run.prepare(batch) for batch in batches],
-            rate_scale,
-            freeze_batch_norm=_is_batch_norm_frozen(config, done),
-          )
-          done += size
-          progress.add(
-            done, metrics, input_seconds=run.watchdog.seconds[_INPUT]
-          )
-        run.trace.after(done, metrics)
-        if done == last or done % config.log_every == 0:
-          progress.report()
-          run.publish()
+      with waiting_for(_INPUT, step=done + 1):
+        batches = list(itertools.islice(run.batches, size))
+      for batch in batches:
+        losses.check_labels(batch['label'], run.data.train.num_classes)
+      run.trace.before(done + 1, done + size)
+      with (
+        waiting_for(_DEVICE, step=done + 1),
+        jax.profiler.StepTraceAnnotation('train', step_num=done + 1),
+      ):
+        state, metrics = run.train_steps(
+          state,
+          [run.prepare(batch) for batch in batches],
+          rate_scale,
+          freeze_batch_norm=_is_batch_norm_frozen(config, done),
+        )
+        done += size
+        progress.add(
+          done, metrics, input_seconds=run.watchdog.seconds[_INPUT]
+        )
+      run.trace.after(done, metrics)
+      if done == last or done % config.log_every == 0:
+        progress.report()
+        run.publish()
       # Before the save, so that a run that resumes after it has the scores.
       if _is_evaluated(config, done):
         with waiting_for(_DEVICE, step=done):
@@ -321,15 +320,14 @@ def _fit(
         _evaluate(config, state, run)
         rate_scale = selection.rate_scale(config, run.workdir)
         progress.restart_clock()
-      with interruption.deferred():
-        if done == last or done % config.save_every == 0:
-          # A state is saved only if all losses before it are finite.
-          with waiting_for(_DEVICE, step=done):
-            progress.check()
-          with waiting_for(_SAVING, step=done):
-            run.selected.wait()
-            run.checkpoints.save(done, state)
-          run.publish()
+      if done == last or done % config.save_every == 0:
+        # A state is saved only if all losses before it are finite.
+        with waiting_for(_DEVICE, step=done):
+          progress.check()
+        with waiting_for(_SAVING, step=done):
+          run.selected.wait()
+          run.checkpoints.save(done, state)
+        run.publish()
     with waiting_for(_SAVING, step=done):
       run.checkpoints.wait()
   except interruption.Stopped:
@@ -546,10 +544,9 @@ def _evaluate(config, state: state_lib.TrainState, run: _Run) -> None:
     step, config.num_steps, name, 100 * value, title,
   )
   selection.check_select_by(config, scores)
-  with interruption.deferred():
-    run.writer.write_scalars(step, workdir_lib.flatten({title: scores}))
-    if run.data.validation and selection.select(config, run.workdir)[0] == step:
-      run.selected.save(step, state)
+  run.writer.write_scalars(step, workdir_lib.flatten({title: scores}))
+  if run.data.validation and selection.select(config, run.workdir)[0] == step:
+    run.selected.save(step, state)
 
 
 def _evaluated_split(run: _Run) -> str:

@@ -1,89 +1,84 @@
-import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import interruption
 
+_COMMAND = """
+import time
+from proxy_nca_jax import errors
+
+with errors.in_one_line(stopped='As it was.'):
+  print('at work', flush=True)
+  time.sleep(60)
+"""
+
 
 class StopSignalsTest(parameterized.TestCase):
 
   @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
-  def test_a_signal_raises_at_once(self, number):
+  def test_a_signal_is_raised_by_the_next_check(self, number):
+    done = []
     with self.assertRaises(interruption.Stopped) as raised:
       with interruption.StopSignals():
+        interruption.check()
         os.kill(os.getpid(), number)
-        self.fail('The signal did nothing.')
+        done.append('what it was doing')
+        interruption.check()
+        done.append('what comes next')
     self.assertEqual(raised.exception.number, number)
-
-  @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
-  def test_a_deferred_signal_waits_for_the_end_of_the_block(self, number):
-    done = []
-    with self.assertRaises(interruption.Stopped):
-      with interruption.StopSignals():
-        with interruption.deferred():
-          with interruption.deferred():
-            os.kill(os.getpid(), number)
-            done.append('block')
-          done.append('block around it')
-        done.append('after')
-    self.assertEqual(done, ['block', 'block around it'])
+    self.assertEqual(done, ['what it was doing'])
 
   def test_nothing_is_raised_without_a_signal(self):
     with interruption.StopSignals() as signals:
-      with interruption.deferred():
+      signals.check()
+      interruption.check()
+
+  def test_code_that_waits_for_a_thread_is_not_disturbed(self):
+    with interruption.StopSignals() as signals:
+      event = threading.Event()
+      timer = threading.Timer(0.2, event.set)
+      kill = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+      timer.start()
+      kill.start()
+      self.assertTrue(event.wait(60))
+      kill.join()
+      with self.assertRaises(interruption.Stopped):
         signals.check()
 
-  def test_a_deferred_function_ends_first_each_time_it_is_called(self):
-    done = []
-
-    @interruption.deferred()
-    def work():
-      os.kill(os.getpid(), signal.SIGTERM)
-      done.append('work')
-
-    for _ in range(2):
-      with self.assertRaises(interruption.Stopped):
-        with interruption.StopSignals():
-          work()
-    self.assertEqual(done, ['work', 'work'])
-
-  def test_nothing_is_deferred_outside(self):
-    handler = signal.getsignal(signal.SIGINT)
-    with interruption.deferred():
-      self.assertIs(signal.getsignal(signal.SIGINT), handler)
-      with self.assertRaises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-
-  def test_a_second_signal_is_not_deferred(self):
+  def test_a_second_signal_takes_its_default_course(self):
     with self.assertRaises(KeyboardInterrupt) as raised:
-      with interruption.StopSignals(), interruption.deferred():
+      with interruption.StopSignals():
         os.kill(os.getpid(), signal.SIGTERM)
-        with interruption.deferred():
-          os.kill(os.getpid(), signal.SIGINT)
-          self.fail('The second signal did nothing.')
+        os.kill(os.getpid(), signal.SIGINT)
+        self.fail('The second signal did nothing.')
     self.assertNotIsInstance(raised.exception, interruption.Stopped)
 
-  def test_one_that_a_library_swallowed_is_raised_by_the_next_check(self):
-    with interruption.StopSignals() as signals:
-      with contextlib.suppress(interruption.Stopped):
+  def test_a_signal_within_two_is_of_the_inner_one(self):
+    with interruption.StopSignals():
+      with interruption.StopSignals() as inner:
         os.kill(os.getpid(), signal.SIGTERM)
+      interruption.check()
       with self.assertRaises(interruption.Stopped):
-        signals.check()
+        inner.check()
 
   def test_the_handlers_of_before_come_back(self):
     before = signal.getsignal(signal.SIGTERM)
     with interruption.StopSignals():
       self.assertNotEqual(signal.getsignal(signal.SIGTERM), before)
     self.assertEqual(signal.getsignal(signal.SIGTERM), before)
+    interruption.check()
 
   def test_another_thread_runs_without_handlers(self):
     entered = []
 
     def run():
       with interruption.StopSignals():
+        interruption.check()
         entered.append(True)
 
     thread = threading.Thread(target=run)
@@ -93,6 +88,20 @@ class StopSignalsTest(parameterized.TestCase):
 
   def test_libraries_that_catch_exceptions_let_it_through(self):
     self.assertNotIsInstance(interruption.Stopped(signal.SIGTERM), Exception)
+
+
+class CommandTest(absltest.TestCase):
+
+  def test_a_stopped_command_ends_where_it_is(self):
+    process = subprocess.Popen(
+      [sys.executable, '-c', _COMMAND], text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    self.assertEqual(process.stdout.readline(), 'at work\n')
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    self.assertEqual(process.returncode, 130)
+    self.assertEqual(printed.split('\n'), ['', 'As it was.', ''])
 
 
 if __name__ == '__main__':

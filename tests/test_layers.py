@@ -29,9 +29,10 @@ _LAYERS = (
     'mirror', 'index', 'pages',
   ),
   (
-    'metrics', 'distances', 'mesh', 'locks', 'interruption', 'watch',
-    'processes', 'errors', 'config_checks',
+    'metrics', 'distances', 'mesh', 'locks', 'watch', 'processes', 'errors',
+    'config_checks',
   ),
+  ('interruption',),
 )
 _PURE = (
   'losses', 'proxies', 'metrics', 'distances', 'retrieval', 'clustering'

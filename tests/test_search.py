@@ -6,8 +6,11 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import shutil
+import signal
+import sys
 import tempfile
 from unittest import mock
 
@@ -144,12 +147,13 @@ class SearchTest(parameterized.TestCase):
       nonlocal num_calls
       num_calls += 1
       if num_calls > 1:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
       return embed(embedder, images)
 
     with (
       mock.patch.object(index_lib, '_BATCH', 10),
       mock.patch.object(inference.Embedder, 'embed', embed_once),
+      mock.patch.object(os, '_exit', sys.exit),
       self.assertRaises(SystemExit) as raised,
     ):
       self._run('index', **flags)

@@ -186,9 +186,10 @@ class StateTest(absltest.TestCase):
       read()
       num_calls = _stop_at(read, None)
       for share in np.arange(0.05, 1, 0.1):
-        with interruption.StopSignals():
+        with interruption.StopSignals() as signals:
           with self.assertRaises(interruption.Stopped):
             _stop_at(read, int(share * num_calls))
+            signals.check()
         self.assertNotIn('1.broken', os.listdir(path))
     _assert_equal(self._open().restore(like), _at_step(1))
 

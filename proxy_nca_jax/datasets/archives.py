@@ -19,6 +19,8 @@ from typing import IO
 
 from tqdm import auto as tqdm
 
+from proxy_nca_jax import interruption
+
 # The data sets have at most 120,053 members, and pictures hardly compress.
 MAX_MEMBERS = 500_000
 MAX_RATIO = 20
@@ -142,6 +144,7 @@ def _extract_one(path: str, folder: str) -> None:
     desc=os.path.basename(path), unit='B', unit_scale=True, disable=None
   ) as progress:
     for name, fault, size, source in _members(path, limit):
+      interruption.check()
       num_members += 1
       num_bytes += size
       if num_members > MAX_MEMBERS:

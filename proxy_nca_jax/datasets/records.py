@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
+from proxy_nca_jax import interruption
+
 
 def make_info(
     builder: tfds.core.DatasetBuilder, *, side: int | None, **features
@@ -131,6 +133,7 @@ class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
       ) as progress:
         # The writer saves its progress at each call: not for each record.
         while chunk := list(itertools.islice(examples, 256)):
+          interruption.check()
           writer.add_examples({split: [example for _, example in chunk]})
           progress.update(len(chunk))
     writer.close_all()

@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 import tqdm
 
-from proxy_nca_jax import locks
+from proxy_nca_jax import interruption, locks
 
 _logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def _write(folder, inputs, read, num_pictures) -> None:
     futures.ThreadPoolExecutor() as pool,
   ):
     for start in range(0, num_pictures, 64):
+      interruption.check()
       indices = range(start, min(start + 64, num_pictures))
       for index, picture in zip(indices, pool.map(read, indices)):
         shapes[index] = picture.shape[:2]
