@@ -160,26 +160,16 @@ def score(
     )
   num_classes = len(np.unique(labels))
   if cameras is None and kmeans_iterations:
-    with tqdm.tqdm(
-      total=kmeans_num_starts * kmeans_iterations, desc='clustering',
-      unit='update', disable=None, leave=False, delay=1,
-    ) as bar:
-
-      def progress(num_updates):
-        interruption.check()
-        bar.update(num_updates)
-
-      clusters = clustering.kmeans(
-        embeddings,
-        num_clusters=num_classes,
-        key=jax.random.key(seed),
-        start=kmeans_start,
-        num_starts=kmeans_num_starts,
-        max_iterations=kmeans_iterations,
-        progress=progress,
-        **over,
-      )
-    scores |= _cluster_scores(labels, np.asarray(clusters.assignments))
+    scores |= _score_clusters(
+      embeddings,
+      labels,
+      num_clusters=num_classes,
+      key=jax.random.key(seed),
+      start=kmeans_start,
+      num_starts=kmeans_num_starts,
+      max_iterations=kmeans_iterations,
+      **over,
+    )
   scores |= {
     'num_queries': int(has_match.sum()),
     'queries_without_match': int((~has_match).sum()),
@@ -308,7 +298,27 @@ def _by_frequency(
   }
 
 
-def _cluster_scores(labels, clusters) -> dict[str, float]:
+def _score_clusters(
+    embeddings, labels, *, num_starts: int, max_iterations: int, **settings
+) -> dict[str, float]:
+  """Compares the clusters of `clustering.kmeans` with the labels."""
+  with tqdm.tqdm(
+    total=num_starts * max_iterations, desc='clustering', unit='update',
+    disable=None, leave=False, delay=1,
+  ) as bar:
+
+    def progress(num_updates):
+      interruption.check()
+      bar.update(num_updates)
+
+    clusters = clustering.kmeans(
+      embeddings,
+      num_starts=num_starts,
+      max_iterations=max_iterations,
+      progress=progress,
+      **settings,
+    )
+  clusters = np.asarray(clusters.assignments)
   return {
     'nmi': metrics.normalized_mutual_information(labels, clusters),
     'ami': metrics.adjusted_mutual_information(labels, clusters),

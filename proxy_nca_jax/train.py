@@ -127,15 +127,7 @@ def train_and_evaluate(
 
     data, weights_digest = _begin(config, saved, folder.path)
     mesh = mesh_lib.make_mesh()
-    embed_fn = scoring.make_embed_fn(
-      model, scoring.make_normalize(config), mesh
-    )
-    embed = functools.partial(scoring.embed_split, embed_fn, config)
-    score_embeddings = functools.partial(scoring.score_split, config, mesh)
-
-    def score(state, split, **kwargs):
-      return score_embeddings(embed(state, split), split, **kwargs)
-
+    embed, score_embeddings, score = _make_scores(config, model, mesh)
     state = state_lib.create(
       config,
       model,
@@ -172,11 +164,10 @@ def train_and_evaluate(
     baselines = _baselines(rows[0]) if rows else {}
     if is_new and config.evaluation.baselines:
       _logger.info('Scoring raw pixels and the untrained network')
+      pixels = input_pipeline.raw_pixels(data.test)
       baselines = {
         'untrained': score(state, data.test),
-        'raw_pixels': score_embeddings(
-          input_pipeline.raw_pixels(data.test), data.test
-        ),
+        'raw_pixels': score_embeddings(pixels, data.test),
       }
     if baselines:
       selection.check_select_by(config, baselines['untrained'])
@@ -251,6 +242,22 @@ def _make_train_step(config, model, optimizer, loss, train, mesh):
   )
 
 
+def _make_scores(config, model, mesh) -> tuple[Callable, Callable, Callable]:
+  """Returns what embeds a split, what scores its embeddings, and both in one.
+
+  They are (state, split) -> embeddings, (embeddings, split) -> scores and
+  (state, split) -> scores.
+  """
+  embed_fn = scoring.make_embed_fn(model, scoring.make_normalize(config), mesh)
+  embed = functools.partial(scoring.embed_split, embed_fn, config)
+  score_embeddings = functools.partial(scoring.score_split, config, mesh)
+
+  def score(state, split, **kwargs):
+    return score_embeddings(embed(state, split), split, **kwargs)
+
+  return embed, score_embeddings, score
+
+
 def _describe_plan(config, model, optimizer, loss) -> None:
   """Logs what the run would do, and leaves its workdir alone."""
   data, mesh = _load_in_turn(config), mesh_lib.make_mesh()
@@ -260,6 +267,40 @@ def _describe_plan(config, model, optimizer, loss) -> None:
   step = _make_train_step(config, model, optimizer, loss, data.train, mesh)
   _logger.info('%s', plan.describe(config, data.train, step, state, mesh))
   _logger.info('A dry run (config.dry_run): nothing was trained.')
+
+
+def _take_steps(
+    config: ml_collections.ConfigDict,
+    state: state_lib.TrainState,
+    run: _Run,
+    progress: metric_writer.Progress,
+    rate_scale: float,
+    *,
+    done: int,
+) -> state_lib.TrainState:
+  """Takes the steps of one dispatch after `done`, and reports them."""
+  first, last = done + 1, done + config.steps_per_dispatch
+  with run.watchdog.waiting_for(_INPUT, step=first):
+    batches = list(itertools.islice(run.batches, config.steps_per_dispatch))
+  for batch in batches:
+    losses.check_labels(batch['label'], run.data.train.num_classes)
+  run.trace.before(first, last)
+  with (
+    run.watchdog.waiting_for(_DEVICE, step=first),
+    jax.profiler.StepTraceAnnotation('train', step_num=first),
+  ):
+    state, metrics = run.train_steps(
+      state,
+      [run.prepare(batch) for batch in batches],
+      rate_scale,
+      freeze_batch_norm=_is_batch_norm_frozen(config, done),
+    )
+    progress.add(last, metrics, input_seconds=run.watchdog.seconds[_INPUT])
+  run.trace.after(last, metrics)
+  if last == config.num_steps or last % config.log_every == 0:
+    progress.report()
+    run.publish()
+  return state
 
 
 def _fit(
@@ -272,9 +313,7 @@ def _fit(
       where such steps are skipped; no such state is saved.
     interruption.Stopped: on a signal, the state being saved.
   """
-  done, last, size = (
-    int(state.step), config.num_steps, config.steps_per_dispatch
-  )
+  done, last = int(state.step), config.num_steps
   progress = metric_writer.Progress(
     run.writer,
     num_steps=last,
@@ -290,29 +329,8 @@ def _fit(
     rate_scale = selection.rate_scale(config, run.workdir)
     while done < last:
       run.signals.check()
-      with waiting_for(_INPUT, step=done + 1):
-        batches = list(itertools.islice(run.batches, size))
-      for batch in batches:
-        losses.check_labels(batch['label'], run.data.train.num_classes)
-      run.trace.before(done + 1, done + size)
-      with (
-        waiting_for(_DEVICE, step=done + 1),
-        jax.profiler.StepTraceAnnotation('train', step_num=done + 1),
-      ):
-        state, metrics = run.train_steps(
-          state,
-          [run.prepare(batch) for batch in batches],
-          rate_scale,
-          freeze_batch_norm=_is_batch_norm_frozen(config, done),
-        )
-        done += size
-        progress.add(
-          done, metrics, input_seconds=run.watchdog.seconds[_INPUT]
-        )
-      run.trace.after(done, metrics)
-      if done == last or done % config.log_every == 0:
-        progress.report()
-        run.publish()
+      state = _take_steps(config, state, run, progress, rate_scale, done=done)
+      done += config.steps_per_dispatch
       # Before the save, so that a run that resumes after it has the scores.
       if _is_evaluated(config, done):
         with waiting_for(_DEVICE, step=done):

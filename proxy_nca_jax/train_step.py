@@ -159,40 +159,15 @@ def make_train_step(
     learning_rates: (updates done) -> {group: rate}, for the metrics.
   """
 
+  mean_loss = jax.value_and_grad(
+    _make_mean_loss(model, loss, normalize, share), has_aux=True
+  )
+
   def train_step(state, batch, rate_scale=1.0, *, freeze_batch_norm=False):
-    images = normalize(batch['image'])
-
-    def mean_loss(params):
-      params = dict(params)
-      points = params.pop('proxies')
-      embeddings, model_state = model.apply(
-        {'params': params, **state.model_state},
-        images,
-        # Nothing but batch normalisation differs in training.
-        train=not freeze_batch_norm,
-        mutable=list(state.model_state),
-      )
-      embeddings, points, labels, mask = share(
-        embeddings, points, batch['label'], batch['mask']
-      )
-      value = loss.fn(
-        embeddings=embeddings,
-        labels=labels,
-        where=mask,
-        **({'proxies': points} if loss.needs.proxies else {}),
-        **state.loss_state,
-      )
-      # A loss of the batch as a whole is a scalar already.
-      if value.ndim:
-        value = jnp.sum(value) / jnp.maximum(jnp.sum(mask), 1)
-      metrics = _proxy_metrics(
-        loss.needs.proxies, embeddings, points, labels, mask
-      )
-      return value, (embeddings, metrics, model_state)
-
-    (value, (embeddings, metrics, model_state)), gradients = jax.value_and_grad(
-      mean_loss, has_aux=True
-    )(state.params)
+    # Nothing but batch normalisation differs in training.
+    (value, (embeddings, metrics, model_state)), gradients = mean_loss(
+      state.params, state, batch, train=not freeze_batch_norm
+    )
     skipped = optimizer_lib.skip_counts(state.opt_state)
     num_updates = state.step - skipped.get('skipped_steps', 0)
     metrics = {
@@ -203,8 +178,8 @@ def make_train_step(
       ),
       **metrics,
     }
+    is_finite = jnp.isfinite(value) & jnp.isfinite(metrics['gradient_norm'])
     if skipped:
-      is_finite = jnp.isfinite(value) & jnp.isfinite(metrics['gradient_norm'])
       # A loss that is not finite can have a gradient that is.
       gradients = jax.tree.map(
         lambda x: jnp.where(is_finite, x, jnp.nan), gradients
@@ -243,6 +218,43 @@ def make_train_step(
   return jax.jit(
     train_step, donate_argnums=0, static_argnames='freeze_batch_norm'
   )
+
+
+def _make_mean_loss(model, loss, normalize, share) -> Callable[..., tuple]:
+  """Returns what a step differentiates: the mean loss of a batch.
+
+  (params, state, batch, train) -> (loss, (embeddings, metrics, model state)),
+  where the parameters of the state are not looked at.
+  """
+
+  def mean_loss(params, state, batch, *, train):
+    params = dict(params)
+    points = params.pop('proxies')
+    embeddings, model_state = model.apply(
+      {'params': params, **state.model_state},
+      normalize(batch['image']),
+      train=train,
+      mutable=list(state.model_state),
+    )
+    embeddings, points, labels, mask = share(
+      embeddings, points, batch['label'], batch['mask']
+    )
+    value = loss.fn(
+      embeddings=embeddings,
+      labels=labels,
+      where=mask,
+      **({'proxies': points} if loss.needs.proxies else {}),
+      **state.loss_state,
+    )
+    # A loss of the batch as a whole is a scalar already.
+    if value.ndim:
+      value = jnp.sum(value) / jnp.maximum(jnp.sum(mask), 1)
+    metrics = _proxy_metrics(
+      loss.needs.proxies, embeddings, points, labels, mask
+    )
+    return value, (embeddings, metrics, model_state)
+
+  return mean_loss
 
 
 def make_train_steps(train_step: _Step) -> _Step:
