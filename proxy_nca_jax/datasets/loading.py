@@ -165,18 +165,8 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
   metadata = builder.info.metadata
   labels = np.asarray(metadata['labels'], np.int32)
   class_names = metadata['class_names']
-  train_classes, test_classes = class_splits.split_classes(
-    len(class_names),
-    num_train_classes=metadata.get('num_train_classes'),
-    num_classes=config.num_classes,
-    test_fraction=config.test_fraction,
-    seed=config.split_seed,
-  )
-  train_classes, validation_classes = class_splits.split_validation(
-    train_classes, config.validation
-  )
-  train_classes = class_splits.choose_classes(
-    train_classes, config.num_train_classes, seed=config.split_seed
+  train_classes, validation_classes, test_classes = _split_classes(
+    config, metadata
   )
   names = [name for name in _SPLITS if name in builder.info.splits]
   source = records.StoredRecords(builder, names)
@@ -206,15 +196,7 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
   test = make_split(test_classes, evaluated)
   seen = None
   if config.long_tail:
-    learned, held_out = class_splits.thin_out(
-      train.labels, config.long_tail, seed=config.split_seed
-    )
-    everything = np.sort(np.concatenate([learned, held_out]))
-    seen = dataclasses.replace(
-      make_split(train_classes, evaluated).take(everything),
-      is_query=np.isin(everything, held_out),
-    )
-    train = train.take(learned)
+    train, seen = _thin_out(config, train, make_split(train_classes, evaluated))
   train_names, test_names = (
     {os.path.basename(name) for name in split.class_names}
     for split in (train, test)
@@ -235,6 +217,44 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
       *(() if seen is None else (train.rows, seen.rows)),
     ),
   )
+
+
+def _split_classes(
+    config: ml_collections.ConfigDict, metadata: Mapping
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the classes to train on, to validate on and to test on."""
+  train, test = class_splits.split_classes(
+    len(metadata['class_names']),
+    num_train_classes=metadata.get('num_train_classes'),
+    num_classes=config.num_classes,
+    test_fraction=config.test_fraction,
+    seed=config.split_seed,
+  )
+  train, validation = class_splits.split_validation(train, config.validation)
+  train = class_splits.choose_classes(
+    train, config.num_train_classes, seed=config.split_seed
+  )
+  return train, validation, test
+
+
+def _thin_out(
+    config: ml_collections.ConfigDict, train: Split, evaluated: Split
+) -> tuple[Split, Split]:
+  """Returns the long tail of a train split, and what is measured on it.
+
+  Args:
+    config: of the data set.
+    train: the split with the pictures of training.
+    evaluated: the same records with the pictures of evaluation.
+  """
+  learned, held_out = class_splits.thin_out(
+    train.labels, config.long_tail, seed=config.split_seed
+  )
+  everything = np.sort(np.concatenate([learned, held_out]))
+  seen = dataclasses.replace(
+    evaluated.take(everything), is_query=np.isin(everything, held_out)
+  )
+  return train.take(learned), seen
 
 
 def find_data_dir(data_dir: str) -> str:
