@@ -83,8 +83,8 @@ class StopSignals:
     self._received = number
     # Not `print`, which must not be called while it is at work.
     os.write(2, (
-      f'{signal.Signals(number).name}: the run ends after what it is doing; a '
-      'second one ends it at once.\n'
+      f'{signal.Signals(number).name}: ending after what is under way; a '
+      'second one ends at once.\n'
     ).encode())
 
 

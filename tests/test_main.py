@@ -120,6 +120,7 @@ class MainTest(parameterized.TestCase):
     workdir = self._workdir()
     code, output = _signal_at(number, f'step {step}/20', workdir)
     self.assertEqual(code, 128 + number, output)
+    self.assertIn('a second one ends at once', output)
     self.assertRegex(output, r'Stopped after step 1\d of 20, saved')
     self.assertNotIn('Traceback', output)
     code, output = _run(workdir)
