@@ -97,7 +97,8 @@ def find_in_index(
     order = np.random.default_rng(0).permutation(len(items))
     lists.train(items[order[: 64 * num_lists]])
     lists.add(items)
-    faiss.write_index(lists, stored)
+    faiss.write_index(lists, f'{stored}.part')
+    os.replace(f'{stored}.part', stored)
   # A sixteenth of the lists is looked through.
   lists.nprobe = max(lists.nlist // 16, 1)
   print('The search is approximate (FAISS).', file=sys.stderr)
