@@ -3,6 +3,7 @@ import io
 import os
 import pathlib
 import shutil
+import signal
 from unittest import mock
 
 import matplotlib
@@ -13,7 +14,7 @@ from PIL import Image
 
 from configs import glyphs as glyphs_config
 from configs import image_folder as image_folder_config
-from proxy_nca_jax import datasets, locks
+from proxy_nca_jax import datasets, interruption, locks
 from proxy_nca_jax.datasets import glyphs, images
 
 _FONTS = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf')
@@ -250,6 +251,25 @@ class ImageFolderTest(absltest.TestCase):
       for index in range(count):
         picture = _noise(100 * number + index)
         self._write(f'{name}/{index}.png', _encode(picture))
+
+  def test_a_stop_while_it_is_prepared_leaves_nothing_half(self):
+    self._write_classes('abcd')
+    encode, pictures = images.encode_png, []
+
+    def encode_and_stop(picture):
+      pictures.append(picture)
+      if len(pictures) == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return encode(picture)
+
+    with (
+      mock.patch.object(images, 'encode_png', encode_and_stop),
+      interruption.StopSignals(),
+      self.assertRaises(interruption.Stopped),
+    ):
+      self._load()
+    self.assertEmpty([*pathlib.Path(self.data_dir).rglob('*.array_record*')])
+    self.assertLen(self._load().train, 6)
 
   def test_who_waited_for_another_to_prepare_reads_what_it_prepared(self):
     self._write_classes('abcd')

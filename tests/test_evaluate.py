@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import oracles
 import whole_runs
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import evaluate
+from proxy_nca_jax import evaluate, interruption
 from proxy_nca_jax import mesh as mesh_lib
 
 
@@ -211,6 +212,25 @@ class EmbedTest(absltest.TestCase):
     embeddings, labels = evaluate.embed(lambda batch: batch['x'], batches)
     np.testing.assert_array_equal(embeddings, [[0], [1], [2]])
     np.testing.assert_array_equal(labels, [5, 6, 7])
+
+  def test_a_signal_ends_it_after_the_batch(self):
+    num_batches = 0
+
+    def embed_fn(batch):
+      nonlocal num_batches
+      num_batches += 1
+      if num_batches == 2:
+        signal.raise_signal(signal.SIGINT)
+      return batch['x']
+
+    batches = 4 * [{
+      'x': np.ones((1, 1)), 'label': np.array([0]), 'id': np.array([0]),
+      'mask': np.array([True]),
+    }]
+    with interruption.StopSignals():
+      with self.assertRaises(interruption.Stopped):
+        evaluate.embed(embed_fn, batches)
+    self.assertEqual(num_batches, 2)
 
   def test_two_processes_equal_one(self):
     results = _of_two_processes()

@@ -3,13 +3,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
 import fsspec
 from absl.testing import absltest
 
-from proxy_nca_jax import locks
+from proxy_nca_jax import interruption, locks
 
 _HOLD = """
 import os, sys, time
@@ -57,6 +58,15 @@ class LocksTest(absltest.TestCase):
     holder.wait()
     with locks.hold(self.path, wait=False):
       pass
+
+  def test_who_waits_can_be_told_to_stop(self):
+    self._start_holder()
+    kill = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    with interruption.StopSignals():
+      kill.start()
+      with self.assertRaises(interruption.Stopped):
+        with locks.hold(self.path):
+          self.fail('Two hold it.')
 
   def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(self):
     holder = self._start_holder('fork')

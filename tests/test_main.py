@@ -128,17 +128,6 @@ class MainTest(parameterized.TestCase):
     self.assertRegex(output, r'Resuming after step 1\d')
     self._assert_equals_straight(workdir)
 
-  def test_a_run_that_is_stopped_while_it_prepares_leaves_nothing_half(self):
-    data_dir = pathlib.Path(self._workdir())
-    fields = {'dataset.data_dir': data_dir, 'num_steps': 1}
-    workdir = self._workdir()
-    code, output = _signal_at(signal.SIGINT, 'Preparing', workdir, **fields)
-    self.assertEqual(code, 130, output)
-    self.assertNotIn('Traceback', output)
-    self.assertEmpty([*data_dir.rglob('*.array_record')])
-    code, output = _run(workdir, **fields)
-    self.assertEqual(code, 0, output)
-
   def test_a_killed_run_goes_on_from_its_last_save_bit_for_bit(self):
     # With no other place to keep what is compiled than its workdir.
     environment = dict(os.environ)
