@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+from proxy_nca_jax import interruption
+
 
 def fail(message: str) -> NoReturn:
   print(f'Error: {" ".join(message.split())}', file=sys.stderr)
@@ -32,6 +34,9 @@ def in_one_line(*, stopped: str = 'Stopped.') -> Iterator[None]:
   previous = signal.signal(signal.SIGINT, end)
   try:
     yield
+  except interruption.Stopped as error:  # Where a signal had to wait.
+    print(stopped, file=sys.stderr)
+    sys.exit(128 + error.number)
   except (ValueError, OSError) as error:
     fail(str(error))
   finally:

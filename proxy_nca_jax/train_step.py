@@ -159,13 +159,13 @@ def make_train_step(
     learning_rates: (updates done) -> {group: rate}, for the metrics.
   """
 
-  mean_loss = jax.value_and_grad(
+  loss_and_gradients = jax.value_and_grad(
     _make_mean_loss(model, loss, normalize, share), has_aux=True
   )
 
   def train_step(state, batch, rate_scale=1.0, *, freeze_batch_norm=False):
     # Nothing but batch normalisation differs in training.
-    (value, (embeddings, metrics, model_state)), gradients = mean_loss(
+    (value, (embeddings, metrics, model_state)), gradients = loss_and_gradients(
       state.params, state, batch, train=not freeze_batch_norm
     )
     skipped = optimizer_lib.skip_counts(state.opt_state)

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -6,7 +8,7 @@ import threading
 
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import interruption
+from proxy_nca_jax import errors, interruption
 
 _COMMAND = """
 import time
@@ -102,6 +104,18 @@ class CommandTest(absltest.TestCase):
     _, printed = process.communicate(timeout=60)
     self.assertEqual(process.returncode, 130)
     self.assertEqual(printed.split('\n'), ['', 'As it was.', ''])
+
+  def test_a_command_that_reads_a_state_ends_after_it(self):
+    with (
+      contextlib.redirect_stderr(io.StringIO()) as printed,
+      self.assertRaises(SystemExit) as raised,
+      errors.in_one_line(stopped='As it was.'),
+      interruption.StopSignals() as signals,
+    ):
+      signal.raise_signal(signal.SIGINT)
+      signals.check()
+    self.assertEqual(raised.exception.code, 130)
+    self.assertEqual(printed.getvalue(), 'As it was.\n')
 
 
 if __name__ == '__main__':
