@@ -32,6 +32,11 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'config.optimizer.plateau_factor ({factor}) follows the validation '
       'scores: set config.dataset.validation, as 2/2, and config.eval_every.'
     )
+  if config.dataset.validation and not config.eval_every:
+    raise ValueError(
+      'config.dataset.validation selects among the steps that are evaluated: '
+      'set config.eval_every to a number of steps.'
+    )
   if not config.proxies.init_norm > 0:
     raise ValueError(
       f'config.proxies.init_norm ({config.proxies.init_norm}) must be positive.'

@@ -11,7 +11,12 @@ to cut them out of the pictures that lie on the devices: see `device_data`.
 """
 
 import functools
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -33,7 +38,7 @@ def train_batches(
     *,
     first_step: int = 0,
     process: tuple[int, int] = (0, 1),
-) -> grain.DatasetIterator:
+) -> grain.DatasetIterator | Generator[Batch, None, None]:
   """Yields this process's rows of the batches from `first_step` on, endlessly.
 
   Close it in the end: it may hold worker processes.
@@ -58,11 +63,59 @@ def train_batches(
   dataset = batches.to_iter_dataset(
     grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   )
-  if config.dataset.num_workers:
-    dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=config.dataset.num_workers)
+  if not config.dataset.num_workers:
+    return iter(dataset)
+  dataset = dataset.mp_prefetch(
+    grain.MultiprocessingOptions(num_workers=config.dataset.num_workers),
+    worker_init_fn=_end_with_run,
+  )
+  return _read_in_processes(iter(dataset))
+
+
+def _end_with_run(index: int, count: int) -> None:
+  """Lets a reading process end if its run is killed."""
+  del index, count
+
+  def end():
+    multiprocessing.parent_process().join()
+    os._exit(0)
+
+  threading.Thread(target=end, daemon=True).start()
+
+
+def _read_in_processes(
+    batches: grain.DatasetIterator
+) -> Generator[Batch, None, None]:
+  """Yields the batches of reading processes.
+
+  A terminal tells all processes to stop, and a run needs its batches until it
+  ends. They begin with the first batch, and inherit which signals are blocked.
+
+  Raises:
+    ValueError: if one of them has been killed.
+  """
+  try:
+    # Where it is started it unblocks them.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(
+      signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)
     )
-  return iter(dataset)
+    try:
+      first = next(batches)
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield first
+    yield from batches
+  except RuntimeError as error:
+    if 'terminated unexpectedly' not in str(error):
+      raise
+    raise ValueError(
+      f'A reading process has ended ({str(error).split(".")[0]}), perhaps for '
+      'want of memory: lower config.dataset.num_workers, 0 being threads. The '
+      'same command goes on from the last checkpoint.'
+    ) from error
+  finally:
+    batches.close()
 
 
 def _positions(split, config) -> grain.MapDataset:

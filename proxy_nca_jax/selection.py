@@ -76,11 +76,6 @@ def check_select_by(
   """
   if not config.dataset.validation:
     return
-  if not config.eval_every:
-    raise ValueError(
-      'config.dataset.validation selects among the steps that are evaluated: '
-      'set config.eval_every to a number of steps.'
-    )
   names = [name for name, value in scores.items() if isinstance(value, float)]
   if set(_AVERAGED) <= set(names):
     names.append('harmonic_mean')

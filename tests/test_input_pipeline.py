@@ -1,8 +1,16 @@
 import dataclasses
 import functools
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
+import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
@@ -11,6 +19,22 @@ from proxy_nca_jax import datasets, input_pipeline
 from proxy_nca_jax.datasets import images
 
 _NUM_RECORDS = 13
+
+_FOLDER = pathlib.Path(__file__).parent
+_KILLED = """
+import multiprocessing, os, signal, sys
+sys.path.append('..')
+from absl import flags
+import test_input_pipeline as tests
+
+flags.FLAGS.mark_as_parsed()
+batches = tests.input_pipeline.train_batches(
+  tests._split(), tests._config(num_workers=1)
+)
+next(batches)
+print(len(multiprocessing.active_children()), 'reads', flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def _source(size=12):
@@ -115,6 +139,35 @@ class TrainBatchesTest(parameterized.TestCase):
     config = _config(num_workers=1)
     for actual, expected in zip(_take(3, config), _take(3)):
       _assert_equal(actual, expected)
+
+  def test_a_reading_process_hears_no_signal_and_is_missed_when_killed(self):
+    begun = []
+
+    def tell_at_once():
+      while not begun:
+        begun.extend(multiprocessing.active_children())
+      for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(begun[0].pid, number)
+
+    teller = threading.Thread(target=tell_at_once)
+    teller.start()
+    batches = input_pipeline.train_batches(_split(), _config(num_workers=1))
+    for expected in _take(6):
+      _assert_equal(next(batches), expected)
+    teller.join()
+    os.kill(begun[0].pid, signal.SIGKILL)
+    with self.assertRaisesRegex(ValueError, 'reading process has ended'):
+      for _ in range(9):
+        next(batches)
+
+  def test_reading_processes_end_with_a_killed_run(self):
+    # Whoever lives on keeps the output open.
+    process = subprocess.run(
+      [sys.executable, '-c', _KILLED], stdout=subprocess.PIPE, text=True,
+      timeout=120, env=whole_runs.environment(), cwd=_FOLDER,
+    )
+    self.assertEqual(process.returncode, -signal.SIGKILL)
+    self.assertEqual(process.stdout, '1 reads\n')
 
   def test_a_record_is_augmented_anew_in_each_epoch(self):
     crops = {}

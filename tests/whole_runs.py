@@ -46,6 +46,8 @@ def start(arguments: list[str], *, cwd='/') -> subprocess.Popen:
   """Starts a command; its stdout has all that it prints."""
   return subprocess.Popen(
     arguments,
+    # As in a terminal, its processes are a group.
+    start_new_session=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
