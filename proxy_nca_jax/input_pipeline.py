@@ -95,7 +95,7 @@ def _read_in_processes(
     ValueError: if one of them has been killed.
   """
   try:
-    # Where it is started it unblocks them.
+    # Its start would unblock them again.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(
       signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)
