@@ -12,7 +12,8 @@ was stopped goes on when the same command is given again.
 
 from absl import flags
 
-from proxy_nca_jax import command_line, train
+from proxy_nca_jax import train
+from proxy_nca_jax.runtime import command_line
 
 flags.DEFINE_enum(
   'mode', 'train', ['train', 'eval'], 'eval scores the newest checkpoint.'

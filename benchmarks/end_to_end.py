@@ -38,20 +38,12 @@ import numpy as np
 from absl import flags
 
 from configs import default, glyphs
-from proxy_nca_jax import (
-  datasets,
-  input_pipeline,
-  interruption,
-  metric_writer,
-  models,
-  scoring,
-  train,
-  train_step,
-  watch,
-)
+from proxy_nca_jax import datasets, input_pipeline, models, train, train_step
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.evaluate import embed as embed_lib
+from proxy_nca_jax.runtime import metric_writer, monitoring, signals
 
 flags.FLAGS.mark_as_parsed()
 _WAYS = ('step', 'loop', 'host', 'on_device')
@@ -90,7 +82,7 @@ def read_clocks() -> np.ndarray:
 class Contest:
   """One state to begin with, one compiled step, and four ways to train."""
 
-  def __init__(self, config, split, workdir, signals):
+  def __init__(self, config, split, workdir, stop_signals):
     self._config, self._split = config, split
     self._mesh = mesh_lib.make_mesh()
     self._signals = signals
@@ -101,7 +93,7 @@ class Contest:
       model,
       optimizer,
       train_step.make_loss(config),
-      scoring.make_normalize(config),
+      embed_lib.make_normalize(config),
     )
     self._start = jax.device_get(
       state_lib.create(
@@ -164,8 +156,8 @@ class Contest:
         prepare=self._prepare[is_on_device],
         train_steps=train_step.make_train_steps(self._step),
         score=None,
-        watchdog=stack.enter_context(watch.Watchdog(0)),
-        trace=stack.enter_context(watch.Trace('', ())),
+        watchdog=stack.enter_context(monitoring.Watchdog(0)),
+        trace=stack.enter_context(monitoring.Trace('', ())),
       )
       start = read_clocks()
       jax.block_until_ready(train._fit(self._config, state, run))
@@ -196,9 +188,9 @@ def main() -> None:
   config.num_steps = arguments.steps
   with (
     tempfile.TemporaryDirectory() as workdir,
-    interruption.StopSignals() as signals,
+    signals.StopSignals() as stop_signals,
   ):
-    contest = Contest(config, split, workdir, signals)
+    contest = Contest(config, split, workdir, stop_signals)
     seconds = {way: [] for way in _WAYS}
     for way in _WAYS:  # Compiles.
       contest.seconds(way)

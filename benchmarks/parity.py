@@ -64,9 +64,10 @@ import made_weights
 
 from configs import cub200
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax import models, proxies, scoring, train_step
+from proxy_nca_jax import models, proxies, train_step
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.models import (
   backbones,
   embedding,
@@ -449,7 +450,7 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   for tensor in nudged.parameters():
     _nudge(tensor)
 
-  normalize = scoring.make_normalize(config)
+  normalize = embed_lib.make_normalize(config)
   step = train_step.make_train_step(
     model, optimizer, train_step.make_loss(config), normalize
   )
@@ -477,7 +478,7 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
       jnp.asarray(rows), jnp.asarray(points.detach().numpy())
     )
 
-  embed = scoring.make_embed_fn(model, normalize, mesh)
+  embed = embed_lib.make_embed_fn(model, normalize, mesh)
   ours = proxies.nearest_proxies(
     embed(state, {'image': batches[-1][0]}), state.params['proxies']
   )

@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from proxy_nca_jax import index, search
+from proxy_nca_jax.search import find, index
 
 
 def make_embeddings(rng, centers: np.ndarray, number: int) -> np.ndarray:
@@ -73,9 +73,9 @@ def main() -> None:
     names = range(arguments.pictures)  # Only their number matters here.
     content = index.Content('', '', '', names, items)
     rows = {
-      'exact': lambda: search.find(queries, items, k)[1],
+      'exact': lambda: find.find(queries, items, k)[1],
       "FAISS's flat index": lambda: flat.search(queries, k)[1],
-      'as the commands do': lambda: search.find_in_index(
+      'as the commands do': lambda: find.find_in_index(
         path, content, queries, k
       )[1],
     }

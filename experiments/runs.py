@@ -24,7 +24,8 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from proxy_nca_jax import command_line, metric_writer, train
+from proxy_nca_jax import train
+from proxy_nca_jax.runtime import command_line, metric_writer
 
 NUM_SEEDS = flags.DEFINE_integer(
   'num_seeds', 3, 'Runs of everything that is compared, with seeds 0, 1, ...',

@@ -19,11 +19,13 @@ from PIL import Image
 from safetensors import numpy as safetensors
 
 from configs import default
-from proxy_nca_jax import augmentation, models, scoring, selection
+from proxy_nca_jax import images, models
+from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
-from proxy_nca_jax import workdir as workdir_lib
-from proxy_nca_jax.datasets import images as images_lib
+from proxy_nca_jax.evaluate import embed as embed_lib
+from proxy_nca_jax.evaluate import selection
+from proxy_nca_jax.runtime import workdir as workdir_lib
 
 # What a picture may be: the name of a file, its bytes, a Pillow image, or
 # uint8 [height, width, 3] or [height, width].
@@ -93,7 +95,7 @@ class Embedder:
       OSError: if the file cannot be read.
     """
     image = images_lib.resize(_decode(picture), **self._preparation)
-    return augmentation.center_crop(
+    return images.center_crop(
       np.asarray(image), self.config.dataset.image_size
     )
 
@@ -163,9 +165,9 @@ class Embedder:
   @functools.cached_property
   def _forward(self) -> Callable[[np.ndarray], jax.Array]:
     """uint8 [batch, image_size, image_size, 3] -> float32 [batch, dim]."""
-    embed_fn = scoring.make_embed_fn(
+    embed_fn = embed_lib.make_embed_fn(
       models.create_model(self.config),
-      scoring.make_normalize(self.config),
+      embed_lib.make_normalize(self.config),
       self._mesh,
     )
     state = state_lib.TrainState(
@@ -211,7 +213,7 @@ class Embedder:
     NVIDIA GPUs and TPUs, where this package need not be.
     """
     model = models.create_model(self.config)
-    normalize = scoring.make_normalize(self.config)
+    normalize = embed_lib.make_normalize(self.config)
     size = self.config.dataset.image_size
     variables = {
       'params': {name: self.params[name] for name in ('backbone', 'head')},

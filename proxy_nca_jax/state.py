@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from proxy_nca_jax import interruption, losses, processes, proxies
+from proxy_nca_jax import losses, proxies
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax.runtime import processes, signals
 
 if TYPE_CHECKING:
   # Who trains without a config does without the library.
@@ -301,14 +302,14 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
   context.pytree.loading.partial_load = True
   try:
     # Orbax takes a Ctrl-C for a broken file, or hangs.
-    with context, interruption.StopSignals() as signals:
+    with context, signals.StopSignals() as stop_signals:
       abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         ocp.metadata(path).metadata,
       )
       del abstract['state']['opt_state']
       saved = ocp.load(path, abstract)
-    signals.check()
+    stop_signals.check()
   except Exception as error:  # Orbax lets the types of its readers through.
     reason = (str(error).splitlines() or [''])[0][:200]
     raise ValueError(

@@ -16,28 +16,30 @@ import numpy as np
 from clu import parameter_overview
 
 from proxy_nca_jax import (
-  config_checks,
+  configuration,
   datasets,
-  device_data,
+  dry_run,
   evaluate,
   input_pipeline,
-  interruption,
   losses,
-  metric_writer,
   models,
-  plan,
-  processes,
-  provenance,
   report,
-  scoring,
-  selection,
-  watch,
 )
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax import train_step as train_step_lib
-from proxy_nca_jax import workdir as workdir_lib
+from proxy_nca_jax.evaluate import embed as embed_lib
+from proxy_nca_jax.evaluate import selection
+from proxy_nca_jax.input_pipeline import on_device
+from proxy_nca_jax.runtime import (
+  metric_writer,
+  monitoring,
+  processes,
+  provenance,
+  signals,
+)
+from proxy_nca_jax.runtime import workdir as workdir_lib
 
 _REPORT = 'report.html'
 # What the log says that a step waits for.
@@ -60,7 +62,7 @@ def make_prepare(
   """
   if not config.dataset.on_device:
     return functools.partial(mesh_lib.shard_batch, mesh=mesh)
-  return device_data.make_prepare(
+  return on_device.make_prepare(
     split,
     mesh,
     image_size=config.dataset.image_size,
@@ -74,7 +76,7 @@ class _Run(NamedTuple):
   workdir: str
   publish: Callable[[], None]
   data: datasets.Datasets
-  signals: interruption.StopSignals
+  signals: signals.StopSignals
   checkpoints: state_lib.Checkpoints
   selected: state_lib.Checkpoints
   writer: metric_writer.MetricWriter
@@ -82,8 +84,8 @@ class _Run(NamedTuple):
   prepare: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
   train_steps: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
   score: Callable[[state_lib.TrainState, datasets.Split], dict[str, float]]
-  watchdog: watch.Watchdog
-  trace: watch.Trace
+  watchdog: monitoring.Watchdog
+  trace: monitoring.Trace
 
 
 def train_and_evaluate(
@@ -105,7 +107,7 @@ def train_and_evaluate(
       the loss is not finite; nothing that is saved is lost.
     interruption.Stopped: on SIGTERM or Ctrl-C, the state being saved.
   """
-  config_checks.check(config)
+  configuration.check(config)
   loss = train_step_lib.make_loss(config)
   model = models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
@@ -113,7 +115,7 @@ def train_and_evaluate(
     _describe_plan(config, model, optimizer, loss)
     return {}
   with contextlib.ExitStack() as stack:
-    signals = stack.enter_context(interruption.StopSignals())
+    stop_signals = stack.enter_context(signals.StopSignals())
     folder = stack.enter_context(workdir_lib.hold(workdir))
     saved, results = processes.of_first(
       functools.partial(_read_run, config, folder.path)
@@ -193,7 +195,7 @@ def train_and_evaluate(
       workdir=folder.path,
       publish=folder.publish,
       data=data,
-      signals=signals,
+      signals=stop_signals,
       checkpoints=checkpoints,
       selected=selected,
       writer=writer,
@@ -203,9 +205,9 @@ def train_and_evaluate(
         _make_train_step(config, model, optimizer, loss, data.train, mesh)
       ),
       score=score,
-      watchdog=stack.enter_context(watch.Watchdog(config.stall_seconds)),
+      watchdog=stack.enter_context(monitoring.Watchdog(config.stall_seconds)),
       trace=stack.enter_context(
-        watch.Trace(os.path.join(folder.path, 'profile'), config.profile_steps)
+        monitoring.Trace(os.path.join(folder.path, 'profile'), config.profile_steps)
       ),
     )
     state = _fit(config, state, run)
@@ -236,7 +238,7 @@ def _make_train_step(config, model, optimizer, loss, train, mesh):
     model,
     optimizer,
     train_step_lib.correct_for_frequency(loss, config, train.class_sizes),
-    scoring.make_normalize(config),
+    embed_lib.make_normalize(config),
     share=train_step_lib.make_share(config, train.num_classes, mesh),
     learning_rates=optimizer_lib.make_learning_rates(config),
   )
@@ -248,9 +250,9 @@ def _make_scores(config, model, mesh) -> tuple[Callable, Callable, Callable]:
   They are (state, split) -> embeddings, (embeddings, split) -> scores and
   (state, split) -> scores.
   """
-  embed_fn = scoring.make_embed_fn(model, scoring.make_normalize(config), mesh)
-  embed = functools.partial(scoring.embed_split, embed_fn, config)
-  score_embeddings = functools.partial(scoring.score_split, config, mesh)
+  embed_fn = embed_lib.make_embed_fn(model, embed_lib.make_normalize(config), mesh)
+  embed = functools.partial(embed_lib.embed_split, embed_fn, config)
+  score_embeddings = functools.partial(embed_lib.score_split, config, mesh)
 
   def score(state, split, **kwargs):
     return score_embeddings(embed(state, split), split, **kwargs)
@@ -265,7 +267,7 @@ def _describe_plan(config, model, optimizer, loss) -> None:
     config, model, optimizer, class_sizes=data.train.class_sizes, mesh=mesh
   )
   step = _make_train_step(config, model, optimizer, loss, data.train, mesh)
-  _logger.info('%s', plan.describe(config, data.train, step, state, mesh))
+  _logger.info('%s', dry_run.describe(config, data.train, step, state, mesh))
   _logger.info('A dry run (config.dry_run): nothing was trained.')
 
 
@@ -348,7 +350,7 @@ def _fit(
         run.publish()
     with waiting_for(_SAVING, step=done):
       run.checkpoints.wait()
-  except interruption.Stopped:
+  except signals.Stopped:
     progress.check()
     run.selected.wait()
     run.checkpoints.save(done, state)
@@ -416,7 +418,7 @@ def _write_report(
     overrides=workdir_lib.overrides(config),
     facts={
       'step shown': str(results.get('selected_step', results['step'])),
-      'wall time': watch.wall_time(),
+      'wall time': monitoring.wall_time(),
       'commit': provenance.commit(),
     },
     rows=metric_writer.read_metrics(workdir),

@@ -13,16 +13,11 @@ from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from configs import default, recipes
-from proxy_nca_jax import (
-  config_checks,
-  losses,
-  models,
-  train_step,
-  workdir,
-)
+from proxy_nca_jax import configuration, losses, models, train_step
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.runtime import workdir
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _WITH_RECIPES = ('cub200', 'cars196', 'sop', 'inshop')
@@ -80,7 +75,7 @@ class ConfigsTest(parameterized.TestCase):
     config = _load(name, recipe)
     # Proxy-Anchor's 180 cannot be divided by the eight devices of the tests.
     with absltest.mock.patch.object(jax, 'device_count', return_value=1):
-      config_checks.check(config)
+      configuration.check(config)
     optimizer_lib.make_optimizer(config)
     for group in optimizer_lib.GROUPS:
       rate = optimizer_lib.make_schedule(

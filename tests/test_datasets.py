@@ -14,8 +14,9 @@ from PIL import Image
 
 from configs import glyphs as glyphs_config
 from configs import image_folder as image_folder_config
-from proxy_nca_jax import datasets, interruption, locks
-from proxy_nca_jax.datasets import glyphs, images
+from proxy_nca_jax import datasets, images
+from proxy_nca_jax.datasets import glyphs
+from proxy_nca_jax.runtime import lock, signals
 
 _FONTS = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf')
 
@@ -264,8 +265,8 @@ class ImageFolderTest(absltest.TestCase):
 
     with (
       mock.patch.object(images, 'encode_png', encode_and_stop),
-      interruption.StopSignals(),
-      self.assertRaises(interruption.Stopped),
+      signals.StopSignals(),
+      self.assertRaises(signals.Stopped),
     ):
       self._load()
     self.assertEmpty([*pathlib.Path(self.data_dir).rglob('*.array_record*')])
@@ -273,16 +274,16 @@ class ImageFolderTest(absltest.TestCase):
 
   def test_who_waited_for_another_to_prepare_reads_what_it_prepared(self):
     self._write_classes('abcd')
-    hold = locks.hold
+    hold = lock.hold
 
     @contextlib.contextmanager
     def hold_later(path):
-      with mock.patch.object(locks, 'hold', hold):
+      with mock.patch.object(lock, 'hold', hold):
         self._load()  # The other one.
       with hold(path):
         yield
 
-    with mock.patch.object(locks, 'hold', hold_later):
+    with mock.patch.object(lock, 'hold', hold_later):
       data = self._load()
     self.assertEqual((len(data.train), len(data.test)), (6, 6))
 

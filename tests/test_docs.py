@@ -18,8 +18,9 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import image_folder
-from proxy_nca_jax import command_line, train
+from proxy_nca_jax import train
 from proxy_nca_jax.report import literature
+from proxy_nca_jax.runtime import command_line
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PAGES = ('README.md', 'docs/search.md')

@@ -13,8 +13,12 @@ import oracles
 import whole_runs
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import evaluate, interruption
+from proxy_nca_jax import evaluate
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax.evaluate import __main__ as evaluate_main
+from proxy_nca_jax.evaluate import embed as embed_lib
+from proxy_nca_jax.evaluate import scores as scores_lib
+from proxy_nca_jax.runtime import signals
 
 
 def _evaluate(embeddings, labels, **kwargs):
@@ -170,7 +174,7 @@ class ScoreTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 7, 40)
     scores = {'a': rng.random(40), 'b': np.ones(40)}
-    actual = evaluate._intervals(scores, labels, 50, seed=3)
+    actual = scores_lib._intervals(scores, labels, 50, seed=3)
     rng = np.random.default_rng(3)
     means = []
     for _ in range(50):
@@ -209,7 +213,7 @@ class EmbedTest(absltest.TestCase):
         'mask': np.array([True, False]),
       },
     ]
-    embeddings, labels = evaluate.embed(lambda batch: batch['x'], batches)
+    embeddings, labels = embed_lib.embed(lambda batch: batch['x'], batches)
     np.testing.assert_array_equal(embeddings, [[0], [1], [2]])
     np.testing.assert_array_equal(labels, [5, 6, 7])
 
@@ -227,9 +231,9 @@ class EmbedTest(absltest.TestCase):
       'x': np.ones((1, 1)), 'label': np.array([0]), 'id': np.array([0]),
       'mask': np.array([True]),
     }]
-    with interruption.StopSignals():
-      with self.assertRaises(interruption.Stopped):
-        evaluate.embed(embed_fn, batches)
+    with signals.StopSignals():
+      with self.assertRaises(signals.Stopped):
+        embed_lib.embed(embed_fn, batches)
     self.assertEqual(num_batches, 2)
 
   def test_two_processes_equal_one(self):
@@ -254,6 +258,7 @@ jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
 
 from proxy_nca_jax import evaluate
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax.evaluate import embed as embed_lib
 
 mesh = mesh_lib.make_mesh()
 gather = jax.jit(lambda x: x, out_shardings=mesh_lib.replicated(mesh))
@@ -270,9 +275,13 @@ for first in range(50 * jax.process_index(), 400, 100):
     'mask': ids < 300,
     'id': ids,
   })
-scores = evaluate.evaluate(
+embeddings, labels = embed_lib.embed(
   lambda batch: gather(mesh_lib.shard_batch({'x': batch['x']}, mesh)['x']),
   batches,
+)
+scores = evaluate.score(
+  embeddings,
+  labels,
   recall_at=(1, 4),
   kmeans_iterations=5,
   mesh=mesh,
@@ -313,7 +322,7 @@ class CommandTest(parameterized.TestCase):
     output, code = io.StringIO(), 0
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
       try:
-        evaluate.main(arguments)
+        evaluate_main.main(arguments)
       except SystemExit as error:
         code = error.code
     path = pathlib.Path(folder, 'scores.json')

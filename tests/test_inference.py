@@ -14,7 +14,6 @@ from PIL import Image
 import proxy_nca_jax
 from configs import image_folder
 from proxy_nca_jax import (
-  augmentation,
   datasets,
   evaluate,
   inference,
@@ -160,7 +159,7 @@ class InferenceTest(parameterized.TestCase):
       subprocess.run(
         [sys.executable, '-I', '-c', program], cwd=self.root, check=True
       )
-      cropped = [augmentation.center_crop(x, 16) for x in pictures]
+      cropped = [images_lib.center_crop(x, 16) for x in pictures]
       np.testing.assert_allclose(
         np.load(self.root / 'embeddings.npy'),
         self.embedder.embed(np.stack(cropped)),

@@ -15,8 +15,7 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import default
-from proxy_nca_jax import datasets, input_pipeline
-from proxy_nca_jax.datasets import images
+from proxy_nca_jax import datasets, images, input_pipeline
 
 _NUM_RECORDS = 13
 

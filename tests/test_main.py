@@ -12,7 +12,8 @@ import whole_runs
 from absl.testing import absltest, parameterized
 
 from configs import glyphs, image_folder
-from proxy_nca_jax import locks, metric_writer, train
+from proxy_nca_jax import train
+from proxy_nca_jax.runtime import lock, metric_writer
 
 # Twenty steps of a tenth of a second: time to stop in between. The score falls
 # at the second evaluation, and with it the rates.
@@ -233,7 +234,7 @@ class MainTest(parameterized.TestCase):
 
   def test_a_second_run_in_the_workdir_is_refused(self):
     workdir = self._workdir()
-    with locks.hold(os.path.join(workdir, 'lock')):
+    with lock.hold(os.path.join(workdir, 'lock')):
       code, output = _run(workdir)
     self._assert_refused(code, output, 'Another run is at work')
 

@@ -4,7 +4,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest
 
-from proxy_nca_jax import metric_writer, watch
+from proxy_nca_jax.runtime import metric_writer, monitoring
 
 
 class MetricWriterTest(absltest.TestCase):
@@ -133,7 +133,7 @@ class ProgressTest(absltest.TestCase):
   def test_device_memory_is_reported_where_it_is_known(self):
     memory = {'device_bytes_in_use': 3}
     self._add(1)
-    with mock.patch.object(watch, 'device_memory', return_value=memory):
+    with mock.patch.object(monitoring, 'device_memory', return_value=memory):
       self.progress.report()
       self.progress.check()
     (row,) = self._rows()

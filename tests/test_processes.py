@@ -12,7 +12,7 @@ import numpy as np
 import whole_runs
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import metric_writer, processes
+from proxy_nca_jax.runtime import metric_writer, processes
 
 _SMALL = {
   'num_steps': 100,

@@ -20,8 +20,10 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import image_folder
-from proxy_nca_jax import index as index_lib
-from proxy_nca_jax import inference, retrieval, search, train
+from proxy_nca_jax import inference, retrieval, train
+from proxy_nca_jax.search import __main__ as search_main
+from proxy_nca_jax.search import find
+from proxy_nca_jax.search import index as index_lib
 
 
 def _write_pictures(root: pathlib.Path, *, num_classes: int) -> None:
@@ -69,7 +71,7 @@ class SearchTest(parameterized.TestCase):
     flags = [f'--{name}={value}' for name, value in flags.items()]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-      search.main([command, *map(str, pictures), *flags])
+      search_main.main([command, *map(str, pictures), *flags])
     return output.getvalue()
 
   def _error(self, *args, **flags):
@@ -238,11 +240,11 @@ class SearchTest(parameterized.TestCase):
 
   def test_faiss_finds_about_the_same(self):
     content = index_lib.read(self.index)
-    expected = search.find(content.embeddings, content.embeddings, 1)
-    with mock.patch.object(search, '_MANY', 8):
+    expected = find.find(content.embeddings, content.embeddings, 1)
+    with mock.patch.object(find, '_MANY', 8):
       with contextlib.redirect_stderr(io.StringIO()) as error:
         for _ in range(2):
-          actual = search.find_in_index(
+          actual = find.find_in_index(
             self.index, content, content.embeddings, 1
           )
     np.testing.assert_array_equal(actual[1], expected[1])
@@ -305,7 +307,7 @@ class SearchTest(parameterized.TestCase):
     for k, expected in ((1, 'a'), (2, 'a'), (3, 'b')):
       with (
         mock.patch.object(index_lib, 'read', return_value=content),
-        mock.patch.object(search, '_load_embedder', return_value=embedder),
+        mock.patch.object(search_main, '_load_embedder', return_value=embedder),
       ):
         (row,) = self._rows('classify', 'x', index='', k=k)
       self.assertEqual(row['class'], expected)

@@ -9,10 +9,11 @@ import numpy as np
 from absl.testing import absltest
 
 from configs import default
-from proxy_nca_jax import interruption, models
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax import models
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.runtime import signals
 
 
 def _create(
@@ -186,10 +187,10 @@ class StateTest(absltest.TestCase):
       read()
       num_calls = _stop_at(read, None)
       for share in np.arange(0.05, 1, 0.1):
-        with interruption.StopSignals() as signals:
-          with self.assertRaises(interruption.Stopped):
+        with signals.StopSignals() as stop_signals:
+          with self.assertRaises(signals.Stopped):
             _stop_at(read, int(share * num_calls))
-            signals.check()
+            stop_signals.check()
         self.assertNotIn('1.broken', os.listdir(path))
     _assert_equal(self._open().restore(like), _at_step(1))
 

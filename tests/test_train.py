@@ -16,21 +16,19 @@ from PIL import Image
 
 from configs import default, image_folder
 from proxy_nca_jax import (
-  config_checks,
+  configuration,
   input_pipeline,
-  interruption,
   losses,
-  metric_writer,
   models,
   proxies,
-  scoring,
   train,
   train_step,
-  watch,
 )
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.evaluate import embed as embed_lib
+from proxy_nca_jax.runtime import metric_writer, monitoring, signals
 
 _NUM_CLASSES = 6
 
@@ -89,7 +87,7 @@ def _run(
   mesh = mesh_lib.make_mesh(devices)
   model = model or _Layers()
   optimizer = optimizer_lib.make_optimizer(config)
-  normalize = scoring.make_normalize(config)
+  normalize = embed_lib.make_normalize(config)
   step = train_step.make_train_step(
     model, optimizer, loss or train_step.make_loss(config), normalize,
     learning_rates=optimizer_lib.make_learning_rates(config),
@@ -111,7 +109,7 @@ def _run(
     state, metrics = step(state, batch, rate_scale)
     history.append(jax.device_get(metrics))
     states.append(jax.device_get(state))
-  embed = scoring.make_embed_fn(model, normalize, mesh)
+  embed = embed_lib.make_embed_fn(model, normalize, mesh)
   return state, history, embed
 
 
@@ -236,7 +234,7 @@ class TrainStepTest(parameterized.TestCase):
     optimizer = optimizer_lib.make_optimizer(config)
     step = train_step.make_train_step(
       model, optimizer, train_step.make_loss(config),
-      scoring.make_normalize(config),
+      embed_lib.make_normalize(config),
     )
     batches = [
       mesh_lib.shard_batch(batch, mesh) for batch in _batches(config, 6)
@@ -703,11 +701,11 @@ class ConfigTest(parameterized.TestCase):
   )
   def test_impossible_numbers_are_refused(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
-      config_checks.check(_config(**fields))
+      configuration.check(_config(**fields))
 
   def test_steps_to_trace_may_be_one_or_all(self):
     for steps in ((), (1, 1), (1, 1000)):
-      config_checks.check(_config(profile_steps=steps))
+      configuration.check(_config(profile_steps=steps))
 
   @parameterized.parameters(*losses.LOSSES)
   def test_every_loss_can_be_chosen(self, name):
@@ -754,7 +752,7 @@ class LoopTest(absltest.TestCase):
       data=types.SimpleNamespace(
         train=types.SimpleNamespace(num_classes=_NUM_CLASSES)
       ),
-      signals=self.enter_context(interruption.StopSignals()),
+      signals=self.enter_context(signals.StopSignals()),
       checkpoints=quiet,
       selected=quiet,
       writer=quiet,
@@ -762,8 +760,8 @@ class LoopTest(absltest.TestCase):
       prepare=lambda batch: events.append('send'),
       train_steps=train_steps,
       score=None,
-      watchdog=self.enter_context(watch.Watchdog(0)),
-      trace=self.enter_context(watch.Trace('', ())),
+      watchdog=self.enter_context(monitoring.Watchdog(0)),
+      trace=self.enter_context(monitoring.Trace('', ())),
     )
     config = _config(num_steps=8, log_every=4)
     train._fit(config, types.SimpleNamespace(step=0), run)

@@ -12,7 +12,8 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import default, image_folder
-from proxy_nca_jax import locks, metric_writer, optimizer, train, workdir
+from proxy_nca_jax import optimizer, train
+from proxy_nca_jax.runtime import lock, metric_writer, workdir
 
 
 def _config(**fields):
@@ -106,7 +107,7 @@ class RemoteRunTest(absltest.TestCase):
     storage = fsspec.filesystem('memory')
     self.addCleanup(storage.store.clear)
     # A start waits for a sixtieth of it.
-    self.enter_context(mock.patch.object(locks, 'LEASE_SECONDS', 1.0))
+    self.enter_context(mock.patch.object(lock, 'LEASE_SECONDS', 1.0))
     url = 'memory://bucket/run'
     config = self._config()
     straight = self.create_tempdir().full_path

@@ -13,8 +13,8 @@ from unittest import mock
 import jax
 import numpy as np
 
-from proxy_nca_jax import metric_writer
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.runtime import metric_writer
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -4,7 +4,8 @@ import argparse
 import logging
 import os
 
-from proxy_nca_jax import datasets, errors
+from proxy_nca_jax import datasets
+from proxy_nca_jax.runtime import errors
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

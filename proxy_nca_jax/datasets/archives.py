@@ -19,7 +19,7 @@ from typing import IO
 
 from tqdm import auto as tqdm
 
-from proxy_nca_jax import interruption
+from proxy_nca_jax.runtime import signals
 
 # The data sets have at most 120,053 members, and pictures hardly compress.
 MAX_MEMBERS = 500_000
@@ -144,7 +144,7 @@ def _extract_one(path: str, folder: str) -> None:
     desc=os.path.basename(path), unit='B', unit_scale=True, disable=None
   ) as progress:
     for name, fault, size, source in _members(path, limit):
-      interruption.check()
+      signals.check()
       num_members += 1
       num_bytes += size
       if num_members > MAX_MEMBERS:

@@ -17,7 +17,7 @@ import urllib.request
 
 from tqdm import auto as tqdm
 
-from proxy_nca_jax import interruption
+from proxy_nca_jax.runtime import signals
 
 _CHUNK = 2**20
 _MAX_IDLE_ATTEMPTS = 3
@@ -163,7 +163,7 @@ def _connect(url: str, file: RemoteFile, part: str, timeout: float) -> None:
     ):
       # read1: what has arrived is kept even if the rest is late.
       while chunk := response.read1(_CHUNK):
-        interruption.check()
+        signals.check()
         start += len(chunk)
         if size is not None and start > size:
           raise ValueError(f'sends more bytes than the expected {size}')

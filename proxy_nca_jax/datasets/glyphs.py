@@ -19,7 +19,8 @@ import tensorflow_datasets as tfds
 from fontTools import ttLib
 from PIL import Image, ImageFont, features
 
-from proxy_nca_jax.datasets import images, records
+from proxy_nca_jax import images
+from proxy_nca_jax.datasets import records
 
 # Text fonts of matplotlib; its others hold pieces of formulas.
 _TEXT_FONTS = ('DejaVuSans', 'DejaVuSerif', 'STIXGeneral')

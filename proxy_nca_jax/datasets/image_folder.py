@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
 
-from proxy_nca_jax.datasets import images, records
+from proxy_nca_jax import images
+from proxy_nca_jax.datasets import records
 
 # Files that an operating system leaves in folders, besides hidden ones.
 _LITTER = ('thumbs.db', 'desktop.ini')

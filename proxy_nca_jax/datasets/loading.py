@@ -18,14 +18,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from proxy_nca_jax import locks
+from proxy_nca_jax import images
 from proxy_nca_jax.datasets import (
   cars196,
   class_splits,
   cub200,
   glyphs,
   image_folder,
-  images,
   inshop,
   market1501,
   published,
@@ -33,6 +32,7 @@ from proxy_nca_jax.datasets import (
   resized,
   sop,
 )
+from proxy_nca_jax.runtime import lock
 
 PUBLISHED = {
   'cars196': cars196.Cars196,
@@ -289,7 +289,7 @@ def prepare(
   os.makedirs(os.path.join(data_dir, name), exist_ok=True)
   # Two runs that need the same data set prepare it once. A builder reads what
   # is prepared when it is made: so after the wait.
-  with locks.hold(os.path.join(data_dir, name, 'lock')):
+  with lock.hold(os.path.join(data_dir, name, 'lock')):
     builder, skipped = DATASETS[name](
       data_dir=data_dir, **{field: fields[field] for field in names}
     )

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 
-from proxy_nca_jax.datasets import archives, downloads, images, records
+from proxy_nca_jax import images
+from proxy_nca_jax.datasets import archives, downloads, records
 
 _logger = logging.getLogger(__name__)
 

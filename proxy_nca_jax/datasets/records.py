@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from proxy_nca_jax import interruption
+from proxy_nca_jax.runtime import signals
 
 
 def make_info(
@@ -133,7 +133,7 @@ class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
       ) as progress:
         # The writer saves its progress at each call: not for each record.
         while chunk := list(itertools.islice(examples, 256)):
-          interruption.check()
+          signals.check()
           writer.add_examples({split: [example for _, example in chunk]})
           progress.update(len(chunk))
     writer.close_all()

@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 import tqdm
 
-from proxy_nca_jax import interruption, locks
+from proxy_nca_jax.runtime import lock, signals
 
 _logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def prepare(
   key = hashlib.sha256(inputs.encode()).hexdigest()[:16]
   path = os.path.join(folder, key)
   os.makedirs(folder, exist_ok=True)
-  with locks.hold(os.path.join(folder, 'lock')):
+  with lock.hold(os.path.join(folder, 'lock')):
     if not os.path.exists(path):
       _logger.info('Writing resized pictures to %s', path)
       _write(path + '.part', inputs, read, num_pictures)
@@ -105,7 +105,7 @@ def _write(folder, inputs, read, num_pictures) -> None:
     futures.ThreadPoolExecutor() as pool,
   ):
     for start in range(0, num_pictures, 64):
-      interruption.check()
+      signals.check()
       indices = range(start, min(start + 64, num_pictures))
       for index, picture in zip(indices, pool.map(read, indices)):
         shapes[index] = picture.shape[:2]

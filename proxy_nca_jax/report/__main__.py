@@ -13,9 +13,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from proxy_nca_jax import errors, metric_writer, pages
-from proxy_nca_jax import workdir as workdir_lib
-from proxy_nca_jax.report import charts
+from proxy_nca_jax.report import charts, pages
+from proxy_nca_jax.runtime import errors, metric_writer
+from proxy_nca_jax.runtime import workdir as workdir_lib
 
 
 class _Saved(NamedTuple):

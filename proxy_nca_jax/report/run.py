@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from proxy_nca_jax import datasets, distances, pages, retrieval
-from proxy_nca_jax.report import charts, literature
+from proxy_nca_jax import datasets, distances, retrieval
+from proxy_nca_jax.report import charts, literature, pages
 
 # What a page shows of each kind.
 _NUM_QUERIES, _NUM_NEIGHBOURS, _NUM_PROXIES = 6, 8, 6

@@ -8,7 +8,7 @@ from unittest import mock
 import fsspec
 from absl.testing import absltest
 
-from proxy_nca_jax import locks, mirror
+from proxy_nca_jax.runtime import lock, remote
 
 
 class MirrorTest(absltest.TestCase):
@@ -24,7 +24,7 @@ class MirrorTest(absltest.TestCase):
     self.copies = copies
 
   def _hold(self):
-    return mirror.hold(self.url, lease_seconds=0.4)
+    return remote.hold(self.url, lease_seconds=0.4)
 
   def _write(self, folder, name, content='x'):
     path = os.path.join(folder, name)
@@ -193,7 +193,7 @@ class MirrorTest(absltest.TestCase):
 
   def test_a_run_whose_lease_is_taken_stops_and_writes_nothing_more(self):
     told = []
-    with self.assertRaisesRegex(locks.LeaseLost, 'taken by another'):
+    with self.assertRaisesRegex(lock.LeaseLost, 'taken by another'):
       with self._hold() as (folder, publish, _):
         lease = {'owner': 'another', 'renewed': time.time(), 'seconds': 60}
         self.storage.pipe_file(
@@ -202,7 +202,7 @@ class MirrorTest(absltest.TestCase):
         self._write(folder, 'log.txt')
         publish()
         # Training ends at the next call after it is known.
-        with self.assertRaises(locks.LeaseLost):
+        with self.assertRaises(lock.LeaseLost):
           self._wait_until(publish)
         told.append('before the end')
     self.assertEqual(told, ['before the end'])
@@ -219,7 +219,7 @@ class MirrorTest(absltest.TestCase):
             mock.patch.object(os, 'replace', side_effect=OSError('killed'))
           )
           stack.enter_context(self.assertRaisesRegex(OSError, 'killed'))
-        with mirror.hold(f'file://{remote}', lease_seconds=60) as run:
+        with remote.hold(f'file://{remote}', lease_seconds=60) as run:
           self._write(run[0], 'log.txt', content)
     files = self._read(remote)
     self.assertEqual(files['log.txt'], 'before')
@@ -227,13 +227,13 @@ class MirrorTest(absltest.TestCase):
 
   def test_storage_that_cannot_be_opened_is_named(self):
     with self.assertRaisesRegex(ValueError, 'nonsense'):
-      with mirror.hold('nonsense://bucket/run', lease_seconds=1):
+      with remote.hold('nonsense://bucket/run', lease_seconds=1):
         pass
     with mock.patch.object(
       fsspec, 'url_to_fs', side_effect=ImportError('Please install gcsfs')
     ):
       with self.assertRaisesRegex(ValueError, 'gs://b/r.*install gcsfs'):
-        with mirror.hold('gs://b/r', lease_seconds=1):
+        with remote.hold('gs://b/r', lease_seconds=1):
           pass
 
 

@@ -5,61 +5,18 @@ python -m proxy_nca_jax.evaluate --embeddings=x.npy --labels=y.npy
 scores embeddings from anywhere; --help tells the rest.
 """
 
-import argparse
 import functools
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 
-from proxy_nca_jax import clustering, errors, interruption, metrics, retrieval
+from proxy_nca_jax import clustering, metrics, retrieval
 from proxy_nca_jax import mesh as mesh_lib
-
-
-def embed(
-    embed_fn: Callable[[dict[str, np.ndarray]], jax.Array],
-    batches: Iterable[dict[str, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Embeds all batches; rows whose mask is False are left out.
-
-  Args:
-    embed_fn: maps a process's rows of a batch to float [batch, dim] of all.
-    batches: with 'label' int32, 'mask' bool and 'id' int32, all [batch / number
-      of processes].
-
-  Returns:
-    float32 [num_records, dim] and int32 [num_records], the embeddings and the
-    labels in the order of the ids.
-  """
-  rows, labels, ids = [], [], []
-  # Quiet where nobody looks.
-  for batch in tqdm.tqdm(
-    batches, desc='embedding', unit='batch', disable=None, leave=False, delay=1
-  ):
-    interruption.check()
-    embeddings = np.asarray(embed_fn(batch), np.float32)
-    mask, label, number = multihost_utils.process_allgather(
-      (batch['mask'], batch['label'], batch['id']), tiled=True
-    )
-    rows.append(embeddings[mask])
-    labels.append(label[mask])
-    ids.append(number[mask])
-  order = np.argsort(np.concatenate(ids))
-  return np.concatenate(rows)[order], np.concatenate(labels)[order]
-
-
-def evaluate(
-    embed_fn: Callable[[dict[str, np.ndarray]], jax.Array],
-    data: Iterable[dict[str, np.ndarray]],
-    **settings,
-) -> dict[str, float]:
-  """Embeds the batches of a split and scores them: `embed`, then `score`."""
-  return score(*embed(embed_fn, data), **settings)
+from proxy_nca_jax.runtime import signals
 
 
 def score(
@@ -129,7 +86,7 @@ def score(
   labels = np.asarray(labels)
   _check_lengths(embeddings, labels, is_query=is_query, cameras=cameras)
   embeddings, num_zeros = _project_to_sphere(embeddings)
-  interruption.check()
+  signals.check()
   if mesh is not None and mesh.size == 1:
     mesh = None
   over = {'mesh': mesh, 'axis_name': mesh_lib.AXIS}
@@ -308,7 +265,7 @@ def _score_clusters(
   ) as bar:
 
     def progress(num_updates):
-      interruption.check()
+      signals.check()
       bar.update(num_updates)
 
     clusters = clustering.kmeans(
@@ -384,107 +341,3 @@ def format_table(results: Mapping[str, Mapping]) -> str:
     ])
     for name, *cells in rows
   )
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog='python -m proxy_nca_jax.evaluate',
-    description='Scores embeddings by retrieval and by clustering.',
-  )
-  files = {
-    'embeddings': 'float [items, dim]: each queries all others',
-    'labels': '[items], numbers or texts',
-    'query_embeddings': 'float [queries, dim]: these search the others instead',
-    'query_labels': '[queries]',
-    'cameras': "[items]: of the query's label and camera nothing is searched",
-    'query_cameras': '[queries]',
-  }
-  for name, text in files.items():
-    parser.add_argument(
-      f'--{name}',
-      required=name in ('embeddings', 'labels'),
-      metavar='FILE.npy',
-      help=text,
-    )
-  parser.add_argument(
-    '--recall_at', type=int, nargs='+', default=(1, 2, 4, 8), metavar='K'
-  )
-  parser.add_argument(
-    '--nearest_only', action='store_true', help='only Recall@K and MRR, faster'
-  )
-  parser.add_argument(
-    '--kmeans_iterations', type=int, default=20, help='0 is no clustering'
-  )
-  parser.add_argument(
-    '--kmeans_start', choices=('random', 'k-means++'), default='random'
-  )
-  parser.add_argument('--kmeans_num_starts', type=int, default=1)
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument(
-    '--num_resamples', type=int, default=1000,
-    help='of classes, for intervals of 95%%; 0 is none',
-  )
-  parser.add_argument('--json', metavar='FILE', help='where scores are written')
-  return parser.parse_args(arguments)
-
-
-def _read(arguments: argparse.Namespace) -> dict[str, np.ndarray | None]:
-  """Returns the arrays that `score` takes, the queries after the others."""
-  arrays = {}
-  for name in ('embeddings', 'labels', 'cameras'):
-    path, query_path = (
-      getattr(arguments, title) for title in (name, f'query_{name}')
-    )
-    if bool(query_path) != bool(path and arguments.query_embeddings):
-      raise ValueError(
-        f'--{name} and --query_{name} go together, where there are '
-        '--query_embeddings.'
-      )
-    parts = [_load(p) for p in (path, query_path) if p]
-    arrays[name] = parts[0] if len(parts) == 1 else None
-    if len(parts) == 2:
-      arrays[name] = np.concatenate(parts)
-      sizes = [len(part) for part in parts]
-      is_query = np.repeat([False, True], sizes)
-      if not np.array_equal(arrays.setdefault('is_query', is_query), is_query):
-        raise ValueError(
-          f'{query_path!r} must have as many rows as '
-          f'{arguments.query_embeddings!r}; got {sizes[1]}.'
-        )
-  # Texts become numbers.
-  _, arrays['labels'] = np.unique(arrays['labels'], return_inverse=True)
-  return arrays
-
-
-def _load(path: str) -> np.ndarray:
-  try:
-    return np.load(path, mmap_mode='r')
-  except ValueError as error:
-    raise ValueError(
-      f'{path!r} is no file of an array as numpy.save writes it: {error}'
-    ) from error
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-  arguments = _parse(arguments)
-  names = (
-    'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
-    'kmeans_num_starts', 'seed', 'num_resamples',
-  )
-  with errors.in_one_line():
-    scores = score(
-      **_read(arguments),
-      **{name: getattr(arguments, name) for name in names},
-      mesh=mesh_lib.make_mesh(),
-    )
-    print(format_table({'percent': scores}))
-    for name, value in scores.items():
-      if isinstance(value, int):
-        print(f'{name.replace("_", " ")}: {value:,}')
-    if arguments.json:
-      with open(arguments.json, 'w', encoding='utf-8') as file:
-        json.dump(scores, file, indent=2)
-
-
-if __name__ == '__main__':
-  main()

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from proxy_nca_jax import interruption
+from proxy_nca_jax.runtime import signals
 
 # A killed run keeps others out for two minutes; one that cannot reach the
 # storage for as long may lose its lease.
@@ -44,7 +44,7 @@ def hold(path: str, *, wait: bool = True) -> Iterator[None]:
       except BlockingIOError:
         if not wait:
           raise
-      interruption.check()
+      signals.check()
       time.sleep(0.1)
     yield
   finally:

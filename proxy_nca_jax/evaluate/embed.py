@@ -1,15 +1,50 @@
 """A state's scores: a split through its network, then ranked and clustered."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import ml_collections
 import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
 
 from proxy_nca_jax import datasets, evaluate, input_pipeline, models
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.runtime import signals
+
+
+def embed(
+    embed_fn: Callable[[dict[str, np.ndarray]], jax.Array],
+    batches: Iterable[dict[str, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Embeds all batches; rows whose mask is False are left out.
+
+  Args:
+    embed_fn: maps a process's rows of a batch to float [batch, dim] of all.
+    batches: with 'label' int32, 'mask' bool and 'id' int32, all [batch / number
+      of processes].
+
+  Returns:
+    float32 [num_records, dim] and int32 [num_records], the embeddings and the
+    labels in the order of the ids.
+  """
+  rows, labels, ids = [], [], []
+  # Quiet where nobody looks.
+  for batch in tqdm.tqdm(
+    batches, desc='embedding', unit='batch', disable=None, leave=False, delay=1
+  ):
+    signals.check()
+    embeddings = np.asarray(embed_fn(batch), np.float32)
+    mask, label, number = multihost_utils.process_allgather(
+      (batch['mask'], batch['label'], batch['id']), tiled=True
+    )
+    rows.append(embeddings[mask])
+    labels.append(label[mask])
+    ids.append(number[mask])
+  order = np.argsort(np.concatenate(ids))
+  return np.concatenate(rows)[order], np.concatenate(labels)[order]
 
 
 def make_normalize(
@@ -58,7 +93,7 @@ def embed_split(
     batch_size=config.evaluation.batch_size,
     process=(jax.process_index(), jax.process_count()),
   )
-  embeddings, _ = evaluate.embed(functools.partial(embed_fn, state), batches)
+  embeddings, _ = embed(functools.partial(embed_fn, state), batches)
   return embeddings
 
 
@@ -70,7 +105,7 @@ def score_split(
     *,
     num_resamples: int = 0,
 ) -> dict[str, float]:
-  """Scores embeddings of a split as the config says: see `evaluate.score`.
+  """Scores embeddings of a split as the config says: see `score`.
 
   Args:
     config: of the run.

@@ -11,8 +11,9 @@ import whole_runs
 from absl.testing import absltest, parameterized
 
 from configs import default
-from proxy_nca_jax import datasets, device_data, input_pipeline
+from proxy_nca_jax import datasets, input_pipeline
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax.input_pipeline import on_device
 
 
 def make_split(num_records=13, height=12, width=10):
@@ -47,7 +48,7 @@ def take(split, config, number, *, on_device, **kwargs):
 
 
 def make_prepare(split, config, mesh=None):
-  return device_data.make_prepare(
+  return on_device.make_prepare(
     split,
     mesh or mesh_lib.make_mesh(),
     image_size=config.dataset.image_size,
@@ -112,14 +113,14 @@ class DeviceDataTest(parameterized.TestCase):
 
   def test_a_device_holds_its_part_and_never_more(self):
     split, mesh = make_split(num_records=1999), mesh_lib.make_mesh()
-    pictures = device_data.put_pictures(split, mesh)
+    pictures = on_device.put_pictures(split, mesh)
     size = 12 * 10 * 3
     self.assertEqual(pictures.shape, (2000, size))
     for shard in pictures.addressable_shards:
       self.assertEqual(shard.data.shape, (250, size))
     (places,) = take(split, make_config(), 1, on_device=True)
     places = mesh_lib.shard_batch(places, mesh)
-    cut = device_data.make_cut(
+    cut = on_device.make_cut(
       mesh, height=12, width=10, image_size=8, padding=0
     )
     place = {name: places[name] for name in ('top', 'left', 'flip', 'id')}
@@ -139,16 +140,16 @@ class DeviceDataTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, 'picture 1 has 10 x 9 pixels where the first has 9 x 9'
     ):
-      device_data.put_pictures(split, mesh_lib.make_mesh())
+      on_device.put_pictures(split, mesh_lib.make_mesh())
 
   def test_pictures_that_do_not_fit_are_refused(self):
     def device(**stats):
       return types.SimpleNamespace(memory_stats=lambda: stats or None)
 
     full = device(bytes_limit=10 * 2**20, bytes_in_use=4 * 2**20)
-    device_data.check_memory(6 * 2**20, [device(), full])
+    on_device.check_memory(6 * 2**20, [device(), full])
     with self.assertRaisesRegex(ValueError, 'need 7 MiB .* 6 MiB left'):
-      device_data.check_memory(7 * 2**20, [device(), full])
+      on_device.check_memory(7 * 2**20, [device(), full])
 
 
 _PROCESS = """

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from proxy_nca_jax import interruption
+from proxy_nca_jax.runtime import signals
 
 
 def fail(message: str) -> NoReturn:
@@ -34,7 +34,7 @@ def in_one_line(*, stopped: str = 'Stopped.') -> Iterator[None]:
   previous = signal.signal(signal.SIGINT, end)
   try:
     yield
-  except interruption.Stopped as error:  # Where a signal had to wait.
+  except signals.Stopped as error:  # Where a signal had to wait.
     print(stopped, file=sys.stderr)
     sys.exit(128 + error.number)
   except (ValueError, OSError) as error:

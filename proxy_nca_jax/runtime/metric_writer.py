@@ -11,7 +11,7 @@ import numpy as np
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from proxy_nca_jax import processes, watch
+from proxy_nca_jax.runtime import monitoring, processes
 
 _logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class Progress:
       }
       left = _format_seconds((self._num_steps - step) / rate)
       timing = f'  {rates["images_per_second"]:.0f} images/s  {left} left'
-    self._writer.write_scalars(step, scalars | rates | watch.device_memory())
+    self._writer.write_scalars(step, scalars | rates | monitoring.device_memory())
     accuracy = skipped = ''
     if 'proxy_accuracy' in scalars:  # Of losses whose labels index proxies.
       share = 100 * scalars['proxy_accuracy']

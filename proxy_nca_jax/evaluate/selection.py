@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from proxy_nca_jax import metric_writer, processes
 from proxy_nca_jax import optimizer as optimizer_lib
+from proxy_nca_jax.runtime import metric_writer, processes
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import default
-from proxy_nca_jax import locks, mirror, processes
+from proxy_nca_jax.runtime import lock, processes, remote
 
 _logger = logging.getLogger(__name__)
 
@@ -109,13 +109,13 @@ def _take(workdir: str, stack: contextlib.ExitStack) -> Folder:
 @contextlib.contextmanager
 def _locked(workdir: str) -> Iterator[Folder]:
   os.makedirs(workdir, exist_ok=True)
-  with locks.hold(os.path.join(workdir, 'lock'), wait=False):
+  with lock.hold(os.path.join(workdir, 'lock'), wait=False):
     yield Folder(workdir, publish=lambda: None)
 
 
 @contextlib.contextmanager
 def _mirrored(url: str) -> Iterator[Folder]:
-  with mirror.hold(url, lease_seconds=locks.LEASE_SECONDS) as mirrored:
+  with remote.hold(url, lease_seconds=lock.LEASE_SECONDS) as mirrored:
     yield Folder(*mirrored)
 
 

@@ -11,12 +11,7 @@ to cut them out of the pictures that lie on the devices: see `device_data`.
 """
 
 import functools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Generator, Iterator
-from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -26,8 +21,9 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from proxy_nca_jax import augmentation
+from proxy_nca_jax import images
 from proxy_nca_jax.datasets import Split
+from proxy_nca_jax.input_pipeline import sampling, workers
 
 Batch = dict[str, np.ndarray]
 
@@ -56,7 +52,7 @@ def train_batches(
     read = functools.partial(_read_place, split, height, width, config.dataset)
   else:
     read = functools.partial(_read_train, split, config.dataset)
-  records = _positions(split, config).random_map(read)
+  records = sampling.positions(split, config).random_map(read)
   batches = records.batch(config.batch_size // count)
   # Batch s of process p is the piece s * count + p of the record stream.
   batches = batches[first_step * count + index :: count]
@@ -67,131 +63,9 @@ def train_batches(
     return iter(dataset)
   dataset = dataset.mp_prefetch(
     grain.MultiprocessingOptions(num_workers=config.dataset.num_workers),
-    worker_init_fn=_end_with_run,
+    worker_init_fn=workers.end_with_run,
   )
-  return _read_in_processes(iter(dataset))
-
-
-def _end_with_run(index: int, count: int) -> None:
-  """Lets a reading process end if its run is killed."""
-  del index, count
-
-  def end():
-    multiprocessing.parent_process().join()
-    os._exit(0)
-
-  threading.Thread(target=end, daemon=True).start()
-
-
-def _read_in_processes(
-    batches: grain.DatasetIterator
-) -> Generator[Batch, None, None]:
-  """Yields the batches of reading processes.
-
-  A terminal tells all processes to stop, and a run needs its batches until it
-  ends. They begin with the first batch, and inherit which signals are blocked.
-
-  Raises:
-    ValueError: if one of them has been killed.
-  """
-  try:
-    # Its start would unblock them again.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(
-      signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)
-    )
-    try:
-      first = next(batches)
-    finally:
-      signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    yield first
-    yield from batches
-  except RuntimeError as error:
-    if 'terminated unexpectedly' not in str(error):
-      raise
-    raise ValueError(
-      f'A reading process has ended ({str(error).split(".")[0]}), perhaps for '
-      'want of memory: lower config.dataset.num_workers, 0 being threads. The '
-      'same command goes on from the last checkpoint.'
-    ) from error
-  finally:
-    batches.close()
-
-
-def _positions(split, config) -> grain.MapDataset:
-  """Returns the stream of positions in the split, batch after batch."""
-  # As good as endless, and no index of a slice of it overflows.
-  length = 2**40
-  if not config.dataset.images_per_class:
-    positions = grain.MapDataset.range(len(split)).seed(config.seed)
-    return positions.shuffle().repeat(length // len(split))
-  sizes = np.bincount(split.labels, minlength=split.num_classes)
-  members = np.split(
-    np.argsort(split.labels, kind='stable'), np.cumsum(sizes)[:-1]
-  )
-  position = functools.partial(
-    balanced_position,
-    members=members,
-    batch_size=config.batch_size,
-    images_per_class=config.dataset.images_per_class,
-    seed=config.seed,
-  )
-  return grain.MapDataset.range(length).seed(config.seed).map(position)
-
-
-def balanced_position(
-    index: int,
-    *,
-    members: list[np.ndarray],
-    batch_size: int,
-    images_per_class: int,
-    seed: int,
-) -> int:
-  """Returns the record at a place of the stream of class-balanced batches.
-
-  A batch has `batch_size / images_per_class` classes and `images_per_class`
-  images of each, as ProxyNCA++ samples (https://arxiv.org/abs/2004.01113). All
-  classes take their turn in a random order, and so do the images of a class; a
-  rest of an order too small for a batch is left out, another each time. An
-  image comes twice in a batch only if its class has too few.
-
-  Args:
-    index: of the record, in [step * batch_size, (step + 1) * batch_size).
-    members: the records of each class, int [num_images].
-    batch_size: divisible by `images_per_class`.
-    images_per_class: K, positive.
-    seed: of the orders.
-  """
-  step, slot = divmod(int(index), batch_size)
-  num_classes = batch_size // images_per_class
-  classes, turn = _draw(
-    step, size=num_classes, total=len(members), key=(seed, 0)
-  )
-  label = int(classes[slot // images_per_class])
-  # A class is drawn at most once in a turn of all classes.
-  positions, _ = _draw(
-    turn,
-    size=images_per_class,
-    total=len(members[label]),
-    key=(seed, 1 + label),
-  )
-  return int(members[label][positions[slot % images_per_class]])
-
-
-def _draw(number, *, size, total, key) -> tuple[np.ndarray, int]:
-  """Returns the `number`-th draw of `size` out of `total`, and its turn.
-
-  The draws of a turn are disjoint; with a small total they wrap around.
-  """
-  turn, place = divmod(number, max(total // size, 1))
-  order = _permutation(*key, turn, total)
-  chosen = np.arange(place * size, (place + 1) * size)
-  return order.take(chosen, mode='wrap'), turn
-
-
-@functools.lru_cache(maxsize=1024)
-def _permutation(seed, stream, turn, total) -> np.ndarray:
-  return np.random.default_rng((seed, stream, turn)).permutation(total)
+  return workers.read_in_processes(iter(dataset))
 
 
 def check_train_batches(
@@ -256,7 +130,7 @@ def evaluation_batches(
   def read(position):
     is_record = position < len(split)
     index = position if is_record else len(split) - 1
-    image = augmentation.center_crop(split.picture(index), image_size)
+    image = images.center_crop(split.picture(index), image_size)
     return _row(image, split.labels[index], position, is_record)
 
   num_batches = -(-len(split) // batch_size)
@@ -270,11 +144,11 @@ def _read_train(split, config, position, rng) -> Batch:
   image = split.picture(position)
   if config.crop == 'random':
     top, left, is_flipped = _draw_place(*image.shape[:2], config, rng)
-    image = augmentation.crop(
+    image = images.crop(
       image, top, left, config.image_size, config.padding
     )
   elif config.crop == 'random_resized':
-    image = augmentation.random_resized_crop(
+    image = images.random_resized_crop(
       image,
       config.image_size,
       scale=config.crop_scale,
@@ -289,9 +163,9 @@ def _read_train(split, config, position, rng) -> Batch:
     # Twice as fast as a copy of a view with negative strides.
     image = image.take(np.arange(image.shape[1])[::-1], axis=1)
   if any(config.color_jitter):
-    image = augmentation.color_jitter(image, config.color_jitter, rng)
+    image = images.color_jitter(image, config.color_jitter, rng)
   if config.erasing and rng.random() < config.erasing:
-    image = augmentation.random_erasing(image, rng)
+    image = images.random_erasing(image, rng)
   return _row(image, split.labels[position], position, True)
 
 

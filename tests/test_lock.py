@@ -10,7 +10,7 @@ from unittest import mock
 import fsspec
 from absl.testing import absltest
 
-from proxy_nca_jax import interruption, locks
+from proxy_nca_jax.runtime import lock, signals
 
 _HOLD = """
 import os, sys, time
@@ -52,32 +52,32 @@ class LocksTest(absltest.TestCase):
   def test_a_second_process_is_refused_until_the_first_is_killed(self):
     holder = self._start_holder()
     with self.assertRaises(BlockingIOError):
-      with locks.hold(self.path, wait=False):
+      with lock.hold(self.path, wait=False):
         pass
     holder.kill()
     holder.wait()
-    with locks.hold(self.path, wait=False):
+    with lock.hold(self.path, wait=False):
       pass
 
   def test_who_waits_can_be_told_to_stop(self):
     self._start_holder()
     kill = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
-    with interruption.StopSignals():
+    with signals.StopSignals():
       kill.start()
-      with self.assertRaises(interruption.Stopped):
-        with locks.hold(self.path):
+      with self.assertRaises(signals.Stopped):
+        with lock.hold(self.path):
           self.fail('Two hold it.')
 
   def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(self):
     holder = self._start_holder('fork')
     holder.kill()
     holder.wait()
-    with locks.hold(self.path, wait=False):
+    with lock.hold(self.path, wait=False):
       pass
 
   def test_a_released_lock_can_be_taken_again(self):
     for _ in range(2):
-      with locks.hold(self.path, wait=False):
+      with lock.hold(self.path, wait=False):
         pass
 
 
@@ -89,7 +89,7 @@ class LeaseTest(absltest.TestCase):
     self.path = f'/{self.id()}/lease.json'
 
   def _lease(self, seconds=0.4):
-    return locks.Lease(self.storage, self.path, seconds=seconds)
+    return lock.Lease(self.storage, self.path, seconds=seconds)
 
   def _content(self):
     return json.loads(self.storage.cat_file(self.path))
@@ -136,7 +136,7 @@ class LeaseTest(absltest.TestCase):
     with self._lease() as lease:
       lease.renew()
       self._write(age=0)
-      with self.assertRaisesRegex(locks.LeaseLost, 'taken by another'):
+      with self.assertRaisesRegex(lock.LeaseLost, 'taken by another'):
         lease.renew()
       time.sleep(0.3)  # Nor does it renew in the background.
       self.assertEqual(self._content()['owner'], 'another')
@@ -145,7 +145,7 @@ class LeaseTest(absltest.TestCase):
   def test_a_removed_lease_is_lost(self):
     with self._lease() as lease:
       self.storage.rm_file(self.path)
-      with self.assertRaisesRegex(locks.LeaseLost, 'removed'):
+      with self.assertRaisesRegex(lock.LeaseLost, 'removed'):
         lease.renew()
 
   def test_of_two_that_start_at_once_the_first_to_write_is_refused(self):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import watch
+from proxy_nca_jax.runtime import monitoring
 
 
 def _wait_until(condition):
@@ -21,7 +21,7 @@ class WatchdogTest(absltest.TestCase):
   def test_a_long_wait_is_told_and_its_end(self):
     with (
       self.assertLogs('proxy_nca_jax', 'WARNING') as logs,
-      watch.Watchdog(0.05) as watchdog,
+      monitoring.Watchdog(0.05) as watchdog,
     ):
       with watchdog.waiting_for('its input', step=7):
         _wait_until(lambda: len(logs.output) > 1)
@@ -45,7 +45,7 @@ class WatchdogTest(absltest.TestCase):
   def test_warnings_of_one_wait_become_rare(self):
     with (
       self.assertLogs('proxy_nca_jax', 'WARNING') as logs,
-      watch.Watchdog(0.01) as watchdog,
+      monitoring.Watchdog(0.01) as watchdog,
       watchdog.waiting_for('its input', step=7),
     ):
       time.sleep(1)
@@ -55,13 +55,13 @@ class WatchdogTest(absltest.TestCase):
   def test_what_is_short_or_no_wait_is_not_told(self):
     with (
       self.assertNoLogs('proxy_nca_jax', 'WARNING'),
-      watch.Watchdog(60) as watchdog,
+      monitoring.Watchdog(60) as watchdog,
     ):
       with watchdog.waiting_for('its input', step=7):
         time.sleep(0.1)
     with (
       self.assertNoLogs('proxy_nca_jax', 'WARNING'),
-      watch.Watchdog(0.1) as watchdog,
+      monitoring.Watchdog(0.1) as watchdog,
     ):
       with watchdog.waiting_for('the device', step=7):
         pass
@@ -70,7 +70,7 @@ class WatchdogTest(absltest.TestCase):
   def test_zero_is_no_watchdog_but_seconds_are_counted(self):
     with (
       self.assertNoLogs('proxy_nca_jax', 'WARNING'),
-      watch.Watchdog(0) as watchdog,
+      monitoring.Watchdog(0) as watchdog,
     ):
       for step in (7, 8):
         with watchdog.waiting_for('its input', step=step):
@@ -88,7 +88,7 @@ class TraceTest(parameterized.TestCase):
     folder = self.create_tempdir().full_path
     with self.assertLogs('proxy_nca_jax', 'INFO') as logs:
       logging.getLogger('proxy_nca_jax').info('begins')
-      with watch.Trace(folder, steps) as trace:
+      with monitoring.Trace(folder, steps) as trace:
         for step in done:
           trace.before(step, step + size - 1)
           trace.after(step + size - 1, {'loss': jnp.ones(3) * step})
@@ -122,14 +122,14 @@ class DeviceMemoryTest(absltest.TestCase):
     device = mock.Mock(memory_stats=lambda: stats)
     with mock.patch.object(jax, 'local_devices', return_value=[device]):
       self.assertEqual(
-        watch.device_memory(),
+        monitoring.device_memory(),
         {'device_bytes_in_use': 3, 'device_bytes_peak': 5},
       )
 
   def test_a_device_that_does_not_tell_gives_nothing(self):
     device = mock.Mock(memory_stats=lambda: None)
     with mock.patch.object(jax, 'local_devices', return_value=[device]):
-      self.assertEqual(watch.device_memory(), {})
+      self.assertEqual(monitoring.device_memory(), {})
 
 
 if __name__ == '__main__':

@@ -22,88 +22,14 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from proxy_nca_jax import (
-  clustering,
-  distances,
-  errors,
-  inference,
-  losses,
-  pages,
-  retrieval,
-)
-from proxy_nca_jax import index as index_lib
-from proxy_nca_jax.datasets import images as images_lib
-
-# Pictures from which FAISS answers, if it is there: an exact search of so many
-# reads gigabytes.
-_MANY = 1_000_000
+from proxy_nca_jax import clustering, inference, losses, retrieval
+from proxy_nca_jax import images as images_lib
+from proxy_nca_jax.report import pages
+from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.search import find
+from proxy_nca_jax.search import index as index_lib
 
 Rows = list[dict[str, str | int | float | None]]
-
-
-def find(
-    queries: np.ndarray, items: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Finds the k nearest items of each query on the unit sphere, exactly.
-
-  Args:
-    queries: float32 [num_queries, dim].
-    items: float32 [num_items, dim].
-    k: at least 1; at most as many as there are are found.
-
-  Returns:
-    (distances, indices): float32 and int32 [num_queries, k], nearest first.
-  """
-  queries, items = _project(queries), _project(items)
-  _, indices = retrieval.nearest(queries, min(k, len(items)), gallery=items)
-  indices = np.asarray(indices)
-  return _distances(queries, items, indices), indices
-
-
-def _project(rows: np.ndarray) -> np.ndarray:
-  return np.asarray(_unit_norm(np.asarray(rows, np.float32)))
-
-
-_unit_norm = jax.jit(distances.unit_norm)
-
-
-def _distances(queries, items, indices) -> np.ndarray:
-  """Distances of unit vectors; by their products, small ones would be lost."""
-  return np.stack([
-    np.linalg.norm(items[row] - query, axis=1)
-    for query, row in zip(queries, indices)
-  ])
-
-
-def find_in_index(
-    path: str, content: index_lib.Content, queries: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """As `find`, in an index, with FAISS where there are many pictures."""
-  if len(content.names) < _MANY or not importlib.util.find_spec('faiss'):
-    return find(queries, content.embeddings, k)
-  import faiss
-
-  queries, items = _project(queries), _project(content.embeddings)
-  stored, stamp = f'{path}.faiss', os.stat(path).st_mtime_ns
-  if os.path.exists(stored) and os.stat(stored).st_mtime_ns > stamp:
-    lists = faiss.read_index(stored)
-  else:
-    print(f'Making {stored}: once for this index.', file=sys.stderr)
-    num_lists = int(4 * len(items) ** 0.5)
-    lists = faiss.index_factory(
-      items.shape[1], f'IVF{num_lists},Flat', faiss.METRIC_INNER_PRODUCT
-    )
-    # Sixty-four pictures tell where the centre of a list is.
-    order = np.random.default_rng(0).permutation(len(items))
-    lists.train(items[order[: 64 * num_lists]])
-    lists.add(items)
-    faiss.write_index(lists, f'{stored}.part')
-    os.replace(f'{stored}.part', stored)
-  # A sixteenth of the lists is looked through.
-  lists.nprobe = max(lists.nlist // 16, 1)
-  print('The search is approximate (FAISS).', file=sys.stderr)
-  _, indices = lists.search(queries, min(k, len(items)))
-  return _distances(queries, items, indices), indices
 
 
 def _load_embedder(
@@ -135,7 +61,7 @@ def make_index(arguments: argparse.Namespace) -> None:
 def query(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
   embedder = _load_embedder(content, arguments.workdir)
-  found = find_in_index(
+  found = find.find_in_index(
     arguments.index, content, embedder(arguments.pictures), arguments.k
   )
   paths = content.paths
@@ -187,7 +113,7 @@ def _thumbnail(path: str) -> str:
 
 def cluster(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
-  points = _project(content.embeddings)
+  points = find.project(content.embeddings)
   clusters = clustering.kmeans(
     points,
     num_clusters=arguments.clusters,
@@ -213,7 +139,7 @@ def cluster(arguments: argparse.Namespace) -> None:
 
 def duplicates(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
-  points = _project(content.embeddings)
+  points = find.project(content.embeddings)
   # |x - y|^2 = 2 - 2 x.y; the products' rounding is let in, then taken away.
   least = 1 - arguments.threshold**2 / 2 - 1e-6
   pairs = []
@@ -243,10 +169,10 @@ def classify(arguments: argparse.Namespace) -> None:
   queries = embedder(arguments.pictures)
   if arguments.by == 'proxies':
     labels, points = _proxies(embedder)
-    found = find(queries, points, 1)
+    found = find.find(queries, points, 1)
   else:
     labels = content.labels
-    found = find_in_index(arguments.index, content, queries, arguments.k)
+    found = find.find_in_index(arguments.index, content, queries, arguments.k)
   rows = []
   for picture, away, numbers in zip(arguments.pictures, *found):
     # The most frequent; of as frequent ones the nearest, as they are counted.

@@ -8,7 +8,7 @@ import threading
 
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import errors, interruption
+from proxy_nca_jax.runtime import errors, signals
 
 _COMMAND = """
 import time
@@ -25,23 +25,23 @@ class StopSignalsTest(parameterized.TestCase):
   @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
   def test_a_signal_is_raised_by_the_next_check(self, number):
     done = []
-    with self.assertRaises(interruption.Stopped) as raised:
-      with interruption.StopSignals():
-        interruption.check()
+    with self.assertRaises(signals.Stopped) as raised:
+      with signals.StopSignals():
+        signals.check()
         os.kill(os.getpid(), number)
         done.append('what it was doing')
-        interruption.check()
+        signals.check()
         done.append('what comes next')
     self.assertEqual(raised.exception.number, number)
     self.assertEqual(done, ['what it was doing'])
 
   def test_nothing_is_raised_without_a_signal(self):
-    with interruption.StopSignals() as signals:
+    with signals.StopSignals() as stop_signals:
+      stop_signals.check()
       signals.check()
-      interruption.check()
 
   def test_code_that_waits_for_a_thread_is_not_disturbed(self):
-    with interruption.StopSignals() as signals:
+    with signals.StopSignals() as stop_signals:
       event = threading.Event()
       timer = threading.Timer(0.2, event.set)
       kill = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
@@ -49,38 +49,38 @@ class StopSignalsTest(parameterized.TestCase):
       kill.start()
       self.assertTrue(event.wait(60))
       kill.join()
-      with self.assertRaises(interruption.Stopped):
-        signals.check()
+      with self.assertRaises(signals.Stopped):
+        stop_signals.check()
 
   def test_a_second_signal_takes_its_default_course(self):
     with self.assertRaises(KeyboardInterrupt) as raised:
-      with interruption.StopSignals():
+      with signals.StopSignals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         self.fail('The second signal did nothing.')
-    self.assertNotIsInstance(raised.exception, interruption.Stopped)
+    self.assertNotIsInstance(raised.exception, signals.Stopped)
 
   def test_a_signal_within_two_is_of_the_inner_one(self):
-    with interruption.StopSignals():
-      with interruption.StopSignals() as inner:
+    with signals.StopSignals():
+      with signals.StopSignals() as inner:
         os.kill(os.getpid(), signal.SIGTERM)
-      interruption.check()
-      with self.assertRaises(interruption.Stopped):
+      signals.check()
+      with self.assertRaises(signals.Stopped):
         inner.check()
 
   def test_the_handlers_of_before_come_back(self):
     before = signal.getsignal(signal.SIGTERM)
-    with interruption.StopSignals():
+    with signals.StopSignals():
       self.assertNotEqual(signal.getsignal(signal.SIGTERM), before)
     self.assertEqual(signal.getsignal(signal.SIGTERM), before)
-    interruption.check()
+    signals.check()
 
   def test_another_thread_runs_without_handlers(self):
     entered = []
 
     def run():
-      with interruption.StopSignals():
-        interruption.check()
+      with signals.StopSignals():
+        signals.check()
         entered.append(True)
 
     thread = threading.Thread(target=run)
@@ -89,7 +89,7 @@ class StopSignalsTest(parameterized.TestCase):
     self.assertEqual(entered, [True])
 
   def test_libraries_that_catch_exceptions_let_it_through(self):
-    self.assertNotIsInstance(interruption.Stopped(signal.SIGTERM), Exception)
+    self.assertNotIsInstance(signals.Stopped(signal.SIGTERM), Exception)
 
 
 class CommandTest(absltest.TestCase):
@@ -110,10 +110,10 @@ class CommandTest(absltest.TestCase):
       contextlib.redirect_stderr(io.StringIO()) as printed,
       self.assertRaises(SystemExit) as raised,
       errors.in_one_line(stopped='As it was.'),
-      interruption.StopSignals() as signals,
+      signals.StopSignals() as stop_signals,
     ):
       signal.raise_signal(signal.SIGINT)
-      signals.check()
+      stop_signals.check()
     self.assertEqual(raised.exception.code, 130)
     self.assertEqual(printed.getvalue(), 'As it was.\n')
 

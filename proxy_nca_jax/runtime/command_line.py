@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from configs import default
-from proxy_nca_jax import errors, interruption, processes, provenance
+from proxy_nca_jax.runtime import errors, processes, provenance, signals
 
 _logger = logging.getLogger('proxy_nca_jax')
 
@@ -95,7 +95,7 @@ def _run(work, argv: list[str]) -> None:
   _logger.debug('%s', config)
   try:
     work(config, workdir)
-  except interruption.Stopped as stopped:
+  except signals.Stopped as stopped:
     print(f'Ended by {stopped}.', file=sys.stderr)
     sys.exit(128 + stopped.number)
   except (ValueError, OSError) as error:

@@ -19,7 +19,7 @@ from concurrent import futures
 import fsspec
 from fsspec.implementations import local
 
-from proxy_nca_jax import locks
+from proxy_nca_jax.runtime import lock
 
 _MANIFEST, _LEASE = 'manifest.json', 'lease.json'
 # What is written under these names is renamed when it is whole.
@@ -53,7 +53,7 @@ def hold(
   with contextlib.ExitStack() as stack:
     with _failures_named(url):
       lease = stack.enter_context(
-        locks.Lease(storage, f'{root}/{_LEASE}', seconds=lease_seconds)
+        lock.Lease(storage, f'{root}/{_LEASE}', seconds=lease_seconds)
       )
     local = tempfile.mkdtemp(prefix='proxy_nca_')
     mirror = _Mirror(url, storage, root, local, lease)
@@ -159,7 +159,7 @@ class _Mirror:
   def _try_upload(self):
     try:
       self._upload_changes()
-    except locks.LeaseLost:
+    except lock.LeaseLost:
       raise
     except FileNotFoundError:
       # An old checkpoint has been removed meanwhile. The next upload does it.
@@ -180,7 +180,7 @@ class _Mirror:
     try:
       with _failures_named(self._url):
         self._upload_changes()
-    except locks.LeaseLost:
+    except lock.LeaseLost:
       shutil.rmtree(self._local)
       raise
     except OSError as error:

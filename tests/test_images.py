@@ -2,7 +2,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from proxy_nca_jax import augmentation
+from proxy_nca_jax import images
 
 
 class ColorJitterTest(parameterized.TestCase):
@@ -12,7 +12,7 @@ class ColorJitterTest(parameterized.TestCase):
 
   def _jitter(self, strengths, seed=0, image=None):
     image = self._image() if image is None else image
-    return augmentation.color_jitter(
+    return images.color_jitter(
       image, strengths, np.random.default_rng(seed)
     )
 
@@ -71,7 +71,7 @@ class ColorJitterTest(parameterized.TestCase):
     for order in ([0, 1, 2, 3], [2, 0, 1, 3]):
       rng.permutation.return_value = order
       results.append(
-        augmentation.color_jitter(image, (0.9, 0, 0.9, 0), rng).tolist()
+        images.color_jitter(image, (0.9, 0, 0.9, 0), rng).tolist()
       )
     self.assertNotEqual(*results)
 
@@ -82,7 +82,7 @@ class RandomErasingTest(absltest.TestCase):
     image = np.zeros((200, 200, 3), np.uint8)
     areas, aspects, pixels = [], [], []
     for seed in range(1000):
-      erased = augmentation.random_erasing(image, np.random.default_rng(seed))
+      erased = images.random_erasing(image, np.random.default_rng(seed))
       rows, columns = np.nonzero(erased.any(axis=2))
       height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
       areas.append(height * width / 200**2)
@@ -98,7 +98,7 @@ class RandomErasingTest(absltest.TestCase):
 
   def test_what_cannot_fit_is_left_alone(self):
     image = np.ones((4, 400, 3), np.uint8)
-    erased = augmentation.random_erasing(
+    erased = images.random_erasing(
       image, np.random.default_rng(0), scale=(0.9, 0.9), ratio=(1.0, 1.0)
     )
     np.testing.assert_array_equal(erased, image)
@@ -108,7 +108,7 @@ class RandomResizedCropTest(parameterized.TestCase):
 
   def _crop(self, image, seed=0, **changes):
     arguments = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-    return augmentation.random_resized_crop(
+    return images.random_resized_crop(
       image, 8, rng=np.random.default_rng(seed), **(arguments | changes)
     )
 
@@ -159,7 +159,7 @@ class CenterCropTest(absltest.TestCase):
   def test_the_central_crop_is_central(self):
     image = np.arange(36).reshape(6, 6, 1)
     np.testing.assert_array_equal(
-      augmentation.center_crop(image, 2)[..., 0], [[14, 15], [20, 21]]
+      images.center_crop(image, 2)[..., 0], [[14, 15], [20, 21]]
     )
 
 

@@ -1,0 +1,1 @@
+"""Nearest neighbors in an index of images; `python -m proxy_nca_jax.search`."""
