@@ -37,11 +37,11 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from configs import default, glyphs
 from proxy_nca_jax import datasets, input_pipeline, models, train, train_step
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.configs import default, glyphs
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.runtime import metric_writer, monitoring, signals
 
@@ -97,7 +97,10 @@ class Contest:
     )
     self._start = jax.device_get(
       state_lib.create(
-        config, model, optimizer, class_sizes=split.class_sizes,
+        config,
+        model,
+        optimizer,
+        class_sizes=split.class_sizes,
         mesh=self._mesh,
       )
     )
@@ -129,9 +132,7 @@ class Contest:
       batch = jax.block_until_ready(self._prepare[False](self._batch))
       start = read_clocks()
       for _ in range(self._config.num_steps):
-        state, metrics = self._step(
-          state, batch, 1.0, freeze_batch_norm=False
-        )
+        state, metrics = self._step(state, batch, 1.0, freeze_batch_norm=False)
       jax.block_until_ready((state, metrics))
       return read_clocks() - start
     is_on_device = way == 'on_device'

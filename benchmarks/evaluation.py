@@ -70,7 +70,8 @@ def make_split(dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 def ranks(rows, labels, nearest_only: bool):
   return [
-    r for _, r in retrieval.positive_ranks(
+    r
+    for _, r in retrieval.positive_ranks(
       rows, labels, nearest_only=nearest_only
     )
   ]
@@ -86,7 +87,9 @@ def scores_here(rows, labels) -> list[float]:
   parts = ranks(rows, labels, False)
   fns = [lambda r, k=k: metrics.recall_at_k(r, k) for k in _RECALL_AT]
   fns += [
-    metrics.map_at_r, metrics.r_precision, metrics.reciprocal_rank,
+    metrics.map_at_r,
+    metrics.r_precision,
+    metrics.reciprocal_rank,
     metrics.average_precision,
   ]
   return [
@@ -142,23 +145,31 @@ def print_rows(title, medians, results, *, peer, floor) -> None:
 
 def compare_ranking(dim: int, rounds: int, rate: float) -> None:
   rows, labels = make_split(dim)
-  medians, results = alternate({
-    'Recall@K': lambda: recall_here(rows, labels),
-    'all scores': lambda: scores_here(rows, labels),
-    'FAISS, k = 1001': lambda: recall_by_faiss(rows, labels),
-  }, rounds)
+  medians, results = alternate(
+    {
+      'Recall@K': lambda: recall_here(rows, labels),
+      'all scores': lambda: scores_here(rows, labels),
+      'FAISS, k = 1001': lambda: recall_by_faiss(rows, labels),
+    },
+    rounds,
+  )
   texts = {
     name: ' '.join(f'{100 * x:.3f}' for x in values)
     for name, values in results.items()
   }
   print_rows(
-    f'{_NUM_ITEMS:,} x {dim}', medians, texts, peer='FAISS, k = 1001',
+    f'{_NUM_ITEMS:,} x {dim}',
+    medians,
+    texts,
+    peer='FAISS, k = 1001',
     floor=_NUM_ITEMS**2 * dim / rate,
   )
   for name in ('Recall@K', 'all scores'):
     output = subprocess.run(
       [sys.executable, __file__, f'--memory={name}', f'--dims={dim}'],
-      check=True, capture_output=True, text=True,
+      check=True,
+      capture_output=True,
+      text=True,
     ).stdout
     print(f'{"":22}{name:28}{output.strip()} MiB above the embeddings')
 
@@ -189,21 +200,26 @@ def compare_calculator(dim: int, rounds: int) -> None:
     include=names, k='max_bin_count', device=torch.device('cpu')
   )
   queries, targets = torch.tensor(rows), torch.tensor(labels)
-  medians, results = alternate({
-    'here': lambda: scores_here(rows, labels),
-    'AccuracyCalculator': lambda: calculator.get_accuracy(queries, targets),
-  }, rounds)
+  medians, results = alternate(
+    {
+      'here': lambda: scores_here(rows, labels),
+      'AccuracyCalculator': lambda: calculator.get_accuracy(queries, targets),
+    },
+    rounds,
+  )
   values, scores = results.values()
   texts = {
     'here': [values[0], *values[4:6]],
     'AccuracyCalculator': [scores[name] for name in names],
   }
   texts = {
-    name: ' '.join(f'{100 * x:.3f}' for x in row)
-    for name, row in texts.items()
+    name: ' '.join(f'{100 * x:.3f}' for x in row) for name, row in texts.items()
   }
   print_rows(
-    f'{_NUM_ITEMS:,} x {dim}', medians, texts, peer='AccuracyCalculator',
+    f'{_NUM_ITEMS:,} x {dim}',
+    medians,
+    texts,
+    peer='AccuracyCalculator',
     floor=None,
   )
 
@@ -221,7 +237,10 @@ def compare_kmeans(dim: int, rounds: int, rate: float) -> None:
 
   def by_faiss():
     kmeans = faiss.Kmeans(
-      dim, _NUM_CLASSES, niter=20, min_points_per_centroid=1,
+      dim,
+      _NUM_CLASSES,
+      niter=20,
+      min_points_per_centroid=1,
       max_points_per_centroid=_NUM_ITEMS,
     )
     kmeans.train(rows, init_centroids=start)
@@ -232,19 +251,20 @@ def compare_kmeans(dim: int, rounds: int, rate: float) -> None:
   texts = {name: f'{100 * same:.3f}% assigned alike' for name in results}
   # 20 iterations, and the assignment to the last centroids.
   floor = 21 * 2 * _NUM_ITEMS * _NUM_CLASSES * dim / rate
-  print_rows(
-    f'k-means x {dim}', medians, texts, peer='FAISS', floor=floor
-  )
+  print_rows(f'k-means x {dim}', medians, texts, peer='FAISS', floor=floor)
 
 
 def compare_nmi(rounds: int) -> None:
   _, labels = make_split(2)
   clusters = np.random.default_rng(2).permutation(labels)
   clusters = np.where(np.arange(len(labels)) % 3 > 0, labels, clusters)
-  medians, results = alternate({
-    'here': lambda: metrics.normalized_mutual_information(labels, clusters),
-    'scikit-learn': lambda: normalized_mutual_info_score(labels, clusters),
-  }, 5 * rounds)
+  medians, results = alternate(
+    {
+      'here': lambda: metrics.normalized_mutual_information(labels, clusters),
+      'scikit-learn': lambda: normalized_mutual_info_score(labels, clusters),
+    },
+    5 * rounds,
+  )
   texts = {name: f'{value:.15f}' for name, value in results.items()}
   print_rows(
     f'NMI of {_NUM_ITEMS:,}', medians, texts, peer='scikit-learn', floor=None

@@ -35,8 +35,8 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / 'tests')]
 import made_archives
 from absl import flags
 
-from configs import cub200
 from proxy_nca_jax import datasets, input_pipeline
+from proxy_nca_jax.configs import cub200
 
 flags.FLAGS.mark_as_parsed()
 _CLASSES = (1, 2, 3, 101, 102, 103)
@@ -58,7 +58,9 @@ def photo(number: int) -> bytes:
 def load(folder: str, **fields):
   config = cub200.get_config()
   config.dataset.update(
-    data_dir=f'{folder}/data', manual_dir=folder, allow_incomplete=True,
+    data_dir=f'{folder}/data',
+    manual_dir=folder,
+    allow_incomplete=True,
     **fields,
   )
   return datasets.load(config).train, config

@@ -74,7 +74,9 @@ def subcenter(num_classes, dim, **kwargs):
 
 def soft_triple(num_classes, dim):
   return peer_losses.SoftTripleLoss(
-    num_classes, dim, centers_per_class=_CENTERS,
+    num_classes,
+    dim,
+    centers_per_class=_CENTERS,
     weight_regularizer=regularizers.SparseCentersRegularizer(
       num_classes, _CENTERS
     ),
@@ -88,48 +90,63 @@ def rows():
   plain = distances.LpDistance(normalize_embeddings=False)
   dot = distances.DotProductSimilarity(normalize_embeddings=False)
   own = losses.LOSSES
-  proxy_nca = with_proxies(
-    peer_losses.ProxyNCALoss, 'proxies', softmax_scale=9
-  )
+  proxy_nca = with_proxies(peer_losses.ProxyNCALoss, 'proxies', softmax_scale=9)
   degrees = math.degrees(0.5)
   yield (
-    'proxy_nca', softplus_of_proxy_nca, proxy_nca,
+    'proxy_nca',
+    softplus_of_proxy_nca,
+    proxy_nca,
     'it has the softmax form alone: softplus of ours',
   )
   yield 'proxy_nca_pp', own['proxy_nca_pp'], proxy_nca, ''
   yield (
-    'proxy_anchor', own['proxy_anchor'],
-    with_proxies(peer_losses.ProxyAnchorLoss, 'proxies'), '',
+    'proxy_anchor',
+    own['proxy_anchor'],
+    with_proxies(peer_losses.ProxyAnchorLoss, 'proxies'),
+    '',
   )
   yield (
-    'normalized_softmax', own['normalized_softmax'],
-    with_proxies(peer_losses.NormalizedSoftmaxLoss, 'W'), '',
+    'normalized_softmax',
+    own['normalized_softmax'],
+    with_proxies(peer_losses.NormalizedSoftmaxLoss, 'W'),
+    '',
   )
   yield (
-    'cosface', own['cosface'], with_proxies(peer_losses.CosFaceLoss, 'W'), ''
+    'cosface',
+    own['cosface'],
+    with_proxies(peer_losses.CosFaceLoss, 'W'),
+    '',
   )
   yield (
-    'arcface', own['arcface'],
-    with_proxies(peer_losses.ArcFaceLoss, 'W', margin=degrees), '',
+    'arcface',
+    own['arcface'],
+    with_proxies(peer_losses.ArcFaceLoss, 'W', margin=degrees),
+    '',
   )
   yield (
-    'subcenter_arcface', own['subcenter_arcface'],
-    with_proxies(subcenter, 'W', margin=degrees, sub_centers=_CENTERS), '',
+    'subcenter_arcface',
+    own['subcenter_arcface'],
+    with_proxies(subcenter, 'W', margin=degrees, sub_centers=_CENTERS),
+    '',
   )
   yield (
-    'soft_triple', own['soft_triple'], with_proxies(soft_triple, 'fc'),
+    'soft_triple',
+    own['soft_triple'],
+    with_proxies(soft_triple, 'fc'),
     'with its SparseCentersRegularizer',
   )
   triplet = functools.partial(own['triplet'], margin=5.0)
   for mining, miner, reducer in (
     ('batch_all', None, reducers.AvgNonZeroReducer()),
     (
-      'batch_hard', miners.BatchHardMiner(distance=squared),
+      'batch_hard',
+      miners.BatchHardMiner(distance=squared),
       reducers.MeanReducer(),
     ),
   ):
     yield (
-      f'triplet, {mining}', functools.partial(triplet, mining=mining),
+      f'triplet, {mining}',
+      functools.partial(triplet, mining=mining),
       without_proxies(
         peer_losses.TripletMarginLoss(
           margin=5.0, distance=squared, reducer=reducer
@@ -139,27 +156,34 @@ def rows():
       'its distance squared, embeddings as they are',
     )
   yield (
-    'triplet, semi_hard', None, None,
+    'triplet, semi_hard',
+    None,
+    None,
     'it takes all negatives of the band, ours the nearest of it or else the '
     'farthest at all',
   )
   yield (
-    'contrastive', None, None,
+    'contrastive',
+    None,
+    None,
     'its penalties are linear, each in the mean of those above 0; the '
     "paper's are squared, in the mean of all pairs",
   )
   yield (
-    'n_pairs', own['n_pairs'],
+    'n_pairs',
+    own['n_pairs'],
     without_proxies(peer_losses.NPairsLoss(distance=dot)),
     'embeddings as they are',
   )
   yield (
-    'lifted_structure', own['lifted_structure'],
+    'lifted_structure',
+    own['lifted_structure'],
     without_proxies(peer_losses.LiftedStructureLoss(distance=plain)),
     'embeddings as they are',
   )
   yield (
-    'multi_similarity', own['multi_similarity'],
+    'multi_similarity',
+    own['multi_similarity'],
     without_proxies(
       peer_losses.MultiSimilarityLoss(),
       miners.MultiSimilarityMiner(epsilon=0.1),

@@ -63,11 +63,15 @@ def make_ours(embeddings, proxies, labels, **kwargs):
   arrays = jax.block_until_ready(
     [jnp.asarray(array) for array in (embeddings, proxies, labels)]
   )
-  step = jax.jit(
-    jax.value_and_grad(
-      lambda x, p, y: proxy_nca_loss(x, p, y, **kwargs).mean(), (0, 1)
+  step = (
+    jax.jit(
+      jax.value_and_grad(
+        lambda x, p, y: proxy_nca_loss(x, p, y, **kwargs).mean(), (0, 1)
+      )
     )
-  ).lower(*arrays).compile()
+    .lower(*arrays)
+    .compile()
+  )
   return lambda: jax.block_until_ready(step(*arrays))
 
 
@@ -184,10 +188,15 @@ def main() -> None:
     f'pytorch-metric-learning {peer.__version__}, {_THREADS} threads, '
     f'{arguments.rounds} rounds'
   )
-  print(f'{"batch, classes, dim":22}{"milliseconds":>42}{"ratio":>9}'
-        f'{"MiB":>18}{"ratio":>9}')
-  print(f'{"":22}' + ''.join(f'{name:>14}' for name in CONTENDERS)
-        + f'{"":9}{"ours":>9}{"peer":>9}')
+  print(
+    f'{"batch, classes, dim":22}{"milliseconds":>42}{"ratio":>9}'
+    f'{"MiB":>18}{"ratio":>9}'
+  )
+  print(
+    f'{"":22}'
+    + ''.join(f'{name:>14}' for name in CONTENDERS)
+    + f'{"":9}{"ours":>9}{"peer":>9}'
+  )
   for size in _SIZES:
     inputs = make_inputs(size)
     steps = {name: make(*inputs) for name, make in CONTENDERS.items()}

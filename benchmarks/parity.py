@@ -62,11 +62,11 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / 'tests')]
 
 import made_weights
 
-from configs import cub200
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import models, proxies, train_step
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.configs import cub200
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.models import (
   backbones,
@@ -110,7 +110,8 @@ class _Original(torch.nn.Module):
     """All but the classifier that some originals bring."""
     unused = backbones.BACKBONES[self.name].unused
     return [
-      value for key, value in self.named_parameters()
+      value
+      for key, value in self.named_parameters()
       if key.removeprefix('backbone.') not in unused
     ]
 
@@ -159,21 +160,27 @@ def _write(original: _Original, folder: str) -> str:
 def _make_model(name: str, size: int, dtype: jnp.dtype):
   """Returns our model and variables to fill; no config asks for float64."""
   make_backbone = functools.partial(
-    backbones.make_backbone, name, dtype=jnp.dtype(dtype), remat=False,
-    batch_norm_momentum=0.9, width=1,
+    backbones.make_backbone,
+    name,
+    dtype=jnp.dtype(dtype),
+    remat=False,
+    batch_norm_momentum=0.9,
+    width=1,
   )
   make_head = functools.partial(
-    embedding.Head, pooling='cls' if name in _TIMM else 'average',
-    layer_norm=False, embedding_dim=_DIM, normalize=False, stddev=0.0,
+    embedding.Head,
+    pooling='cls' if name in _TIMM else 'average',
+    layer_norm=False,
+    embedding_dim=_DIM,
+    normalize=False,
+    stddev=0.0,
   )
   model = embedding.EmbeddingModel(make_backbone, make_head)
   init = functools.partial(model.init, train=False)
   shapes = jax.eval_shape(
     init, jax.random.key(0), jnp.zeros((1, size, size, 3))
   )
-  return model, jax.tree.map(
-    lambda x: jnp.zeros(x.shape, jnp.float32), shapes
-  )
+  return model, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 
 
 def _share_weights(name, size, variables, folder):
@@ -190,10 +197,12 @@ def _share_weights(name, size, variables, folder):
     path, name, variables.pop('params'), variables
   )
   head = original.embedding
-  params['head'] = {'embedding': {
-    'kernel': jnp.asarray(head.weight.detach().numpy().T),
-    'bias': jnp.asarray(head.bias.detach().numpy()),
-  }}
+  params['head'] = {
+    'embedding': {
+      'kernel': jnp.asarray(head.weight.detach().numpy().T),
+      'bias': jnp.asarray(head.bias.detach().numpy()),
+    }
+  }
   return original, params, model_state
 
 
@@ -234,7 +243,9 @@ def _step_ours(name, size, params, model_state, images, weights):
   def step(params, model_state, images, weights):
     def loss_fn(params):
       embeddings, state = model.apply(
-        {'params': params, **model_state}, images, train=True,
+        {'params': params, **model_state},
+        images,
+        train=True,
         mutable=['batch_stats'],
       )
       return jnp.sum(embeddings * weights), (embeddings, state)
@@ -259,17 +270,20 @@ def _step_original(original, images, weights, params, model_state):
   net = original.backbone
   tensors = {
     key: value.grad.numpy()
-    for key, value in net.named_parameters() if value.grad is not None
+    for key, value in net.named_parameters()
+    if value.grad is not None
   } | {key: value.numpy() for key, value in net.named_buffers()}
   like = {
     'params': params['backbone'],
     'batch_stats': model_state.get('batch_stats', {}).get('backbone', {}),
   }
   tree = pretrained.import_tensors(tensors, like, original.name)
-  tree['params'] = tree['params'] | {'embedding': {
-    'kernel': original.embedding.weight.grad.numpy().T,
-    'bias': original.embedding.bias.grad.numpy(),
-  }}
+  tree['params'] = tree['params'] | {
+    'embedding': {
+      'kernel': original.embedding.weight.grad.numpy().T,
+      'bias': original.embedding.bias.grad.numpy(),
+    }
+  }
   return _flatten(tree), embeddings.detach().numpy()
 
 
@@ -318,19 +332,20 @@ def _is_cancelled(key: tuple[str, ...], tree) -> bool:
 def _largest(ours, theirs, group: str) -> float:
   """The largest difference of a group's tensors; NaN if it has none."""
   keys = [
-    key for key in theirs
-    if key[0] == group and not _is_cancelled(key, theirs)
+    key for key in theirs if key[0] == group and not _is_cancelled(key, theirs)
   ]
   largest = max((np.abs(theirs[key]).max() for key in keys), default=0)
-  return max((
-    _difference(ours[key], theirs[key], floor=1e-3 * largest) for key in keys
-  ), default=math.nan)
+  return max(
+    (_difference(ours[key], theirs[key], floor=1e-3 * largest) for key in keys),
+    default=math.nan,
+  )
 
 
 def _size_of_zeros(tree) -> float:
   sizes = {
     key: float(np.abs(value).max())
-    for key, value in tree.items() if key[0] == 'params'
+    for key, value in tree.items()
+    if key[0] == 'params'
   }
   zeros = [x for key, x in sizes.items() if _is_cancelled(key, tree)]
   return max(zeros, default=math.nan) / max(sizes.values())
@@ -356,10 +371,14 @@ def compare_models(names: list[str]) -> None:
     for size in _sizes(name):
       result = _compare(name, size)
       worst = max(worst, *(result[t] for t in asked if result[t] == result[t]))
-      print(f'{name:14}{size:4}' + ''.join(
-        ' ' * 13 if math.isnan(result[t]) else f'{result[t]:13.1e}'
-        for t in titles
-      ), flush=True)
+      print(
+        f'{name:14}{size:4}'
+        + ''.join(
+          ' ' * 13 if math.isnan(result[t]) else f'{result[t]:13.1e}'
+          for t in titles
+        ),
+        flush=True,
+      )
       jax.clear_caches()
   print(f'worst of the first four: {worst:.1e}; asked: below 1e-4')
 
@@ -378,7 +397,7 @@ def _torch_loss(embeddings, points, labels, smoothing: float):
   """Label-smoothed softmax over squared distances of vectors of norm 3."""
   x = 3 * functional.normalize(embeddings)
   p = 3 * functional.normalize(points)
-  logs = functional.log_softmax(-torch.cdist(x, p) ** 2, dim=1)
+  logs = functional.log_softmax(-(torch.cdist(x, p) ** 2), dim=1)
   others = smoothing / (len(points) - 1)
   targets = torch.full_like(logs, others)
   targets[torch.arange(len(labels)), labels] = 1 - smoothing
@@ -391,10 +410,13 @@ def _train_original(original, points, config, batches, to_torch):
     if isinstance(module, torch.nn.BatchNorm2d):
       module.momentum = 1 - config.model.batch_norm_momentum
   rates = config.optimizer
-  optimizer = torch.optim.Adam([
-    {'params': original.used_parameters(), 'lr': rates.head.learning_rate},
-    {'params': [points], 'lr': rates.proxies.learning_rate},
-  ], eps=rates.eps)
+  optimizer = torch.optim.Adam(
+    [
+      {'params': original.used_parameters(), 'lr': rates.head.learning_rate},
+      {'params': [points], 'lr': rates.proxies.learning_rate},
+    ],
+    eps=rates.eps,
+  )
   schedule = torch.optim.lr_scheduler.StepLR(
     optimizer, rates.head.decay_every, rates.head.decay_rate
   )
@@ -403,7 +425,9 @@ def _train_original(original, points, config, batches, to_torch):
   for images, labels in batches:
     optimizer.zero_grad()
     loss = _torch_loss(
-      original(to_torch(images)), points, torch.tensor(labels),
+      original(to_torch(images)),
+      points,
+      torch.tensor(labels),
       config.loss.proxy_nca.label_smoothing,
     )
     loss.backward()
@@ -458,7 +482,8 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   losses = []
   for images, labels in batches:
     batch = {
-      'image': images, 'label': labels.astype(np.int32),
+      'image': images,
+      'label': labels.astype(np.int32),
       'mask': np.ones(len(labels), bool),
     }
     state, metrics = step(state, mesh_lib.shard_batch(batch, mesh))
@@ -484,19 +509,23 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   )
   expected = nearest(original, points)
   losses = np.array(losses)
-  print(f'{name}, {steps} steps at {size} pixels, loss {theirs[0]:.4f} to '
-        f'{theirs[-1]:.4f}; largest relative difference of the losses from the '
-        'original, up to a step, and of the nearest proxies at the end:')
+  print(
+    f'{name}, {steps} steps at {size} pixels, loss {theirs[0]:.4f} to '
+    f'{theirs[-1]:.4f}; largest relative difference of the losses from the '
+    'original, up to a step, and of the nearest proxies at the end:'
+  )
   rows = {
     'here': (losses, ours),
     'the original, weights one float32 apart': (
-      control, nearest(nudged, nudged_points)
+      control,
+      nearest(nudged, nudged_points),
     ),
   }
   for title, (values, points_near) in rows.items():
     differences = np.maximum.accumulate(np.abs(values / theirs - 1))
     cells = ''.join(
-      f'  {k}: {differences[k - 1]:.1e}' for k in (1, 2, 5, 10, 20, steps)
+      f'  {k}: {differences[k - 1]:.1e}'
+      for k in (1, 2, 5, 10, 20, steps)
       if k <= steps
     )
     same = np.mean(points_near == expected)
@@ -521,10 +550,12 @@ def store_original(name: str) -> None:
     key: tuple(value.shape)
     for key, value in original.backbone.state_dict().items()
   }
-  original.backbone.load_state_dict({
-    key: torch.from_numpy(made_weights.make_tensor(key, shape))
-    for key, shape in shapes.items()
-  })
+  original.backbone.load_state_dict(
+    {
+      key: torch.from_numpy(made_weights.make_tensor(key, shape))
+      for key, shape in shapes.items()
+    }
+  )
   if is_vit:
     original = _regrid(original, size)
   images = made_weights.make_images(size).transpose(0, 3, 1, 2)
@@ -566,10 +597,13 @@ def store_files() -> None:
       folder / f'{kind}.pth',
       _use_new_zipfile_serialization=is_zip,
     )
-  np.savez(folder / 'tensors.npz', **{
-    name.removeprefix('module.'): tensor.detach().float().numpy()
-    for name, tensor in state.items()
-  })
+  np.savez(
+    folder / 'tensors.npz',
+    **{
+      name.removeprefix('module.'): tensor.detach().float().numpy()
+      for name, tensor in state.items()
+    },
+  )
 
 
 def main() -> None:
@@ -577,7 +611,9 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument(
-    'part', nargs='?', default='models',
+    'part',
+    nargs='?',
+    default='models',
     choices=('models', 'trajectory', 'originals'),
   )
   parser.add_argument('--models', default='')

@@ -56,10 +56,14 @@ def prepare(folder: str) -> None:
   from proxy_nca_jax import datasets
 
   before, start = peak_mib(), time.monotonic()
-  builder, skipped = datasets.prepare({
-    'name': 'sop', 'data_dir': f'{folder}/data', 'manual_dir': folder,
-    'allow_incomplete': False,
-  })
+  builder, skipped = datasets.prepare(
+    {
+      'name': 'sop',
+      'data_dir': f'{folder}/data',
+      'manual_dir': folder,
+      'allow_incomplete': False,
+    }
+  )
   seconds = time.monotonic() - start
   data = pathlib.Path(builder.data_path)
   shards = [path.stat().st_size / 2**20 for path in data.glob('*array_record*')]
@@ -83,9 +87,7 @@ def main() -> None:
     size = os.path.getsize(f'{folder}/{_DIR}.zip') / 2**20
     print(f'archive                   {size:.0f} MiB')
     # The making itself must not count.
-    subprocess.run(
-      [sys.executable, __file__, f'--folder={folder}'], check=True
-    )
+    subprocess.run([sys.executable, __file__, f'--folder={folder}'], check=True)
 
 
 if __name__ == '__main__':

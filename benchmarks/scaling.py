@@ -43,9 +43,9 @@ import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from configs import default
 from proxy_nca_jax import losses, train_step
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax.configs import default
 
 _MIB = 2**20
 _COLLECTIVE = re.compile(
@@ -82,7 +82,8 @@ def compile_step(num_devices, num_classes, dim, batch_size, *, sharded):
   )
   moments = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype,
+      x.shape,
+      x.dtype,
       sharding=of_points if x.ndim else mesh_lib.replicated(mesh),
     ),
     jax.eval_shape(adam.init, points),
@@ -92,9 +93,11 @@ def compile_step(num_devices, num_classes, dim, batch_size, *, sharded):
   )
   labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
   outputs = (of_points, jax.tree.map(lambda x: x.sharding, moments), rows)
-  return jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs).lower(
-    points, moments, embeddings, labels
-  ).compile()
+  return (
+    jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs)
+    .lower(points, moments, embeddings, labels)
+    .compile()
+  )
 
 
 def collectives(compiled) -> list[tuple[int, str]]:
@@ -103,8 +106,10 @@ def collectives(compiled) -> list[tuple[int, str]]:
   for line in compiled.as_text().splitlines():
     if match := _COLLECTIVE.search(line):
       arrays = [
-        (int(bits) // 8 * math.prod(int(n) for n in shape.split(',') if n),
-         shape)
+        (
+          int(bits) // 8 * math.prod(int(n) for n in shape.split(',') if n),
+          shape,
+        )
         for bits, shape in _ARRAY.findall(match[1])
       ]
       total = sum(size for size, _ in arrays)
@@ -168,8 +173,7 @@ def print_model(dim: int, batch_size: int) -> None:
     f'\nThe model: sharded, {dim} dimensions, batch {batch_size}; of one device'
   )
   print(
-    f'{"classes":>12}{"devices":>9}{"GiB":>10}{"Tflop":>10}'
-    f'{"MiB traffic":>13}'
+    f'{"classes":>12}{"devices":>9}{"GiB":>10}{"Tflop":>10}{"MiB traffic":>13}'
   )
   for num_classes in (11_318, 10**6, 10**7, 10**8):
     for number in (1, 8, 64, 256):

@@ -87,7 +87,7 @@ def find_peak(device_kind: str, dtype: str) -> float:
 
 
 def make_batch(
-    batch_size: int, size: int, num_proxies: int
+  batch_size: int, size: int, num_proxies: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns random images and labels."""
   rng = np.random.default_rng(0)
@@ -123,30 +123,39 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
   _, _, pooling, layer_norm, dim = _RECIPES[name]
   model = embedding.EmbeddingModel(
     functools.partial(
-      backbones.make_backbone, name, dtype=jnp.dtype(dtype), remat=False,
-      batch_norm_momentum=0.9, width=64,
+      backbones.make_backbone,
+      name,
+      dtype=jnp.dtype(dtype),
+      remat=False,
+      batch_norm_momentum=0.9,
+      width=64,
     ),
     functools.partial(
-      embedding.Head, pooling=pooling, layer_norm=layer_norm,
-      embedding_dim=dim, normalize=True, stddev=0.0,
+      embedding.Head,
+      pooling=pooling,
+      layer_norm=layer_norm,
+      embedding_dim=dim,
+      normalize=True,
+      stddev=0.0,
     ),
   )
   optimizer = optax.adam(1e-5)
   fn = functools.partial(
-    losses.proxy_nca_pp_loss, temperature=_TEMPERATURE,
+    losses.proxy_nca_pp_loss,
+    temperature=_TEMPERATURE,
     proxy_chunk=proxy_chunk or None,
   )
   step = train_step.make_train_step(
-    model, optimizer, train_step.Loss(fn, losses.NEEDS['proxy_nca_pp']),
+    model,
+    optimizer,
+    train_step.Loss(fn, losses.NEEDS['proxy_nca_pp']),
     lambda images: (images - 127.5) / 127.5,
   )
-  state = make_state(
-    model, optimizer, size, num_proxies=num_proxies, dim=dim
-  )
+  state = make_state(model, optimizer, size, num_proxies=num_proxies, dim=dim)
   images, labels = make_batch(batch_size, size, num_proxies)
-  batch = jax.device_put({
-    'image': images, 'label': labels, 'mask': np.ones(batch_size, bool)
-  })
+  batch = jax.device_put(
+    {'image': images, 'label': labels, 'mask': np.ones(batch_size, bool)}
+  )
   start = time.perf_counter()
   lowered = step.lower(state, batch)
   compiled = lowered.compile()
@@ -161,8 +170,10 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
   result['ms'] = time_steps(run, steps=steps, rounds=rounds)
   memory = compiled.memory_analysis()
   planned = (
-    memory.argument_size_in_bytes + memory.output_size_in_bytes
-    + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
   )
   device = jax.devices()[0]
   stats = device.memory_stats() or {}
@@ -186,7 +197,7 @@ def time_steps(run, *, steps: int, rounds: int) -> float:
 
 
 def make_peer(
-    name: str, size: int, *, pooling: str, layer_norm: bool, dim: int
+  name: str, size: int, *, pooling: str, layer_norm: bool, dim: int
 ):
   """Returns the network in torch, from images [batch, 3, height, width]."""
   import torch
@@ -216,7 +227,6 @@ def make_peer(
     backbone, width = net, 384
 
   class Peer(torch.nn.Module):
-
     def __init__(self):
       super().__init__()
       self.backbone = backbone
@@ -250,9 +260,11 @@ def measure_peer(row, *, steps: int, rounds: int, mode: str) -> dict:
   # As JAX by default: float32 is multiplied in TF32 where there is such.
   torch.set_float32_matmul_precision('high')
   torch.backends.cudnn.benchmark = True
-  net = make_peer(
-    name, size, pooling=pooling, layer_norm=layer_norm, dim=dim
-  ).to(device, memory_format=torch.channels_last).train()
+  net = (
+    make_peer(name, size, pooling=pooling, layer_norm=layer_norm, dim=dim)
+    .to(device, memory_format=torch.channels_last)
+    .train()
+  )
   proxies = torch.nn.Parameter(torch.randn(num_proxies, dim, device=device))
   optimizer = torch.optim.Adam([*net.parameters(), proxies], lr=1e-5)
   images, labels = make_batch(batch_size, size, num_proxies)
@@ -326,15 +338,25 @@ def main() -> None:
   )
   arguments = parser.parse_args()
   timing = {'steps': arguments.steps, 'rounds': arguments.rounds}
-  print(f'jax {jax.__version__}; {arguments.rounds} rounds of '
-        f'{arguments.steps} steps')
+  print(
+    f'jax {jax.__version__}; {arguments.rounds} rounds of '
+    f'{arguments.steps} steps'
+  )
   titles = (
-    (10, 'ms'), (10, 'images/s'), (9, 'TFLOP/s'), (9, 'used %'),
-    (10, 'planned'), (10, 'peak'), (9, 'compile'),
+    (10, 'ms'),
+    (10, 'images/s'),
+    (9, 'TFLOP/s'),
+    (9, 'used %'),
+    (10, 'planned'),
+    (10, 'peak'),
+    (9, 'compile'),
   )
   if arguments.peer:
     titles += (
-      (10, 'torch ms'), (8, 'faster'), (12, 'torch peak'), (14, 'torch compile')
+      (10, 'torch ms'),
+      (8, 'faster'),
+      (12, 'torch peak'),
+      (14, 'torch compile'),
     )
   row_title = 'model, dtype, batch, pixels, proxies'
   print(f'{row_title:50}' + ''.join(f'{t:>{width}}' for width, t in titles))
@@ -344,7 +366,11 @@ def main() -> None:
         batch_size, size, *_ = _RECIPES[name]
         batch_size = arguments.batch_size or batch_size
         row = (
-          name, dtype, batch_size, arguments.image_size or size, num_proxies
+          name,
+          dtype,
+          batch_size,
+          arguments.image_size or size,
+          num_proxies,
         )
         print(f'{", ".join(map(str, row)):50}', end='', flush=True)
         ours = in_its_own_process(
@@ -356,9 +382,12 @@ def main() -> None:
         rate = ours['flops'] / ours['ms'] / 1e9
         peak = arguments.peak_tflops or find_peak(ours['device'], dtype)
         cells = [
-          (10, 2, ours['ms']), (10, 1, 1e3 * batch_size / ours['ms']),
-          (9, 2, rate), (9, 1, 100 * rate / peak),
-          (10, 0, ours['planned'] / 2**20), (10, 0, ours['peak'] / 2**20),
+          (10, 2, ours['ms']),
+          (10, 1, 1e3 * batch_size / ours['ms']),
+          (9, 2, rate),
+          (9, 1, 100 * rate / peak),
+          (10, 0, ours['planned'] / 2**20),
+          (10, 0, ours['peak'] / 2**20),
           (9, 1, ours['compile']),
         ]
         print(format_cells(cells), end='', flush=True)
@@ -369,10 +398,17 @@ def main() -> None:
           if isinstance(peer, BaseException):
             print(f'  {type(peer).__name__}: {str(peer).splitlines()[:1]}')
             continue
-          print(format_cells([
-            (10, 2, peer['ms']), (8, 2, peer['ms'] / ours['ms']),
-            (12, 0, peer['peak'] / 2**20), (14, 1, peer['compile']),
-          ]), end='')
+          print(
+            format_cells(
+              [
+                (10, 2, peer['ms']),
+                (8, 2, peer['ms'] / ours['ms']),
+                (12, 0, peer['peak'] / 2**20),
+                (14, 1, peer['compile']),
+              ]
+            ),
+            end='',
+          )
         print(flush=True)
 
 

@@ -22,12 +22,10 @@ the data was at hand.
 
 import ml_collections
 
-from configs import default, recipes
+from proxy_nca_jax.configs import default, recipes
 
 
 def get_config(recipe: str = 'paper') -> ml_collections.ConfigDict:
   config = default.get_config()
   config.dataset.name = 'cub200'
-  return recipes.apply(
-    recipe, config, num_images=5_864, num_classes=100
-  )
+  return recipes.apply(recipe, config, num_images=5_864, num_classes=100)

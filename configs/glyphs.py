@@ -5,7 +5,7 @@ python main.py --config=configs/glyphs.py --workdir=/tmp/run
 
 import ml_collections
 
-from configs import default
+from proxy_nca_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -6,7 +6,7 @@ python main.py --config=configs/image_folder.py --config.dataset.root=DIR \
 
 import ml_collections
 
-from configs import default
+from proxy_nca_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

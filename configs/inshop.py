@@ -20,13 +20,11 @@ network. Not measured here: no copy of the data was at hand.
 
 import ml_collections
 
-from configs import default, recipes
+from proxy_nca_jax.configs import default, recipes
 
 
 def get_config(recipe: str = 'paper') -> ml_collections.ConfigDict:
   config = default.get_config()
   config.dataset.name = 'inshop'
   config.evaluation.recall_at = (1, 10, 20, 30, 40, 50)
-  return recipes.apply(
-    recipe, config, num_images=25_882, num_classes=3_997
-  )
+  return recipes.apply(recipe, config, num_images=25_882, num_classes=3_997)

@@ -11,7 +11,7 @@ was at hand.
 
 import ml_collections
 
-from configs import default
+from proxy_nca_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -19,11 +19,11 @@ _DINO = ('dino_s16', 'timm/vit_small_patch16_224.dino')
 
 
 def apply(
-    recipe: str,
-    config: ml_collections.ConfigDict,
-    *,
-    num_images: int,
-    num_classes: int,
+  recipe: str,
+  config: ml_collections.ConfigDict,
+  *,
+  num_images: int,
+  num_classes: int,
 ) -> ml_collections.ConfigDict:
   """Sets the fields of a recipe.
 

@@ -37,7 +37,9 @@ _LOSSES = {
   'triplet, semi-hard': {'loss.name': 'triplet', **_BALANCED},
   'N-pairs': {'loss.name': 'n_pairs', **_PAIRS},
   'lifted structure': {
-    'loss.name': 'lifted_structure', 'model.normalize': False, **_BALANCED
+    'loss.name': 'lifted_structure',
+    'model.normalize': False,
+    **_BALANCED,
   },
   'center': {'loss.name': 'center_softmax', 'model.normalize': False},
 }
@@ -51,8 +53,8 @@ def _folder(*parts) -> str:
 
 def scale_rates(config, factor: float) -> dict[str, float]:
   return {
-    f'optimizer.{group}.learning_rate':
-      factor * config.optimizer[group].learning_rate
+    f'optimizer.{group}.learning_rate': factor
+    * config.optimizer[group].learning_rate
     for group in ('backbone', 'head', 'proxies')
   }
 
@@ -61,10 +63,14 @@ def choose_factors(config, workdir: str) -> dict[str, float]:
   """Returns the factor of each loss with the best validation score."""
   changes = {
     _folder(name, f'x{factor:g}'): {
-      **fields, **scale_rates(config, factor), 'dataset.validation': '2/2',
-      'eval_every': config.num_steps, 'evaluation.baselines': False,
+      **fields,
+      **scale_rates(config, factor),
+      'dataset.validation': '2/2',
+      'eval_every': config.num_steps,
+      'evaluation.baselines': False,
     }
-    for name, fields in _LOSSES.items() for factor in _FACTORS
+    for name, fields in _LOSSES.items()
+    for factor in _FACTORS
   }
   results = iter(runs.train_all(config, changes, workdir).values())
   best = {}
@@ -94,16 +100,17 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   seeds = range(runs.NUM_SEEDS.value)
   changes = {
     (name, seed): {
-      **fields, **scale_rates(config, factors[name]), 'seed': seed,
+      **fields,
+      **scale_rates(config, factors[name]),
+      'seed': seed,
       'eval_every': max(config.num_steps // 10, 1),
     }
-    for name, fields in _LOSSES.items() for seed in seeds
+    for name, fields in _LOSSES.items()
+    for seed in seeds
   }
   results = runs.train_all(
     config,
-    {
-      _folder(name, seed): fields for (name, seed), fields in changes.items()
-    },
+    {_folder(name, seed): fields for (name, seed), fields in changes.items()},
     workdir,
   )
   results = dict(zip(changes, results.values()))
@@ -114,7 +121,8 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     curves[name] = of_seeds[0][0], np.stack([scores for _, scores in of_seeds])
   level = max(
     scores.mean(axis=0)[-1]
-    for name, (_, scores) in curves.items() if name not in _PROXY_LOSSES
+    for name, (_, scores) in curves.items()
+    if name not in _PROXY_LOSSES
   )
   figure = runs.Figure(2, title='Recall@1 while training')
   rows = []
@@ -128,18 +136,23 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     proxy_nca_needs = steps_to(
       scores[:, -1].mean(), steps, curves['Proxy-NCA'][1].mean(axis=0)
     )
-    rows.append({
-      'loss': name,
-      'rates': f'x{factors[name]:g}',
-      'Recall@1, %': runs.spread(scores[:, -1]),
-      'steps to the best baseline':
-        f'{needed:.0f}' if np.isfinite(needed) else 'not reached',
-      'fewer':
-        f'{config.num_steps / needed:.2f}x' if np.isfinite(needed) else '',
-      'Proxy-NCA gets there after':
-        f'{proxy_nca_needs:.0f}' if np.isfinite(proxy_nca_needs) else '',
-      'ms a step': f'{1000 * seconds:.0f}',
-    })
+    rows.append(
+      {
+        'loss': name,
+        'rates': f'x{factors[name]:g}',
+        'Recall@1, %': runs.spread(scores[:, -1]),
+        'steps to the best baseline': f'{needed:.0f}'
+        if np.isfinite(needed)
+        else 'not reached',
+        'fewer': f'{config.num_steps / needed:.2f}x'
+        if np.isfinite(needed)
+        else '',
+        'Proxy-NCA gets there after': f'{proxy_nca_needs:.0f}'
+        if np.isfinite(proxy_nca_needs)
+        else '',
+        'ms a step': f'{1000 * seconds:.0f}',
+      }
+    )
   figure.axes[0].set_xlabel('steps')
   figure.axes[1].set_xlabel('seconds of training')
   runs.publish(

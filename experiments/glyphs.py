@@ -7,7 +7,7 @@ Of fewer characters, raw pixels tell most apart.
 
 import ml_collections
 
-from configs import glyphs
+from proxy_nca_jax.configs import glyphs
 
 
 def get_config() -> ml_collections.ConfigDict:

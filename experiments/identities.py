@@ -32,19 +32,23 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     config,
     {
       f'{number}_{seed}': {'dataset.num_train_classes': number, 'seed': seed}
-      for number in numbers for seed in seeds
+      for number in numbers
+      for seed in seeds
     },
     workdir,
   )
-  scores = np.array([
-    [results[f'{n}_{seed}'].scores['trained']['recall@1'] for n in numbers]
-    for seed in seeds
-  ])
+  scores = np.array(
+    [
+      [results[f'{n}_{seed}'].scores['trained']['recall@1'] for n in numbers]
+      for seed in seeds
+    ]
+  )
   rows = [
     {
       'train classes': number,
-      'train images':
-        results[f'{number}_0'].scores['dataset']['train']['images'],
+      'train images': results[f'{number}_0'].scores['dataset']['train'][
+        'images'
+      ],
       'Recall@1, %': runs.spread(values),
     }
     for number, values in zip(numbers, scores.T)

@@ -50,7 +50,8 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     config,
     {
       f'{number}_{seed}': {**fields, 'seed': seed}
-      for number, fields in enumerate(methods.values()) for seed in seeds
+      for number, fields in enumerate(methods.values())
+      for seed in seeds
     },
     workdir,
   )

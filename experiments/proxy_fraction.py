@@ -23,9 +23,7 @@ from proxy_nca_jax import datasets
 _FRACTIONS = (0.1, 0.25, 0.5, 1.0, 2.0)
 _ASSIGNMENTS = {
   'static': {'loss.name': 'fractional_proxy_nca'},
-  'dynamic': {
-    'loss.name': 'dynamic_proxy_nca', 'dataset.images_per_class': 4
-  },
+  'dynamic': {'loss.name': 'dynamic_proxy_nca', 'dataset.images_per_class': 4},
 }
 
 
@@ -37,23 +35,32 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     config,
     {
       f'{name}_{number}_{seed}': {
-        **fields, 'loss.num_proxies': number, 'seed': seed
+        **fields,
+        'loss.num_proxies': number,
+        'seed': seed,
       }
       for name, fields in _ASSIGNMENTS.items()
-      for number in numbers for seed in seeds
+      for number in numbers
+      for seed in seeds
     },
     workdir,
   )
   figure = runs.Figure(1, title='Recall@1 against proxies a class')
   (axes,) = figure.axes
-  rows = [{'proxies a class': f'{f:g}', 'proxies': n}
-          for f, n in zip(_FRACTIONS, numbers)]
+  rows = [
+    {'proxies a class': f'{f:g}', 'proxies': n}
+    for f, n in zip(_FRACTIONS, numbers)
+  ]
   for name in _ASSIGNMENTS:
-    scores = np.array([
-      [results[f'{name}_{n}_{seed}'].scores['trained']['recall@1']
-       for n in numbers]
-      for seed in seeds
-    ])
+    scores = np.array(
+      [
+        [
+          results[f'{name}_{n}_{seed}'].scores['trained']['recall@1']
+          for n in numbers
+        ]
+        for seed in seeds
+      ]
+    )
     figure.draw(axes, name, _FRACTIONS, scores)
     for row, values in zip(rows, scores.T):
       row[f'{name}, Recall@1, %'] = runs.spread(values)
@@ -65,9 +72,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     rows,
     figure,
     os.path.join(workdir, 'proxy_fraction'),
-    text=(
-      'Lines are means over the seeds, bands their range.'
-    ),
+    text=('Lines are means over the seeds, bands their range.'),
     config=config,
     result=next(iter(results.values())),
   )

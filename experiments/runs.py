@@ -28,7 +28,9 @@ from proxy_nca_jax import train
 from proxy_nca_jax.runtime import command_line, metric_writer
 
 NUM_SEEDS = flags.DEFINE_integer(
-  'num_seeds', 3, 'Runs of everything that is compared, with seeds 0, 1, ...',
+  'num_seeds',
+  3,
+  'Runs of everything that is compared, with seeds 0, 1, ...',
   lower_bound=1,
 )
 
@@ -36,7 +38,13 @@ _DEFAULT_CONFIG = str(pathlib.Path(__file__).parent / 'glyphs.py')
 
 # Okabe and Ito's colours, which everybody tells apart.
 _COLORS = (
-  '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'
+  '#0072B2',
+  '#D55E00',
+  '#009E73',
+  '#CC79A7',
+  '#E69F00',
+  '#56B4E9',
+  '#000000',
 )
 _MARKERS = 'os^Dv*x'
 
@@ -48,7 +56,7 @@ flags.disclaim_key_flags()
 
 
 def start(
-    experiment: Callable[[ml_collections.ConfigDict, str], object]
+  experiment: Callable[[ml_collections.ConfigDict, str], object],
 ) -> None:
   """Runs experiment(config, workdir) as the command line says."""
   flags.declare_key_flag('num_seeds')
@@ -72,15 +80,16 @@ class Result(NamedTuple):
   def seconds_per_step(self) -> float:
     """The median over the logged intervals, evaluation and compiling apart."""
     return self.scores['batch_size'] / statistics.median(
-      row['images_per_second'] for row in self.rows
+      row['images_per_second']
+      for row in self.rows
       if 'images_per_second' in row
     )
 
 
 def train_all(
-    config: ml_collections.ConfigDict,
-    changes: Mapping[str, Mapping[str, Any]],
-    workdir: str,
+  config: ml_collections.ConfigDict,
+  changes: Mapping[str, Mapping[str, Any]],
+  workdir: str,
 ) -> dict[str, Result]:
   """Trains each run, by its name: the config with these fields changed."""
   if '://' in workdir:
@@ -117,7 +126,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _caption(
-    text: str, config: ml_collections.ConfigDict, result: Result
+  text: str, config: ml_collections.ConfigDict, result: Result
 ) -> str:
   """Adds to a text what was run: data, network, budget, devices, versions."""
   data, versions = result.scores['dataset'], result.scores['versions']
@@ -136,7 +145,7 @@ def _caption(
 
 
 def _write_table(
-    rows: Sequence[Mapping[str, str]], path: str, text: str
+  rows: Sequence[Mapping[str, str]], path: str, text: str
 ) -> None:
   """Writes PATH.csv and PATH.md with a caption, and logs the latter."""
   with open(path + '.csv', 'w', newline='') as file:
@@ -154,10 +163,14 @@ class Figure:
   """Axes side by side, a colour and marker for each series, and a caption."""
 
   def __init__(self, num_axes: int, *, title: str):
-    matplotlib.rcParams.update({
-      'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-      'svg.hashsalt': 'proxy-nca',
-    })
+    matplotlib.rcParams.update(
+      {
+        'font.size': 9,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'svg.hashsalt': 'proxy-nca',
+      }
+    )
     self._figure = matplotlib.figure.Figure(
       (4.8 * num_axes, 4.4), layout='constrained'
     )
@@ -178,12 +191,21 @@ class Figure:
     color = _COLORS[number % len(_COLORS)]
     values = 100 * np.asarray(values)
     axes.plot(
-      x, values.mean(axis=0), label=name, color=color, markersize=4,
-      marker=_MARKERS[number % len(_MARKERS)], linewidth=1.5,
+      x,
+      values.mean(axis=0),
+      label=name,
+      color=color,
+      markersize=4,
+      marker=_MARKERS[number % len(_MARKERS)],
+      linewidth=1.5,
     )
     if len(values) > 1:
       axes.fill_between(
-        x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15,
+        x,
+        values.min(axis=0),
+        values.max(axis=0),
+        color=color,
+        alpha=0.15,
         linewidth=0,
       )
 
@@ -197,19 +219,20 @@ class Figure:
     self._figure.supxlabel(text, fontsize=6.5, wrap=True, x=0.01, ha='left')
     for suffix in ('png', 'svg'):
       self._figure.savefig(
-        f'{path}.{suffix}', dpi=150,
+        f'{path}.{suffix}',
+        dpi=150,
         metadata={'Date': None} if suffix == 'svg' else {'Software': None},
       )
 
 
 def publish(
-    rows: Sequence[Mapping[str, str]],
-    figure: Figure,
-    path: str,
-    *,
-    text: str,
-    config: ml_collections.ConfigDict,
-    result: Result,
+  rows: Sequence[Mapping[str, str]],
+  figure: Figure,
+  path: str,
+  *,
+  text: str,
+  config: ml_collections.ConfigDict,
+  result: Result,
 ) -> None:
   """Writes the table and the figure of an experiment, with one caption.
 

@@ -34,18 +34,18 @@ class Clusters(NamedTuple):
 
 
 def kmeans(
-    points: chex.Array,
-    *,
-    num_clusters: int,
-    key: chex.PRNGKey | None = None,
-    start: str | chex.Array = 'random',
-    num_starts: int = 1,
-    max_iterations: int = 20,
-    tolerance: float = 0.0,
-    mesh: jax.sharding.Mesh | None = None,
-    axis_name: str | None = None,
-    block_size: int = 1024,
-    progress: Callable[[int], object] | None = None,
+  points: chex.Array,
+  *,
+  num_clusters: int,
+  key: chex.PRNGKey | None = None,
+  start: str | chex.Array = 'random',
+  num_starts: int = 1,
+  max_iterations: int = 20,
+  tolerance: float = 0.0,
+  mesh: jax.sharding.Mesh | None = None,
+  axis_name: str | None = None,
+  block_size: int = 1024,
+  progress: Callable[[int], object] | None = None,
 ) -> Clusters:
   """Clusters points by Lloyd's algorithm.
 
@@ -194,7 +194,9 @@ def _on_each(fn, layout: _Layout, *, arguments: str, results):
     return fn
   rows, shared = PartitionSpec(layout.axis_name), PartitionSpec()
   specs = {
-    'rows': rows, 'shared': shared, 'state': _State(rows, rows, shared, shared)
+    'rows': rows,
+    'shared': shared,
+    'state': _State(rows, rows, shared, shared),
   }
   return jax.shard_map(
     fn,
@@ -262,9 +264,9 @@ def _update(points, state, tolerance, *, layout):
 
 @functools.partial(jax.jit, static_argnames='layout')
 def _gather(ids, *, layout):
-  return _on_each(
-    layout.gather, layout, arguments='rows', results='shared'
-  )(ids)
+  return _on_each(layout.gather, layout, arguments='rows', results='shared')(
+    ids
+  )
 
 
 def _distances(squares, scores, layout):

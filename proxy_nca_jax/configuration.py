@@ -9,16 +9,20 @@ import ml_collections
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError if a number cannot be."""
   for field, least in (
-    ('num_steps', 1), ('batch_size', 1), ('log_every', 1), ('save_every', 1),
-    ('eval_every', 0), ('keep_checkpoints', 1), ('steps_per_dispatch', 1),
+    ('num_steps', 1),
+    ('batch_size', 1),
+    ('log_every', 1),
+    ('save_every', 1),
+    ('eval_every', 0),
+    ('keep_checkpoints', 1),
+    ('steps_per_dispatch', 1),
     ('stall_seconds', 0),
-    ('model.freeze_batch_norm_steps', -1), ('optimizer.max_skipped_steps', 1),
+    ('model.freeze_batch_norm_steps', -1),
+    ('optimizer.max_skipped_steps', 1),
   ):
     value = operator.attrgetter(field)(config)
     if value < least:
-      raise ValueError(
-        f'config.{field} ({value}) must be at least {least}.'
-      )
+      raise ValueError(f'config.{field} ({value}) must be at least {least}.')
   _check_profile_steps(config)
   _check_steps_per_dispatch(config)
   factor = config.optimizer.plateau_factor
@@ -75,12 +79,16 @@ def _check_steps_per_dispatch(config) -> None:
   periods = {
     name: operator.attrgetter(name)(config)
     for name in (
-      'num_steps', 'log_every', 'eval_every', 'save_every',
+      'num_steps',
+      'log_every',
+      'eval_every',
+      'save_every',
       'model.freeze_batch_norm_steps',
     )
   }
   odd = [
-    f'config.{name} ({period})' for name, period in periods.items()
+    f'config.{name} ({period})'
+    for name, period in periods.items()
     if period > 0 and period % size
   ]
   if odd:

@@ -11,11 +11,11 @@ from proxy_nca_jax import state as state_lib
 
 
 def describe(
-    config: ml_collections.ConfigDict,
-    train: datasets.Split,
-    train_step,
-    state: state_lib.TrainState,
-    mesh: jax.sharding.Mesh,
+  config: ml_collections.ConfigDict,
+  train: datasets.Split,
+  train_step,
+  state: state_lib.TrainState,
+  mesh: jax.sharding.Mesh,
 ) -> str:
   """Tells of steps, parameters, memory and disk; compiles the step to know.
 
@@ -52,14 +52,16 @@ def describe(
   table = parameter_overview.get_parameter_overview(
     state.params, include_stats=False
   )
-  return '\n'.join([
-    table,
-    f'{config.num_steps:,} steps of {size:,} images, {epochs:,.1f} epochs; '
-    f'scored {scored}, saved every {config.save_every:,} steps.',
-    f'Memory on each device ({mesh.size} in all): {_mebibytes(held)} for the '
-    f'state and a batch, {_mebibytes(besides)} for a step besides.',
-    f'Disk: {config.keep_checkpoints} checkpoints of {_mebibytes(saved)}.',
-  ])
+  return '\n'.join(
+    [
+      table,
+      f'{config.num_steps:,} steps of {size:,} images, {epochs:,.1f} epochs; '
+      f'scored {scored}, saved every {config.save_every:,} steps.',
+      f'Memory on each device ({mesh.size} in all): {_mebibytes(held)} for the '
+      f'state and a batch, {_mebibytes(besides)} for a step besides.',
+      f'Disk: {config.keep_checkpoints} checkpoints of {_mebibytes(saved)}.',
+    ]
+  )
 
 
 def _mebibytes(number: int) -> str:

@@ -14,7 +14,9 @@ FILTERS = {
   'bicubic': Image.Resampling.BICUBIC,
 }
 _ENHANCERS = (
-  ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+  ImageEnhance.Brightness,
+  ImageEnhance.Contrast,
+  ImageEnhance.Color,
 )
 
 
@@ -84,7 +86,7 @@ def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(
-    image: Image.Image, *, side: int, mode: str, interpolation: str = 'bilinear'
+  image: Image.Image, *, side: int, mode: str, interpolation: str = 'bilinear'
 ) -> Image.Image:
   """Resizes with a filter of Pillow's, which averages when it shrinks.
 
@@ -128,7 +130,7 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def crop(
-    image: np.ndarray, top: int, left: int, size: int, padding: int
+  image: np.ndarray, top: int, left: int, size: int, padding: int
 ) -> np.ndarray:
   """Crops a square out of an image padded with black.
 
@@ -154,13 +156,13 @@ def crop(
 
 
 def random_resized_crop(
-    image: np.ndarray,
-    size: int,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-    interpolation: str = 'bilinear',
+  image: np.ndarray,
+  size: int,
+  *,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+  rng: np.random.Generator,
+  interpolation: str = 'bilinear',
 ) -> np.ndarray:
   """Crops a random rectangle and resizes it to a square.
 
@@ -191,7 +193,7 @@ def random_resized_crop(
 
 
 def _random_box(
-    height, width, *, scale, ratio, rng
+  height, width, *, scale, ratio, rng
 ) -> tuple[int, int, int, int] | None:
   """Draws (left, top, right, bottom); None if ten boxes do not fit."""
   for _ in range(10):
@@ -207,9 +209,9 @@ def _random_box(
 
 
 def color_jitter(
-    image: np.ndarray,
-    strengths: tuple[float, float, float, float],
-    rng: np.random.Generator,
+  image: np.ndarray,
+  strengths: tuple[float, float, float, float],
+  rng: np.random.Generator,
 ) -> np.ndarray:
   """Changes brightness, contrast, saturation and hue, in a random order.
 
@@ -246,11 +248,11 @@ def _turn_hue(picture: Image.Image, share: float) -> Image.Image:
 
 
 def random_erasing(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float] = (0.02, 0.33),
-    ratio: tuple[float, float] = (1 / 3.3, 1 / 0.3),
+  image: np.ndarray,
+  rng: np.random.Generator,
+  *,
+  scale: tuple[float, float] = (0.02, 0.33),
+  ratio: tuple[float, float] = (1 / 3.3, 1 / 0.3),
 ) -> np.ndarray:
   """Fills a random rectangle with random pixels.
 

@@ -18,11 +18,11 @@ from jax import export as jax_export
 from PIL import Image
 from safetensors import numpy as safetensors
 
-from configs import default
 from proxy_nca_jax import images, models
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.configs import default
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.evaluate import selection
 from proxy_nca_jax.runtime import workdir as workdir_lib
@@ -81,11 +81,13 @@ class Embedder:
 
   @property
   def _network(self) -> dict[str, np.ndarray]:
-    return workdir_lib.flatten({
-      'backbone': self.params['backbone'],
-      'head': self.params['head'],
-      'model_state': self.model_state,
-    })
+    return workdir_lib.flatten(
+      {
+        'backbone': self.params['backbone'],
+        'head': self.params['head'],
+        'model_state': self.model_state,
+      }
+    )
 
   def read(self, picture: Picture) -> np.ndarray:
     """Decodes, resizes and crops, uint8 [image_size, image_size, 3].
@@ -95,9 +97,7 @@ class Embedder:
       OSError: if the file cannot be read.
     """
     image = images_lib.resize(_decode(picture), **self._preparation)
-    return images.center_crop(
-      np.asarray(image), self.config.dataset.image_size
-    )
+    return images.center_crop(np.asarray(image), self.config.dataset.image_size)
 
   def __call__(self, pictures: Iterable[Picture]) -> np.ndarray:
     """Embeds pictures of any mix of kinds and sizes.
@@ -232,9 +232,9 @@ class Embedder:
       'batch, height, width, 3',
       constraints=(f'height >= {size}', f'width >= {size}'),
     )
-    return jax_export.export(
-      jax.jit(embed), platforms=('cpu', 'cuda', 'tpu')
-    )(jax.ShapeDtypeStruct(shape, jnp.uint8)).serialize()
+    return jax_export.export(jax.jit(embed), platforms=('cpu', 'cuda', 'tpu'))(
+      jax.ShapeDtypeStruct(shape, jnp.uint8)
+    ).serialize()
 
 
 def load(path: str | os.PathLike) -> Embedder:

@@ -12,7 +12,7 @@ AXIS = 'data'
 
 
 def make_mesh(
-    devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
   """Returns a 1-D mesh over the devices; None is all of all processes."""
   devices = jax.devices() if devices is None else devices
@@ -42,7 +42,7 @@ def pad_rows(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
 
 
 def unpad_rows(
-    x: jax.Array, num_rows: int, mesh: jax.sharding.Mesh
+  x: jax.Array, num_rows: int, mesh: jax.sharding.Mesh
 ) -> jax.Array:
   """Takes what `pad_rows` added away; each device keeps its rows.
 
@@ -64,7 +64,7 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 
 def shard_batch(
-    batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
+  batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
   """Places this process's rows of a global batch on its devices."""
   return {

@@ -118,9 +118,8 @@ def _entropy(sizes: np.ndarray) -> float:
 
 def _information(table: _Contingency) -> float:
   """I(labels; clusters) in nats."""
-  expected = (
-    table.label_sizes[table.rows]
-    * (table.cluster_sizes[table.columns] / table.num_points)
+  expected = table.label_sizes[table.rows] * (
+    table.cluster_sizes[table.columns] / table.num_points
   )
   shares = table.sizes / table.num_points
   return float(np.sum(shares * np.log(table.sizes / expected)))
@@ -145,7 +144,7 @@ def _mean_entropy(table: _Contingency, average: str) -> float:
 
 
 def normalized_mutual_information(
-    labels: np.ndarray, clusters: np.ndarray, *, average: str = 'arithmetic'
+  labels: np.ndarray, clusters: np.ndarray, *, average: str = 'arithmetic'
 ) -> float:
   """NMI = I(labels; clusters) / mean(H(labels), H(clusters)), in [0, 1].
 
@@ -175,7 +174,7 @@ def normalized_mutual_information(
 
 
 def adjusted_mutual_information(
-    labels: np.ndarray, clusters: np.ndarray, *, average: str = 'arithmetic'
+  labels: np.ndarray, clusters: np.ndarray, *, average: str = 'arithmetic'
 ) -> float:
   """AMI = (I - E[I]) / (mean(H(labels), H(clusters)) - E[I]), at most 1.
 

@@ -22,7 +22,7 @@ _SCHEDULES = ('constant', 'cosine', 'exponential', 'step')
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
 ) -> optax.GradientTransformation:
   """Builds the optimiser of `params = {'backbone', 'head', 'proxies'}`.
 
@@ -115,7 +115,7 @@ def _are_matrices(params):
 
 
 def make_schedule(
-    config: ml_collections.ConfigDict, name: str, num_steps: int
+  config: ml_collections.ConfigDict, name: str, num_steps: int
 ) -> optax.Schedule:
   """Returns the learning rate of a group by its steps, frozen ones left out.
 
@@ -149,7 +149,7 @@ def make_schedule(
 
 
 def make_learning_rates(
-    config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
 ) -> Callable[[jax.Array], dict[str, jax.Array]]:
   """Returns the map from updates done to each group's rate in the next one.
 
@@ -168,11 +168,11 @@ def make_learning_rates(
 
 
 def plateau_scale(
-    scores: Iterable[float],
-    *,
-    patience: int,
-    factor: float,
-    threshold: float = 1e-4,
+  scores: Iterable[float],
+  *,
+  patience: int,
+  factor: float,
+  threshold: float = 1e-4,
 ) -> float:
   """Returns what learning rates are multiplied by when scores stop rising.
 

@@ -11,7 +11,7 @@ from proxy_nca_jax import distances
 
 
 def init_proxies(
-    key: chex.PRNGKey, num_proxies: int, dim: int, *, norm: float = 1.0
+  key: chex.PRNGKey, num_proxies: int, dim: int, *, norm: float = 1.0
 ) -> jax.Array:
   """Draws float32 [num_proxies, dim] from N(0, norm^2/dim): norms of about so.
 
@@ -23,7 +23,7 @@ def init_proxies(
 
 
 def random_assignment(
-    key: chex.PRNGKey, num_classes: int, num_proxies: int
+  key: chex.PRNGKey, num_classes: int, num_proxies: int
 ) -> jax.Array:
   """Assigns classes to proxies at random, as evenly as their numbers allow.
 
@@ -48,9 +48,7 @@ def random_assignment(
   return jax.random.permutation(key, order).astype(jnp.int32)
 
 
-def assignment_by_size(
-    class_sizes: np.ndarray, num_proxies: int
-) -> np.ndarray:
+def assignment_by_size(class_sizes: np.ndarray, num_proxies: int) -> np.ndarray:
   """Gives each class a proxy, and the rest to those with the most examples.
 
   One by one, the next proxy goes to the class with the most examples a proxy
@@ -107,11 +105,11 @@ def nearest_proxies(embeddings: chex.Array, proxies: chex.Array) -> jax.Array:
 
 
 def proxy_approximation_error(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array | None = None,
-    *,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array | None = None,
+  *,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """The largest distance of a point to its proxy, both on the unit sphere.
 
@@ -135,7 +133,7 @@ def proxy_approximation_error(
 
 
 def nca_bound(
-    proxy_loss: chex.Array, error: chex.Array, *, temperature: float
+  proxy_loss: chex.Array, error: chex.Array, *, temperature: float
 ) -> jax.Array:
   """Bounds the NCA loss of points by that of their proxies.
 
@@ -161,12 +159,12 @@ def nca_bound(
 
 
 def ranking_bound(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    error: chex.Array,
-    *,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  error: chex.Array,
+  *,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Bounds the share of triplets in the wrong order by that of their proxies.
 

@@ -49,10 +49,10 @@ class TrainState:
 
 
 def create_loss_arrays(
-    config: ml_collections.ConfigDict,
-    keys: Sequence[jax.Array],
-    *,
-    class_sizes: np.ndarray,
+  config: ml_collections.ConfigDict,
+  keys: Sequence[jax.Array],
+  *,
+  class_sizes: np.ndarray,
 ) -> dict[str, jax.Array]:
   """Draws the arrays that `losses.NEEDS` tells of the loss, by their names.
 
@@ -89,12 +89,12 @@ def create_loss_arrays(
 
 
 def abstract(
-    config: ml_collections.ConfigDict,
-    model,
-    optimizer: optax.GradientTransformation,
-    *,
-    class_sizes: np.ndarray,
-    mesh: jax.sharding.Mesh,
+  config: ml_collections.ConfigDict,
+  model,
+  optimizer: optax.GradientTransformation,
+  *,
+  class_sizes: np.ndarray,
+  mesh: jax.sharding.Mesh,
 ) -> TrainState:
   """Returns the shapes, dtypes and shardings of what `create` returns."""
   init, shardings = _make_init(config, model, optimizer, class_sizes, mesh)
@@ -108,12 +108,12 @@ def abstract(
 
 
 def create(
-    config: ml_collections.ConfigDict,
-    model,
-    optimizer: optax.GradientTransformation,
-    *,
-    class_sizes: np.ndarray,
-    mesh: jax.sharding.Mesh,
+  config: ml_collections.ConfigDict,
+  model,
+  optimizer: optax.GradientTransformation,
+  *,
+  class_sizes: np.ndarray,
+  mesh: jax.sharding.Mesh,
 ) -> TrainState:
   """Initialises everything from `config.seed`, on the devices of a mesh.
 
@@ -151,6 +151,7 @@ def _make_init(config, model, optimizer, class_sizes, mesh):
     if config.proxies.sharded and is_of_proxies:
       return mesh_lib.by_row(mesh)
     return mesh_lib.replicated(mesh)
+
   shardings = jax.tree_util.tree_map_with_path(
     sharding, jax.eval_shape(init, jax.random.key(config.seed))
   )
@@ -209,7 +210,7 @@ class Checkpoints:
       pending.result()
 
   def restore(
-      self, like: TrainState, *, step: int | None = None
+    self, like: TrainState, *, step: int | None = None
   ) -> TrainState | None:
     """Restores the newest whole state, placed as `like`; None if none is saved.
 
@@ -232,7 +233,11 @@ class Checkpoints:
         reason = (str(error).splitlines() or [''])[0][:200]
         _logger.warning(
           'The checkpoint of step %d cannot be used (%s: %s). It is moved to '
-          '%d.broken.', step, type(error).__name__, reason, step,
+          '%d.broken.',
+          step,
+          type(error).__name__,
+          reason,
+          step,
         )
       if processes.all_of(state is not None):
         return state

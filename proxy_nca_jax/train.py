@@ -29,6 +29,7 @@ from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax import train_step as train_step_lib
+from proxy_nca_jax.datasets import summary
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.evaluate import selection
 from proxy_nca_jax.input_pipeline import on_device
@@ -51,9 +52,9 @@ _logger = logging.getLogger(__name__)
 
 
 def make_prepare(
-    config: ml_collections.ConfigDict,
-    split: datasets.Split,
-    mesh: jax.sharding.Mesh,
+  config: ml_collections.ConfigDict,
+  split: datasets.Split,
+  mesh: jax.sharding.Mesh,
 ) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
   """Returns the map from `train_batches` to batches on the devices.
 
@@ -89,7 +90,7 @@ class _Run(NamedTuple):
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: str, *, mode: str = 'train'
+  config: ml_collections.ConfigDict, workdir: str, *, mode: str = 'train'
 ) -> dict:
   """Trains as configured, resuming what is saved in the workdir, and scores.
 
@@ -105,7 +106,7 @@ def train_and_evaluate(
   Raises:
     ValueError: if the configuration, the data or the workdir is at fault, or
       the loss is not finite; nothing that is saved is lost.
-    interruption.Stopped: on SIGTERM or Ctrl-C, the state being saved.
+    signals.Stopped: on SIGTERM or Ctrl-C, the state being saved.
   """
   configuration.check(config)
   loss = train_step_lib.make_loss(config)
@@ -207,7 +208,9 @@ def train_and_evaluate(
       score=score,
       watchdog=stack.enter_context(monitoring.Watchdog(config.stall_seconds)),
       trace=stack.enter_context(
-        monitoring.Trace(os.path.join(folder.path, 'profile'), config.profile_steps)
+        monitoring.Trace(
+          os.path.join(folder.path, 'profile'), config.profile_steps
+        )
       ),
     )
     state = _fit(config, state, run)
@@ -219,7 +222,7 @@ def train_and_evaluate(
       **baselines,
       'step': config.num_steps,
       'skipped_steps': _num_skipped(state),
-      'dataset': provenance.summarize_data(data),
+      'dataset': summary.summarize(data),
       'weights': {'from': config.model.init_from, 'sha256': weights_digest},
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
       'versions': provenance.versions(),
@@ -227,7 +230,12 @@ def train_and_evaluate(
     _write_results('results.json', results, folder.path)
     if config.report:
       _write_report(
-        config, best, functools.partial(embed, best), tested, results, data,
+        config,
+        best,
+        functools.partial(embed, best),
+        tested,
+        results,
+        data,
         folder.path,
       )
     return results
@@ -250,7 +258,9 @@ def _make_scores(config, model, mesh) -> tuple[Callable, Callable, Callable]:
   They are (state, split) -> embeddings, (embeddings, split) -> scores and
   (state, split) -> scores.
   """
-  embed_fn = embed_lib.make_embed_fn(model, embed_lib.make_normalize(config), mesh)
+  embed_fn = embed_lib.make_embed_fn(
+    model, embed_lib.make_normalize(config), mesh
+  )
   embed = functools.partial(embed_lib.embed_split, embed_fn, config)
   score_embeddings = functools.partial(embed_lib.score_split, config, mesh)
 
@@ -272,13 +282,13 @@ def _describe_plan(config, model, optimizer, loss) -> None:
 
 
 def _take_steps(
-    config: ml_collections.ConfigDict,
-    state: state_lib.TrainState,
-    run: _Run,
-    progress: metric_writer.Progress,
-    rate_scale: float,
-    *,
-    done: int,
+  config: ml_collections.ConfigDict,
+  state: state_lib.TrainState,
+  run: _Run,
+  progress: metric_writer.Progress,
+  rate_scale: float,
+  *,
+  done: int,
 ) -> state_lib.TrainState:
   """Takes the steps of one dispatch after `done`, and reports them."""
   first, last = done + 1, done + config.steps_per_dispatch
@@ -306,14 +316,14 @@ def _take_steps(
 
 
 def _fit(
-    config: ml_collections.ConfigDict, state: state_lib.TrainState, run: _Run
+  config: ml_collections.ConfigDict, state: state_lib.TrainState, run: _Run
 ) -> state_lib.TrainState:
   """Trains up to `config.num_steps`, logging, scoring and saving.
 
   Raises:
     ValueError: if a loss or gradient is not finite, or too many were in a row
       where such steps are skipped; no such state is saved.
-    interruption.Stopped: on a signal, the state being saved.
+    signals.Stopped: on a signal, the state being saved.
   """
   done, last = int(state.step), config.num_steps
   progress = metric_writer.Progress(
@@ -357,19 +367,20 @@ def _fit(
     run.checkpoints.wait()
     _logger.info(
       'Stopped after step %d of %d, saved. The same command goes on.',
-      done, last,
+      done,
+      last,
     )
     raise
   return state
 
 
 def _score_last(
-    config: ml_collections.ConfigDict,
-    state: state_lib.TrainState,
-    run: _Run,
-    *,
-    embed: Callable[..., np.ndarray],
-    score_embeddings: Callable[..., dict[str, float]],
+  config: ml_collections.ConfigDict,
+  state: state_lib.TrainState,
+  run: _Run,
+  *,
+  embed: Callable[..., np.ndarray],
+  score_embeddings: Callable[..., dict[str, float]],
 ) -> tuple[state_lib.TrainState, np.ndarray, dict]:
   """Scores the last state and the selected one, which is shown, on the test.
 
@@ -398,7 +409,7 @@ def _score_last(
 
 
 def _write_report(
-    config, state, embed, tested, results, data: datasets.Datasets, workdir: str
+  config, state, embed, tested, results, data: datasets.Datasets, workdir: str
 ) -> None:
   """Writes report.html; all processes embed, and process 0 writes."""
   # As the test pictures are: resized, not augmented.
@@ -453,7 +464,7 @@ def _read_run(config, workdir: str) -> tuple[dict | None, dict | None]:
 
 
 def _begin(
-    config, saved: Mapping | None, workdir: str
+  config, saved: Mapping | None, workdir: str
 ) -> tuple[datasets.Datasets, str | None]:
   """Returns the data and the digest of the weights; writes run.json.
 
@@ -496,7 +507,7 @@ def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:
   loaded = []
   processes.of_first(lambda: loaded.append(datasets.load(config)))
   data = loaded[0] if loaded else datasets.load(config)
-  provenance.log_data(data)
+  summary.log(data)
   input_pipeline.check_image_size(data.test, config.dataset)
   input_pipeline.check_train_batches(data.train, config)
   return data
@@ -523,7 +534,7 @@ def _digest_weights(config, saved: Mapping | None) -> str | None:
 
 
 def _load_weights(
-    config, state: state_lib.TrainState, digest: str
+  config, state: state_lib.TrainState, digest: str
 ) -> state_lib.TrainState:
   """Puts the weights to begin with into a state.
 
@@ -561,7 +572,11 @@ def _evaluate(config, state: state_lib.TrainState, run: _Run) -> None:
   name, value = next(iter(scores.items()))
   _logger.info(
     'step %d/%d  %s %.2f%% on the %s classes',
-    step, config.num_steps, name, 100 * value, title,
+    step,
+    config.num_steps,
+    name,
+    100 * value,
+    title,
   )
   selection.check_select_by(config, scores)
   run.writer.write_scalars(step, workdir_lib.flatten({title: scores}))
@@ -584,7 +599,7 @@ def _is_written(title: str, step: int, workdir: str) -> bool:
 
 
 def _restore_selected(
-    config, state: state_lib.TrainState, run: _Run
+  config, state: state_lib.TrainState, run: _Run
 ) -> tuple[state_lib.TrainState, dict]:
   """Returns the state that the validation classes selected, and why.
 
@@ -595,7 +610,9 @@ def _restore_selected(
   step, value = selection.select(config, run.workdir)
   _logger.info(
     'Step %d has the best %s on the validation classes, %.2f%%.',
-    step, config.evaluation.select_by, 100 * value,
+    step,
+    config.evaluation.select_by,
+    100 * value,
   )
   if step != config.num_steps:
     state = run.selected.restore(state, step=step)
@@ -605,7 +622,8 @@ def _restore_selected(
         f'{os.path.join(run.workdir, "selected")!r}: use another workdir.'
       )
   return state, {
-    'selected_step': step, 'selected_by': {config.evaluation.select_by: value}
+    'selected_step': step,
+    'selected_by': {config.evaluation.select_by: value},
   }
 
 
@@ -628,7 +646,11 @@ def _log_table(results: Mapping) -> None:
   rows = {
     title: results[title]
     for title in (
-      'selected', 'trained', 'seen_classes', 'untrained', 'raw_pixels'
+      'selected',
+      'trained',
+      'seen_classes',
+      'untrained',
+      'raw_pixels',
     )
     if title in results
   }

@@ -61,8 +61,7 @@ def make_loss(config: ml_collections.ConfigDict) -> Loss:
       'config.proxies.by_size is for fractional_proxy_nca.'
     )
   if config.proxies.sharded and (
-    not loss.needs.has_labelled_proxies
-    or config.loss[name].get('proxy_chunk')
+    not loss.needs.has_labelled_proxies or config.loss[name].get('proxy_chunk')
   ):
     raise ValueError(
       'config.proxies.sharded is for losses whose classes have proxies of '
@@ -85,7 +84,7 @@ def make_loss(config: ml_collections.ConfigDict) -> Loss:
 
 
 def correct_for_frequency(
-    loss: Loss, config: ml_collections.ConfigDict, class_sizes: np.ndarray
+  loss: Loss, config: ml_collections.ConfigDict, class_sizes: np.ndarray
 ) -> Loss:
   """Weights and adjusts a loss for classes of different sizes, if configured.
 
@@ -109,7 +108,7 @@ def correct_for_frequency(
 
 
 def make_share(
-    config: ml_collections.ConfigDict, num_classes: int, mesh
+  config: ml_collections.ConfigDict, num_classes: int, mesh
 ) -> Callable[..., tuple]:
   """Returns (embeddings, points, labels, mask) -> the same, where they meet.
 
@@ -132,13 +131,13 @@ def make_share(
 
 
 def make_train_step(
-    model,
-    optimizer: optax.GradientTransformation,
-    loss: Loss,
-    normalize: Callable[[jax.Array], jax.Array],
-    *,
-    share: Callable[..., tuple] = lambda *arrays: arrays,
-    learning_rates: Callable[[jax.Array], dict] = lambda num_updates: {},
+  model,
+  optimizer: optax.GradientTransformation,
+  loss: Loss,
+  normalize: Callable[[jax.Array], jax.Array],
+  *,
+  share: Callable[..., tuple] = lambda *arrays: arrays,
+  learning_rates: Callable[[jax.Array], dict] = lambda num_updates: {},
 ) -> _Step:
   """Returns the jitted step: (state, batch, rate_scale) -> (state, metrics).
 
@@ -292,7 +291,7 @@ def make_train_steps(train_step: _Step) -> _Step:
 
 
 def _group_metrics(
-    params, gradients, rates, rate_scale
+  params, gradients, rates, rate_scale
 ) -> dict[str, jax.Array]:
   """The gradient norm and the learning rate of each group, before the step."""
   metrics = {}
@@ -306,7 +305,7 @@ def _group_metrics(
 
 
 def _proxy_metrics(
-    form, embeddings, points, labels, mask
+  form, embeddings, points, labels, mask
 ) -> dict[str, jax.Array]:
   """Looks at the proxies, and compares the batch with them if labels do.
 

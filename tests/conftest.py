@@ -30,9 +30,17 @@ from absl import flags
 
 # Whole runs, of minutes: what begins with them ends with both processes busy.
 _LONG = (
-  'test_processes', 'test_train', 'test_kills', 'test_main', 'test_faults',
-  'test_docs', 'test_published', 'test_workdir', 'test_search',
-  'test_inference', 'test_experiments',
+  'test_processes',
+  'test_train',
+  'test_kills',
+  'test_main',
+  'test_faults',
+  'test_docs',
+  'test_published',
+  'test_workdir',
+  'test_search',
+  'test_inference',
+  'test_experiments',
 )
 
 

@@ -99,9 +99,7 @@ def cars196(classes=(1, 2, 98, 99, 195, 196), images=3):
       files[path] = picture(number * 100 + image)
       rows.append((path, 1, 1, 9, 9, number, image % 2))
   fields = ('relative_im_path', *_BOX, 'class', 'test')
-  annotations = _matrix(
-    annotations=_struct(rows, fields), class_names=_names()
-  )
+  annotations = _matrix(annotations=_struct(rows, fields), class_names=_names())
   return files, {'cars_annos.mat': annotations}
 
 

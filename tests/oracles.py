@@ -6,8 +6,14 @@ import numpy as np
 
 
 def proxy_nca_loss(
-    embeddings, proxies, labels, *, temperature=1 / 9,
-    positive_in_denominator=False, normalize=True, label_smoothing=0.0,
+  embeddings,
+  proxies,
+  labels,
+  *,
+  temperature=1 / 9,
+  positive_in_denominator=False,
+  normalize=True,
+  label_smoothing=0.0,
 ):
   """The loss from squared distances, example by example."""
   embeddings = np.asarray(embeddings, np.float64)
@@ -24,7 +30,8 @@ def proxy_nca_loss(
     top = max(total)
     log_sum = top + np.log(sum(np.exp(s - top) for s in total))
     target = [
-      1 - label_smoothing if i == label
+      1 - label_smoothing
+      if i == label
       else label_smoothing / max(len(proxies) - 1, 1)
       for i in range(len(proxies))
     ]
@@ -67,7 +74,7 @@ def proxy_nca_pp_loss(embeddings, proxies, labels, *, temperature=1 / 9):
 
 
 def fractional_proxy_nca_loss(
-    embeddings, proxies, labels, *, assignment, temperature=1 / 9
+  embeddings, proxies, labels, *, assignment, temperature=1 / 9
 ):
   losses = []
   for x, label in zip(unit(embeddings), labels):
@@ -128,7 +135,7 @@ def arcface_loss(embeddings, proxies, labels, *, scale=64, margin=0.5):
 
 
 def subcenter_arcface_loss(
-    embeddings, proxies, labels, *, scale=64, margin=0.5
+  embeddings, proxies, labels, *, scale=64, margin=0.5
 ):
   logits = []
   for x, label in zip(unit(embeddings), labels):
@@ -142,16 +149,16 @@ def subcenter_arcface_loss(
 
 
 def soft_triple_loss(
-    embeddings, proxies, labels, *, scale=20, margin=0.01, gamma=0.1, tau=0.2
+  embeddings, proxies, labels, *, scale=20, margin=0.01, gamma=0.1, tau=0.2
 ):
   centers = unit(proxies)
   num_classes, num_centers = centers.shape[:2]
   logits = []
   for x in unit(embeddings):
     weights = [np.exp(row @ x / gamma) for row in centers]
-    logits.append([
-      scale * (w / w.sum()) @ (row @ x) for w, row in zip(weights, centers)
-    ])
+    logits.append(
+      [scale * (w / w.sum()) @ (row @ x) for w, row in zip(weights, centers)]
+    )
   spread = sum(
     np.linalg.norm(a - b)
     for row in centers
@@ -234,7 +241,7 @@ def lifted_structure_loss(embeddings, labels, *, margin=1.0):
 
 
 def multi_similarity_loss(
-    embeddings, labels, *, alpha=2, beta=50, base=0.5, epsilon=0.1
+  embeddings, labels, *, alpha=2, beta=50, base=0.5, epsilon=0.1
 ):
   s = unit(embeddings) @ unit(embeddings).T
   positives, negatives = _pairs(labels)
@@ -255,7 +262,7 @@ def multi_similarity_loss(
 
 
 def facility_location_loss(
-    embeddings, labels, *, margin_multiplier=1.0, num_refinements=5
+  embeddings, labels, *, margin_multiplier=1.0, num_refinements=5
 ):
   """The greedy search over lists of medoids, then exchanges in order."""
   d = _lengths(embeddings)
@@ -289,15 +296,15 @@ def facility_location_loss(
 
 
 def center_loss(embeddings, labels, *, centers):
-  return np.array([
-    np.sum((np.asarray(x, np.float64) - centers[label]) ** 2) / 2
-    for x, label in zip(embeddings, labels)
-  ])
+  return np.array(
+    [
+      np.sum((np.asarray(x, np.float64) - centers[label]) ** 2) / 2
+      for x, label in zip(embeddings, labels)
+    ]
+  )
 
 
-def center_softmax_loss(
-    embeddings, proxies, labels, *, centers, weight=0.003
-):
+def center_softmax_loss(embeddings, proxies, labels, *, centers, weight=0.003):
   logits = np.asarray(embeddings, np.float64) @ np.asarray(proxies).T
   center = center_loss(embeddings, labels, centers=centers)
   return _cross_entropy(logits, labels) + weight * center
@@ -313,7 +320,9 @@ def magnet_loss(embeddings, labels, *, centers, alpha=1.0):
   for v, label, d in zip(x, labels, own):
     others = [
       np.exp(-_squared(v, c) / (2 * variance))
-      for k, row in enumerate(centers) for c in row if k != label
+      for k, row in enumerate(centers)
+      for c in row
+      if k != label
     ]
     own_term = np.exp(-d / (2 * variance) - alpha)
     losses.append(max(-np.log(own_term / sum(others)), 0))
@@ -340,7 +349,8 @@ def ranking(similarities, labels, query, is_query=None, cameras=None):
 
   def is_searched(item):
     if cameras is not None and (labels[item], cameras[item]) == (
-      labels[query], cameras[query]
+      labels[query],
+      cameras[query],
     ):
       return False
     return item != query if is_query is None else not is_query[item]
@@ -353,7 +363,7 @@ def ranking(similarities, labels, query, is_query=None, cameras=None):
 
 
 def retrieval_scores(
-    similarities, labels, recall_at, is_query=None, cameras=None
+  similarities, labels, recall_at, is_query=None, cameras=None
 ):
   """The means over queries that have a positive, by walking each ranking."""
   scores = {f'recall@{k}': [] for k in recall_at}
@@ -480,9 +490,7 @@ def resize(image, size, interpolation):
       centre = (i + 0.5) * step
       first = max(int(centre - reach * wide + 0.5), 0)
       last = min(int(centre + reach * wide + 0.5), old)
-      weights = [
-        weigh((j + 0.5 - centre) / wide) for j in range(first, last)
-      ]
+      weights = [weigh((j + 0.5 - centre) / wide) for j in range(first, last)]
       total = sum(w * rows[j] for w, j in zip(weights, range(first, last)))
       result.append(np.clip(np.floor(total / sum(weights) + 0.5), 0, 255))
     pixels = np.moveaxis(np.array(result), 0, axis)

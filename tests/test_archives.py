@@ -85,7 +85,6 @@ _BAD_NAMES = (
 
 
 class ExtractTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.base = pathlib.Path(self.create_tempdir().full_path)
@@ -534,7 +533,6 @@ class ExtractTest(parameterized.TestCase):
 
 
 class FindTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.base = pathlib.Path(self.create_tempdir().full_path)

@@ -5,7 +5,6 @@ from proxy_nca_jax.datasets import class_splits
 
 
 class SplitTest(parameterized.TestCase):
-
   def _split(self, total=20, **changes):
     arguments = dict(
       num_train_classes=None, num_classes=0, test_fraction=0.5, seed=0
@@ -42,7 +41,6 @@ class SplitTest(parameterized.TestCase):
 
 
 class ValidationTest(parameterized.TestCase):
-
   # As ProxyNCA++ has the second halves of CUB, Cars, SOP and In-Shop.
   @parameterized.parameters((100, 50), (98, 49), (11318, 5659), (3997, 1998))
   def test_the_second_half_selects(self, total, half):
@@ -73,7 +71,6 @@ class ValidationTest(parameterized.TestCase):
 
 
 class ThinOutTest(parameterized.TestCase):
-
   def test_classes_become_long_tailed(self):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(50), 80))
     learned, held_out = class_splits.thin_out(labels, 20.0, seed=0)
@@ -112,7 +109,6 @@ class ThinOutTest(parameterized.TestCase):
 
 
 class ChooseClassesTest(absltest.TestCase):
-
   def test_fewer_are_among_more(self):
     classes = np.arange(10, 40)
     few, more = (

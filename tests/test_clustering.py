@@ -17,7 +17,6 @@ def _blobs(num_blobs=5, size=30):
 
 
 class KMeansTest(parameterized.TestCase):
-
   def test_assigns_each_point_to_its_nearest_centroid(self):
     points = jax.random.normal(jax.random.key(0), (200, 3))
     assignments, centroids, *_ = clustering.kmeans(
@@ -46,9 +45,7 @@ class KMeansTest(parameterized.TestCase):
       metrics.normalized_mutual_information(
         labels,
         np.asarray(
-          clustering.kmeans(
-            points, num_clusters=5, key=jax.random.key(seed)
-          )[0]
+          clustering.kmeans(points, num_clusters=5, key=jax.random.key(seed))[0]
         ),
       )
       for seed in range(10)
@@ -192,8 +189,11 @@ class KMeansTest(parameterized.TestCase):
 
   def test_equal_points_can_be_as_many_clusters(self):
     clusters = clustering.kmeans(
-      jnp.ones((40, 3)), num_clusters=7, key=jax.random.key(0),
-      start='k-means++', max_iterations=3,
+      jnp.ones((40, 3)),
+      num_clusters=7,
+      key=jax.random.key(0),
+      start='k-means++',
+      max_iterations=3,
     )
     self.assertEqual(clusters.inertia, 0)
     np.testing.assert_array_equal(clusters.centroids, 1)
@@ -202,7 +202,10 @@ class KMeansTest(parameterized.TestCase):
     points = jax.random.normal(jax.random.key(0), (500, 3))
     numbers = [
       clustering.kmeans(
-        points, num_clusters=20, key=jax.random.key(1), max_iterations=500,
+        points,
+        num_clusters=20,
+        key=jax.random.key(1),
+        max_iterations=500,
         tolerance=tolerance,
       ).num_iterations
       for tolerance in (0, 1e-2, 1)
@@ -223,7 +226,9 @@ class KMeansTest(parameterized.TestCase):
   def test_an_unknown_start_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, "'randon'.*'random' or 'k-means"):
       clustering.kmeans(
-        jnp.zeros((12, 2)), num_clusters=2, key=jax.random.key(0),
+        jnp.zeros((12, 2)),
+        num_clusters=2,
+        key=jax.random.key(0),
         start='randon',
       )
 

@@ -12,11 +12,11 @@ from absl import flags
 from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
-from configs import default, recipes
 from proxy_nca_jax import configuration, losses, models, train_step
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.configs import default, recipes
 from proxy_nca_jax.runtime import workdir
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -29,7 +29,9 @@ _CONFIGS = [
 
 
 def _load(name, recipe=None):
-  get_config = importlib.import_module(f'configs.{name}').get_config
+  get_config = importlib.import_module(
+    f'proxy_nca_jax.configs.{name}'
+  ).get_config
   return get_config(recipe) if recipe else get_config()
 
 
@@ -45,7 +47,6 @@ def _parse(*arguments):
 
 
 class ConfigsTest(parameterized.TestCase):
-
   @parameterized.parameters(*_CONFIGS)
   def test_config_loads_and_its_shapes_evaluate(self, name, recipe):
     config = _load(name, recipe)
@@ -124,7 +125,6 @@ class ConfigsTest(parameterized.TestCase):
 
 
 class RecipesTest(parameterized.TestCase):
-
   @parameterized.parameters(*_WITH_RECIPES)
   def test_the_paper_is_the_default(self, name):
     config = _load(name)

@@ -12,9 +12,9 @@ import oracles
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from configs import glyphs as glyphs_config
-from configs import image_folder as image_folder_config
 from proxy_nca_jax import datasets, images
+from proxy_nca_jax.configs import glyphs as glyphs_config
+from proxy_nca_jax.configs import image_folder as image_folder_config
 from proxy_nca_jax.datasets import glyphs
 from proxy_nca_jax.runtime import lock, signals
 
@@ -33,7 +33,6 @@ def _noise(seed=0, size=(20, 30)):
 
 
 class DecodeTest(parameterized.TestCase):
-
   @parameterized.parameters('png', 'bmp', 'tiff', 'webp', 'gif', 'jpeg')
   def test_any_format_becomes_rgb(self, suffix):
     picture = images.decode(_encode(_noise(), suffix))
@@ -82,9 +81,7 @@ class DecodeTest(parameterized.TestCase):
 
   def test_the_first_frame_of_an_animation_is_taken(self):
     frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
-    encoded = _encode(
-      frames[0], 'gif', save_all=True, append_images=frames[1:]
-    )
+    encoded = _encode(frames[0], 'gif', save_all=True, append_images=frames[1:])
     self.assertEqual(images.decode(encoded).getpixel((0, 0)), (255, 0, 0))
 
   @parameterized.parameters('jpeg', 'png', 'gif', 'webp', 'tiff')
@@ -100,7 +97,6 @@ class DecodeTest(parameterized.TestCase):
 
 
 class ResizeTest(parameterized.TestCase):
-
   @parameterized.parameters(
     ('square', (24, 24)), ('shorter', (24, 36)), ('shorter', (24, 24))
   )
@@ -148,7 +144,6 @@ class ResizeTest(parameterized.TestCase):
 
 
 class GlyphsTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.root = pathlib.Path(self.create_tempdir().full_path)
@@ -236,7 +231,6 @@ class GlyphsTest(absltest.TestCase):
 
 
 class ImageFolderTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.data_dir = self.create_tempdir().full_path
@@ -341,8 +335,12 @@ class ImageFolderTest(absltest.TestCase):
     self.assertSameElements(
       reasons,
       [
-        'a/zero.jpg', 'a/torn.jpg', 'b/notes.txt', 'only bad/x.png',
-        'only bad/', 'stray.png',
+        'a/zero.jpg',
+        'a/torn.jpg',
+        'b/notes.txt',
+        'only bad/x.png',
+        'only bad/',
+        'stray.png',
       ],
     )
     self.assertIn('empty', reasons['a/zero.jpg'])

@@ -13,7 +13,6 @@ def _rows(seed: int, num_rows: int, dim: int = 5) -> np.ndarray:
 
 
 class ProjectionsTest(parameterized.TestCase):
-
   def test_projections_worked_out_by_hand(self):
     x = jnp.array([[3.0, 4.0], [0.0, 2.0]])
     y = jnp.array([[2.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
@@ -42,15 +41,21 @@ class ProjectionsTest(parameterized.TestCase):
     for ours, expected in zip(*gradients):
       # The gradient of y is of the size of 1 / y, but for the zero row.
       np.testing.assert_allclose(
-        np.delete(ours, 3, axis=0), np.delete(expected, 3, axis=0), rtol=1e-4,
+        np.delete(ours, 3, axis=0),
+        np.delete(expected, 3, axis=0),
+        rtol=1e-4,
         atol=1e-5 * np.abs(np.delete(expected, 3, axis=0)).max(),
       )
       np.testing.assert_allclose(ours[3], expected[3], rtol=1e-4, atol=1e-6)
 
   def test_both_modes_and_orders_of_differentiation(self):
     check_grads(
-      distances.projections, (_rows(0, 4), 1 + _rows(1, 3)), order=2,
-      atol=0.05, rtol=0.05, eps=1e-2,
+      distances.projections,
+      (_rows(0, 4), 1 + _rows(1, 3)),
+      order=2,
+      atol=0.05,
+      rtol=0.05,
+      eps=1e-2,
     )
 
 

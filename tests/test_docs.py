@@ -17,8 +17,8 @@ import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from configs import image_folder
 from proxy_nca_jax import train
+from proxy_nca_jax.configs import image_folder
 from proxy_nca_jax.report import literature
 from proxy_nca_jax.runtime import command_line
 
@@ -45,7 +45,6 @@ def _commands(*pages: pathlib.Path) -> list[list[str]]:
 
 
 class DocsTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -64,12 +63,20 @@ class DocsTest(parameterized.TestCase):
     np.save(cls.root / 'x.npy', rng.normal(size=(12, 5)).astype(np.float32))
     np.save(cls.root / 'y.npy', np.arange(12) % 4)
     config = image_folder.get_config()
-    config.update_from_flattened_dict({
-      'num_steps': 1, 'batch_size': 8, 'dataset.resize': 16,
-      'dataset.image_size': 16, 'model.width': 4, 'report': False,
-      'dataset.root': str(cls.root / 'pictures'), 'evaluation.batch_size': 8,
-      'evaluation.kmeans_iterations': 0, 'evaluation.baselines': False,
-    })
+    config.update_from_flattened_dict(
+      {
+        'num_steps': 1,
+        'batch_size': 8,
+        'dataset.resize': 16,
+        'dataset.image_size': 16,
+        'model.width': 4,
+        'report': False,
+        'dataset.root': str(cls.root / 'pictures'),
+        'evaluation.batch_size': 8,
+        'evaluation.kmeans_iterations': 0,
+        'evaluation.baselines': False,
+      }
+    )
     train.train_and_evaluate(config, str(cls.root / 'run'))
 
   def test_every_page_with_python_is_run(self):
@@ -101,7 +108,8 @@ class DocsTest(parameterized.TestCase):
       self.assertGreater(np.abs(gradients['proxies']).max(), 0)
     if 'network' in names:
       np.testing.assert_allclose(
-        names['embeddings'], names['embedder'].embed(names['pictures']),
+        names['embeddings'],
+        names['embedder'].embed(names['pictures']),
         atol=1e-5,
       )
 
@@ -113,7 +121,8 @@ class DocsTest(parameterized.TestCase):
   def test_its_commands_run_one_after_the_other(self, page):
     self._go_to_root()
     commands = [
-      arguments[1:] for arguments in _commands(_ROOT / page)
+      arguments[1:]
+      for arguments in _commands(_ROOT / page)
       if arguments[0] == '-m' and arguments[1].startswith('proxy_nca_jax.')
     ]
     self.assertNotEmpty(commands)
@@ -164,7 +173,8 @@ class DocsTest(parameterized.TestCase):
 
   def test_programs_exist_and_know_their_flags(self):
     commands = [
-      x for x in _commands(*_ALL_PAGES)
+      x
+      for x in _commands(*_ALL_PAGES)
       if x[0].startswith(('benchmarks/', 'experiments/'))
     ]
     self.assertGreater(len(commands), 9)

@@ -20,9 +20,7 @@ _CONTENT = np.random.default_rng(0).bytes(300_000)
 _OTHER = np.random.default_rng(1).bytes(300_000)
 
 
-
 class _Handler(server.BaseHTTPRequestHandler):
-
   def do_GET(self):
     self.server.seen.append((self.path, self.headers['Range']))
     answers = self.server.answers[self.path]
@@ -93,7 +91,6 @@ def _reset(handler):
 
 
 class FetchTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.enter_context(mock.patch.object(downloads, '_PAUSE', 0.0))

@@ -30,7 +30,6 @@ def _evaluate(embeddings, labels, **kwargs):
 
 
 class ScoreTest(parameterized.TestCase):
-
   def test_equals_the_oracle_on_the_same_similarities(self):
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(60, 5)).astype(np.float32)
@@ -197,7 +196,6 @@ class ScoreTest(parameterized.TestCase):
 
 
 class EmbedTest(absltest.TestCase):
-
   def test_masked_rows_are_dropped_and_ids_give_the_order(self):
     batches = [
       {
@@ -227,10 +225,14 @@ class EmbedTest(absltest.TestCase):
         signal.raise_signal(signal.SIGINT)
       return batch['x']
 
-    batches = 4 * [{
-      'x': np.ones((1, 1)), 'label': np.array([0]), 'id': np.array([0]),
-      'mask': np.array([True]),
-    }]
+    batches = 4 * [
+      {
+        'x': np.ones((1, 1)),
+        'label': np.array([0]),
+        'id': np.array([0]),
+        'mask': np.array([True]),
+      }
+    ]
     with signals.StopSignals():
       with self.assertRaises(signals.Stopped):
         embed_lib.embed(embed_fn, batches)
@@ -310,7 +312,6 @@ def _of_two_processes():
 
 
 class CommandTest(parameterized.TestCase):
-
   def _run(self, *more, **arrays):
     """Returns the exit status, the output and the scores of the command."""
     folder = tempfile.mkdtemp(dir=absltest.get_default_test_tmpdir())

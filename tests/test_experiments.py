@@ -9,8 +9,6 @@ import numpy as np
 from absl.testing import absltest, flagsaver, parameterized
 from PIL import Image
 
-from configs import glyphs as glyphs_config
-from configs import image_folder as image_folder_config
 from experiments import (
   convergence,
   identities,
@@ -19,6 +17,8 @@ from experiments import (
   runs,
 )
 from proxy_nca_jax import datasets
+from proxy_nca_jax.configs import glyphs as glyphs_config
+from proxy_nca_jax.configs import image_folder as image_folder_config
 
 
 def _made_up(config, changes, workdir):
@@ -32,9 +32,8 @@ def _made_up(config, changes, workdir):
       {
         'trained': trained,
         'untrained': {'recall@1': 0.1},
-        'seen_classes': trained | {
-          f'recall@1_{part}': end / 2 for part in ('head', 'middle', 'tail')
-        },
+        'seen_classes': trained
+        | {f'recall@1_{part}': end / 2 for part in ('head', 'middle', 'tail')},
         'selected_by': trained,
         'dataset': {
           split: {'images': 9, 'classes': 3} for split in ('train', 'test')
@@ -54,7 +53,6 @@ def _made_up(config, changes, workdir):
 
 
 class ExperimentsTest(parameterized.TestCase):
-
   def _rows(self, experiment, config):
     workdir = self.create_tempdir().full_path
     name = experiment.__name__.split('.')[-1]
@@ -170,15 +168,12 @@ class ExperimentsTest(parameterized.TestCase):
 
 
 class StepsTest(parameterized.TestCase):
-
   @parameterized.parameters(
     (0.05, 0), (0.1, 0), (0.2, 5), (0.3, 10), (0.4, 20), (0.6, np.inf)
   )
   def test_the_step_lies_on_the_line(self, level, expected):
     steps, scores = np.array([0, 10, 20]), np.array([0.1, 0.3, 0.4])
-    self.assertAlmostEqual(
-      convergence.steps_to(level, steps, scores), expected
-    )
+    self.assertAlmostEqual(convergence.steps_to(level, steps, scores), expected)
 
   @parameterized.parameters(
     (5, [5]), (10, [10]), (150, [10, 30, 100, 150]), (300, [10, 30, 100, 300])

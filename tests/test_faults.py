@@ -34,9 +34,12 @@ _UNSHARE = ('unshare', '--map-root-user', '--mount')
 
 
 def _can_unshare():
-  return shutil.which('unshare') and not subprocess.run(
-    [*_UNSHARE, 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt'], capture_output=True
-  ).returncode
+  return (
+    shutil.which('unshare')
+    and not subprocess.run(
+      [*_UNSHARE, 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt'], capture_output=True
+    ).returncode
+  )
 
 
 def _write_pictures(root):
@@ -51,7 +54,6 @@ def _write_pictures(root):
 
 
 class FaultsTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -66,11 +68,10 @@ class FaultsTest(absltest.TestCase):
   @classmethod
   def _command(cls, workdir):
     fields = {
-      'dataset.root': cls.root / 'pictures', 'dataset.data_dir': cls.data_dir
+      'dataset.root': cls.root / 'pictures',
+      'dataset.data_dir': cls.data_dir,
     }
-    return whole_runs.command(
-      'image_folder.py', workdir, **fields, **_FIELDS
-    )
+    return whole_runs.command('image_folder.py', workdir, **fields, **_FIELDS)
 
   @classmethod
   def _run(cls, workdir):

@@ -6,15 +6,12 @@ from proxy_nca_jax import images
 
 
 class ColorJitterTest(parameterized.TestCase):
-
   def _image(self):
     return np.random.default_rng(0).integers(0, 256, (9, 8, 3), np.uint8)
 
   def _jitter(self, strengths, seed=0, image=None):
     image = self._image() if image is None else image
-    return images.color_jitter(
-      image, strengths, np.random.default_rng(seed)
-    )
+    return images.color_jitter(image, strengths, np.random.default_rng(seed))
 
   def test_no_strength_changes_nothing(self):
     image = self._image()
@@ -70,14 +67,11 @@ class ColorJitterTest(parameterized.TestCase):
     results = []
     for order in ([0, 1, 2, 3], [2, 0, 1, 3]):
       rng.permutation.return_value = order
-      results.append(
-        images.color_jitter(image, (0.9, 0, 0.9, 0), rng).tolist()
-      )
+      results.append(images.color_jitter(image, (0.9, 0, 0.9, 0), rng).tolist())
     self.assertNotEqual(*results)
 
 
 class RandomErasingTest(absltest.TestCase):
-
   def test_areas_and_aspects_have_the_asked_distribution(self):
     image = np.zeros((200, 200, 3), np.uint8)
     areas, aspects, pixels = [], [], []
@@ -105,7 +99,6 @@ class RandomErasingTest(absltest.TestCase):
 
 
 class RandomResizedCropTest(parameterized.TestCase):
-
   def _crop(self, image, seed=0, **changes):
     arguments = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     return images.random_resized_crop(
@@ -155,7 +148,6 @@ class RandomResizedCropTest(parameterized.TestCase):
 
 
 class CenterCropTest(absltest.TestCase):
-
   def test_the_central_crop_is_central(self):
     image = np.arange(36).reshape(6, 6, 1)
     np.testing.assert_array_equal(

@@ -12,13 +12,14 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 import proxy_nca_jax
-from configs import image_folder
 from proxy_nca_jax import (
   datasets,
   evaluate,
+  images,
   inference,
   train,
 )
+from proxy_nca_jax.configs import image_folder
 
 
 def _write_pictures(root: pathlib.Path) -> list[pathlib.Path]:
@@ -37,7 +38,6 @@ def _write_pictures(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 class InferenceTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -45,15 +45,25 @@ class InferenceTest(parameterized.TestCase):
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.paths = _write_pictures(cls.root / 'pictures')
     cls.config = image_folder.get_config()
-    cls.config.update_from_flattened_dict({
-      'num_steps': 4, 'batch_size': 8, 'save_every': 2, 'eval_every': 2,
-      'dataset.root': str(cls.root / 'pictures'),
-      'dataset.validation': '2/2', 'evaluation.baselines': False,
-      'report': False,
-      'dataset.resize': 18, 'dataset.resize_mode': 'shorter',
-      'dataset.image_size': 16, 'model.width': 4, 'model.embedding_dim': 5,
-      'evaluation.batch_size': 8, 'evaluation.kmeans_iterations': 0,
-    })
+    cls.config.update_from_flattened_dict(
+      {
+        'num_steps': 4,
+        'batch_size': 8,
+        'save_every': 2,
+        'eval_every': 2,
+        'dataset.root': str(cls.root / 'pictures'),
+        'dataset.validation': '2/2',
+        'evaluation.baselines': False,
+        'report': False,
+        'dataset.resize': 18,
+        'dataset.resize_mode': 'shorter',
+        'dataset.image_size': 16,
+        'model.width': 4,
+        'model.embedding_dim': 5,
+        'evaluation.batch_size': 8,
+        'evaluation.kmeans_iterations': 0,
+      }
+    )
     cls.workdir = str(cls.root / 'run')
     cls.results = train.train_and_evaluate(cls.config, cls.workdir)
     cls.embedder = proxy_nca_jax.load(cls.workdir)
@@ -117,9 +127,7 @@ class InferenceTest(parameterized.TestCase):
     self.embedder.save(folder)
     self.embedder.save(folder)  # Again is no harm.
     loaded = proxy_nca_jax.load(folder)
-    np.testing.assert_array_equal(
-      loaded(self.paths), self.embedder(self.paths)
-    )
+    np.testing.assert_array_equal(loaded(self.paths), self.embedder(self.paths))
     self.assertEqual(loaded.class_names, self.embedder.class_names)
     self.assertEqual(loaded.digest, self.embedder.digest)
     jax.tree.map(
@@ -142,9 +150,7 @@ class InferenceTest(parameterized.TestCase):
     exported = self.root / 'network.stablehlo'
     exported.write_bytes(self.embedder.export())
     for number, shape in enumerate(((3, 16, 16, 3), (7, 18, 25, 3))):
-      pictures = np.random.default_rng(number).integers(
-        0, 256, shape, np.uint8
-      )
+      pictures = np.random.default_rng(number).integers(0, 256, shape, np.uint8)
       np.save(self.root / 'pictures.npy', pictures)
       program = (
         'import sys, numpy as np\n'
@@ -159,7 +165,7 @@ class InferenceTest(parameterized.TestCase):
       subprocess.run(
         [sys.executable, '-I', '-c', program], cwd=self.root, check=True
       )
-      cropped = [images_lib.center_crop(x, 16) for x in pictures]
+      cropped = [images.center_crop(x, 16) for x in pictures]
       np.testing.assert_allclose(
         np.load(self.root / 'embeddings.npy'),
         self.embedder.embed(np.stack(cropped)),

@@ -14,8 +14,8 @@ import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from configs import default
 from proxy_nca_jax import datasets, images, input_pipeline
+from proxy_nca_jax.configs import default
 
 _NUM_RECORDS = 13
 
@@ -86,7 +86,6 @@ def _assert_equal(actual, expected):
 
 
 class TrainBatchesTest(parameterized.TestCase):
-
   def test_batches_keep_the_contract(self):
     (batch,) = _take(1)
     shapes = {name: (x.shape, x.dtype.name) for name, x in batch.items()}
@@ -162,8 +161,12 @@ class TrainBatchesTest(parameterized.TestCase):
   def test_reading_processes_end_with_a_killed_run(self):
     # Whoever lives on keeps the output open.
     process = subprocess.run(
-      [sys.executable, '-c', _KILLED], stdout=subprocess.PIPE, text=True,
-      timeout=120, env=whole_runs.environment(), cwd=_FOLDER,
+      [sys.executable, '-c', _KILLED],
+      stdout=subprocess.PIPE,
+      text=True,
+      timeout=120,
+      env=whole_runs.environment(),
+      cwd=_FOLDER,
     )
     self.assertEqual(process.returncode, -signal.SIGKILL)
     self.assertEqual(process.stdout, '1 reads\n')
@@ -193,7 +196,6 @@ class TrainBatchesTest(parameterized.TestCase):
 
 
 class BalancedBatchesTest(parameterized.TestCase):
-
   # Classes of 1 to 7 images; the smallest have fewer than a batch asks for.
   _MEMBERS = tuple(
     np.arange(first, first + size)
@@ -295,7 +297,6 @@ class BalancedBatchesTest(parameterized.TestCase):
 
 
 class AugmentationTest(absltest.TestCase):
-
   def test_random_crops_reach_every_place_and_the_padding_is_black(self):
     split = _split(size=8)
     whole = [np.asarray(images.decode(r['image'])) for r in split.source]
@@ -359,7 +360,6 @@ class AugmentationTest(absltest.TestCase):
 
 
 class EvaluationBatchesTest(parameterized.TestCase):
-
   @parameterized.parameters(1, 2)
   def test_every_record_comes_once_in_order_and_the_rest_is_masked(self, count):
     parts = [
@@ -383,7 +383,6 @@ class EvaluationBatchesTest(parameterized.TestCase):
 
 
 class PixelsTest(absltest.TestCase):
-
   def test_normalize_by_hand(self):
     actual = input_pipeline.normalize(
       jnp.array([[[[0, 100, 255]]]], jnp.uint8),

@@ -16,10 +16,17 @@ _LATEST = 0.85
 
 
 _FIELDS = {
-  'num_steps': 8, 'batch_size': 32, 'log_every': 1, 'save_every': 2,
-  'eval_every': 4, 'dataset.validation': '2/2', 'dataset.num_classes': 20,
-  'model.width': 4, 'evaluation.nearest_only': True,
-  'evaluation.kmeans_iterations': 0, 'evaluation.baselines': False,
+  'num_steps': 8,
+  'batch_size': 32,
+  'log_every': 1,
+  'save_every': 2,
+  'eval_every': 4,
+  'dataset.validation': '2/2',
+  'dataset.num_classes': 20,
+  'model.width': 4,
+  'evaluation.nearest_only': True,
+  'evaluation.kmeans_iterations': 0,
+  'evaluation.baselines': False,
   'report': False,
 }
 
@@ -35,12 +42,13 @@ def _is_saving(workdir) -> bool:
   )
   return any(
     not name.isdigit()
-    for folder in folders if folder.exists() for name in os.listdir(folder)
+    for folder in folders
+    if folder.exists()
+    for name in os.listdir(folder)
   )
 
 
 class KillsTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()

@@ -10,12 +10,12 @@ from unittest import mock
 import fsspec
 from absl.testing import absltest
 
-from proxy_nca_jax.runtime import lock, signals
+from proxy_nca_jax.runtime import lock, remote, signals
 
 _HOLD = """
 import os, sys, time
-from proxy_nca_jax import locks
-with locks.hold(sys.argv[1]):
+from proxy_nca_jax.runtime import lock
+with lock.hold(sys.argv[1]):
   if len(sys.argv) > 2 and os.fork() == 0:
     time.sleep(60)
   print('held', os.getpid(), flush=True)
@@ -24,7 +24,6 @@ with locks.hold(sys.argv[1]):
 
 
 class LocksTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.path = os.path.join(self.create_tempdir(), 'lock')
@@ -82,22 +81,19 @@ class LocksTest(absltest.TestCase):
 
 
 class LeaseTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.storage = fsspec.filesystem('memory')
     self.path = f'/{self.id()}/lease.json'
 
   def _lease(self, seconds=0.4):
-    return lock.Lease(self.storage, self.path, seconds=seconds)
+    return remote.Lease(self.storage, self.path, seconds=seconds)
 
   def _content(self):
     return json.loads(self.storage.cat_file(self.path))
 
   def _write(self, *, age, owner='another', seconds=10):
-    content = {
-      'owner': owner, 'renewed': time.time() - age, 'seconds': seconds
-    }
+    content = {'owner': owner, 'renewed': time.time() - age, 'seconds': seconds}
     self.storage.pipe_file(self.path, json.dumps(content).encode())
 
   def test_a_second_holder_is_refused_and_told_of_the_first(self):
@@ -136,7 +132,7 @@ class LeaseTest(absltest.TestCase):
     with self._lease() as lease:
       lease.renew()
       self._write(age=0)
-      with self.assertRaisesRegex(lock.LeaseLost, 'taken by another'):
+      with self.assertRaisesRegex(remote.LeaseLost, 'taken by another'):
         lease.renew()
       time.sleep(0.3)  # Nor does it renew in the background.
       self.assertEqual(self._content()['owner'], 'another')
@@ -145,7 +141,7 @@ class LeaseTest(absltest.TestCase):
   def test_a_removed_lease_is_lost(self):
     with self._lease() as lease:
       self.storage.rm_file(self.path)
-      with self.assertRaisesRegex(lock.LeaseLost, 'removed'):
+      with self.assertRaisesRegex(remote.LeaseLost, 'removed'):
         lease.renew()
 
   def test_of_two_that_start_at_once_the_first_to_write_is_refused(self):

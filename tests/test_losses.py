@@ -34,7 +34,8 @@ _CASES = tuple((name, {}) for name in losses.LOSSES) + (
   ('triplet', {'margin': 2.0, 'mining': 'batch_hard'}),
 )
 _LABELS_ARE_INDICES = tuple(
-  name for name, needs in losses.NEEDS.items()
+  name
+  for name, needs in losses.NEEDS.items()
   if needs.proxies in ('one', 'several') or needs.centers or needs.assignment
 )
 
@@ -96,7 +97,6 @@ def _inputs(name, seed=0):
 
 
 class LossesTest(parameterized.TestCase):
-
   def test_the_table_tells_of_every_loss(self):
     self.assertEqual(list(losses.NEEDS), list(losses.LOSSES))
     self.assertEqual(sorted(losses.LOSSES), list(losses.LOSSES))
@@ -194,9 +194,10 @@ class LossesTest(parameterized.TestCase):
     arrays = ['embeddings', 'proxies', 'labels']
     if not needs.proxies:
       arrays.remove('proxies')
-    self.assertEqual(arrays, [
-      p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY
-    ])
+    self.assertEqual(
+      arrays,
+      [p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY],
+    )
     named = {p.name for p in parameters.values() if p.default is p.empty}
     constants = {'centers'} if needs.centers else set()
     constants |= {'assignment'} if needs.assignment else set()

@@ -7,7 +7,6 @@ from proxy_nca_jax import losses
 
 
 class CenterTest(absltest.TestCase):
-
   def test_center_loss_by_hand(self):
     x = jnp.array([[1.0, 2.0], [0.0, 0.0]])
     centers = jnp.array([[1.0, 0.0], [3.0, 4.0]])
@@ -27,9 +26,7 @@ class CenterTest(absltest.TestCase):
     # Squared distances to the own class's nearest centers 1 and 1: s2 is 2.
     x = jnp.array([[0.0], [6.0]])
     centers = jnp.array([[[1.0], [-3.0]], [[7.0], [9.0]]])
-    loss = losses.magnet_loss(
-      x, jnp.array([0, 1]), centers=centers, alpha=20.0
-    )
+    loss = losses.magnet_loss(x, jnp.array([0, 1]), centers=centers, alpha=20.0)
     first = 1 / 4 + 20 + np.log(np.exp(-49 / 4) + np.exp(-81 / 4))
     second = 1 / 4 + 20 + np.log(np.exp(-25 / 4) + np.exp(-81 / 4))
     np.testing.assert_allclose(loss, [first, second], rtol=1e-5)

@@ -25,7 +25,6 @@ def _at(degrees):
 
 
 class ClassificationTest(parameterized.TestCase):
-
   def test_normalized_softmax_by_hand(self):
     x, proxies = jnp.array([[3.0, 0.0]]), jnp.array([[2.0, 0.0], [0.0, 1.0]])
     loss = losses.normalized_softmax_loss(
@@ -70,9 +69,9 @@ class ClassificationTest(parameterized.TestCase):
   def test_subcenter_arcface_takes_the_nearest_center(self):
     x, proxies, labels = _inputs(num_centers=3)
     units = proxies / np.linalg.norm(proxies, axis=2, keepdims=True)
-    nearest = np.stack([
-      [max(row, key=lambda w, v=v: v @ w) for row in units] for v in x
-    ])
+    nearest = np.stack(
+      [[max(row, key=lambda w, v=v: v @ w) for row in units] for v in x]
+    )
     arcface = jax.jit(lambda *row: losses.arcface_loss(*row, scale=4.0))
     expected = [
       arcface(v[None], p, label[None])[0]
@@ -80,15 +79,15 @@ class ClassificationTest(parameterized.TestCase):
     ]
     np.testing.assert_allclose(
       losses.subcenter_arcface_loss(x, proxies, labels, scale=4.0),
-      expected, rtol=1e-5, atol=1e-6,
+      expected,
+      rtol=1e-5,
+      atol=1e-6,
     )
 
   def test_soft_triple_by_hand(self):
     # Cosines 1 and 0 to the own centers, 0 and 0 to the others.
     x = jnp.array([[1.0, 0.0]])
-    proxies = jnp.array([
-      [[1.0, 0.0], [0.0, 2.0]], [[0.0, 1.0], [0.0, -1.0]]
-    ])
+    proxies = jnp.array([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 1.0], [0.0, -1.0]]])
     loss = losses.soft_triple_loss(
       x, proxies, jnp.array([0]), scale=3.0, margin=0.1, gamma=1.0, tau=0.5
     )
@@ -116,9 +115,9 @@ class ClassificationTest(parameterized.TestCase):
   def test_centers_of_a_class_that_coincide_have_a_finite_gradient(self):
     x, proxies, labels = _inputs(num_centers=3)
     proxies[1] = proxies[1][:1]
-    gradient = jax.jit(jax.grad(
-      lambda p: losses.soft_triple_loss(x, p, labels).sum()
-    ))(proxies)
+    gradient = jax.jit(
+      jax.grad(lambda p: losses.soft_triple_loss(x, p, labels).sum())
+    )(proxies)
     self.assertTrue(np.all(np.isfinite(gradient)))
 
 

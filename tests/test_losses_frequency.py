@@ -8,15 +8,12 @@ from proxy_nca_jax import losses
 
 
 class ClassWeightsTest(parameterized.TestCase):
-
   @parameterized.parameters(0.0, 0.5, 1.0)
   def test_the_mean_over_examples_is_one(self, power):
     counts = np.array([1, 10, 100])
     weights = losses.class_weights(counts, power=power)
     self.assertAlmostEqual(np.sum(weights * counts) / 111, 1, places=6)
-    np.testing.assert_allclose(
-      weights[0] / weights[2], 100**power, rtol=1e-6
-    )
+    np.testing.assert_allclose(weights[0] / weights[2], 100**power, rtol=1e-6)
 
   def test_by_hand(self):
     # Four examples, of which each class gets half of the weight.
@@ -26,7 +23,6 @@ class ClassWeightsTest(parameterized.TestCase):
 
 
 class LogPriorsTest(parameterized.TestCase):
-
   def test_by_hand(self):
     np.testing.assert_allclose(
       np.exp(losses.log_priors(np.array([1, 3]))), [0.25, 0.75], rtol=1e-6
@@ -49,8 +45,13 @@ class LogPriorsTest(parameterized.TestCase):
     labels = np.array([0, 6, 3, 3])
     priors = rng.normal(size=7)
     actual = losses.proxy_nca_loss(
-      jnp.array(x), jnp.array(p), labels, temperature=0.5,
-      positive_in_denominator=in_sum, normalize=normalize, proxy_chunk=chunk,
+      jnp.array(x),
+      jnp.array(p),
+      labels,
+      temperature=0.5,
+      positive_in_denominator=in_sum,
+      normalize=normalize,
+      proxy_chunk=chunk,
       log_priors=priors,
     )
     if normalize:
@@ -77,16 +78,15 @@ class LogPriorsTest(parameterized.TestCase):
       ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
-      total(*inputs, None), oracles.proxy_nca_loss(x, p, labels).sum(),
+      total(*inputs, None),
+      oracles.proxy_nca_loss(x, p, labels).sum(),
       rtol=1e-5,
     )
 
   def test_a_prior_for_each_proxy(self):
     x, p = jnp.ones((2, 3)), jnp.ones((4, 3))
     with self.assertRaises(AssertionError):
-      losses.proxy_nca_loss(
-        x, p, jnp.array([0, 1]), log_priors=jnp.zeros(3)
-      )
+      losses.proxy_nca_loss(x, p, jnp.array([0, 1]), log_priors=jnp.zeros(3))
 
 
 if __name__ == '__main__':

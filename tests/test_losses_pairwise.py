@@ -11,7 +11,6 @@ _PAIR_AND_TWO = np.array([5, 5, 2, 9], np.int32)
 
 
 class PairwiseTest(parameterized.TestCase):
-
   def test_contrastive_by_hand(self):
     loss = losses.contrastive_loss(_LINE, _PAIR_AND_TWO, margin=4.0)
     # The pair at 1; negatives at 3, 7, 2, 6 and 4.
@@ -75,9 +74,7 @@ class PairwiseTest(parameterized.TestCase):
     loss = losses.multi_similarity_loss(
       x, jnp.array([0, 0, 1, 2]), alpha=2.0, beta=4.0
     )
-    expected = (
-      np.log1p(np.exp(-2 * 0.1)) / 2 + np.log1p(np.exp(4 * 0.3)) / 4
-    )
+    expected = np.log1p(np.exp(-2 * 0.1)) / 2 + np.log1p(np.exp(4 * 0.3)) / 4
     np.testing.assert_allclose(loss[0], expected, rtol=1e-6)
     # No other example has a positive.
     np.testing.assert_array_equal(loss[2:], 0)

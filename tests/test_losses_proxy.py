@@ -33,7 +33,6 @@ def _inputs(seed=0, batch=7, num_proxies=5, dim=4):
 
 
 class ProxyNcaLossTest(parameterized.TestCase):
-
   def test_values_by_hand(self):
     # Distances to the three proxies: 0, 2 and 4.
     x = jnp.array([[1.0, 0.0]])
@@ -89,11 +88,13 @@ class ProxyNcaLossTest(parameterized.TestCase):
     x = jnp.eye(4)
     labels = jnp.arange(4)
     proxies = jax.random.normal(jax.random.key(0), (4, 4))
-    gradient = jax.jit(jax.grad(
-      lambda p: proxy_nca_loss(
-        x, p, labels, positive_in_denominator=softmax
-      ).mean()
-    ))
+    gradient = jax.jit(
+      jax.grad(
+        lambda p: proxy_nca_loss(
+          x, p, labels, positive_in_denominator=softmax
+        ).mean()
+      )
+    )
     for _ in range(200):
       proxies -= 0.1 * gradient(proxies)
     proxies /= jnp.linalg.norm(proxies, axis=1, keepdims=True)
@@ -104,8 +105,9 @@ class ProxyNcaLossTest(parameterized.TestCase):
     inputs = _inputs()
     paper = proxy_nca_loss(*inputs)
     softmax = proxy_nca_loss(*inputs, positive_in_denominator=True)
-    np.testing.assert_allclose(softmax, jax.nn.softplus(paper), rtol=1e-4,
-                               atol=1e-5)
+    np.testing.assert_allclose(
+      softmax, jax.nn.softplus(paper), rtol=1e-4, atol=1e-5
+    )
 
   def test_papers_form_can_be_negative(self):
     loss = proxy_nca_loss(jnp.eye(2), jnp.eye(2), jnp.arange(2))
@@ -143,7 +145,8 @@ class ProxyNcaLossTest(parameterized.TestCase):
       self.assertTrue(np.all(np.isfinite(gradient)))
 
   @parameterized.product(
-    rows=('zeros', 'equal', 'proxies'), softmax=(True, False),
+    rows=('zeros', 'equal', 'proxies'),
+    softmax=(True, False),
     normalize=(True, False),
   )
   def test_degenerate_rows_are_finite(self, rows, softmax, normalize):
@@ -247,16 +250,19 @@ class ProxyNcaLossTest(parameterized.TestCase):
     where = np.arange(7) != 2
 
     def value_and_gradients(chunk):
-      return jax.jit(jax.value_and_grad(
-        lambda x, p: proxy_nca_loss(
-          x, p, labels, where=where, proxy_chunk=chunk, **kwargs
-        ).sum(),
-        (0, 1),
-      ))(x, p)
+      return jax.jit(
+        jax.value_and_grad(
+          lambda x, p: proxy_nca_loss(
+            x, p, labels, where=where, proxy_chunk=chunk, **kwargs
+          ).sum(),
+          (0, 1),
+        )
+      )(x, p)
 
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-      value_and_gradients(chunk), value_and_gradients(None),
+      value_and_gradients(chunk),
+      value_and_gradients(None),
     )
 
   def test_chunks_never_hold_all_similarities(self):
@@ -266,9 +272,12 @@ class ProxyNcaLossTest(parameterized.TestCase):
       labels = jnp.arange(64)
       return proxy_nca_loss(x, p, labels, proxy_chunk=128).sum()
 
-    memory = jax.jit(jax.grad(total, (0, 1))).lower(
-      *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    ).compile().memory_analysis()
+    memory = (
+      jax.jit(jax.grad(total, (0, 1)))
+      .lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+      .compile()
+      .memory_analysis()
+    )
     # float32 [64, 4096] would take 2^20 bytes.
     self.assertLess(memory.temp_size_in_bytes, 2**19)
 
@@ -281,15 +290,17 @@ class ProxyNcaLossTest(parameterized.TestCase):
 
 
 class FractionalProxyNcaLossTest(absltest.TestCase):
-
   def test_values_by_hand(self):
     # Squared distances 0, 2, 4 and 2 to the proxies. Class 0 owns the second
     # and the third, and is nearest to the second; class 1 owns the first.
     x = jnp.array([[1.0, 0.0], [1.0, 0.0]])
     proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     loss = fractional_proxy_nca_loss(
-      x, proxies, jnp.array([0, 1]),
-      assignment=jnp.array([[1, 2], [0, 0]]), temperature=1.0,
+      x,
+      proxies,
+      jnp.array([0, 1]),
+      assignment=jnp.array([[1, 2], [0, 0]]),
+      temperature=1.0,
     )
     others = 1 + np.exp(-2), 2 * np.exp(-2) + np.exp(-4)
     np.testing.assert_allclose(
@@ -300,7 +311,9 @@ class FractionalProxyNcaLossTest(absltest.TestCase):
     inputs = _inputs()
     np.testing.assert_allclose(
       fractional_proxy_nca_loss(*inputs, assignment=jnp.arange(5)[:, None]),
-      proxy_nca_loss(*inputs), rtol=1e-5, atol=1e-6,
+      proxy_nca_loss(*inputs),
+      rtol=1e-5,
+      atol=1e-6,
     )
 
   def test_a_class_cannot_own_all_proxies(self):
@@ -310,7 +323,6 @@ class FractionalProxyNcaLossTest(absltest.TestCase):
 
 
 class DynamicProxyNcaLossTest(absltest.TestCase):
-
   def test_value_by_hand(self):
     # The points' proxies are the first, the first, the second and the second.
     x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
@@ -328,16 +340,13 @@ class DynamicProxyNcaLossTest(absltest.TestCase):
     x, p, labels = _inputs()
     p[4] = -np.sum(x, axis=0)
     p[4] *= 0
-    gradient = jax.grad(
-      lambda p: dynamic_proxy_nca_loss(x, p, labels).sum()
-    )(p)
+    gradient = jax.grad(lambda p: dynamic_proxy_nca_loss(x, p, labels).sum())(p)
     # A proxy at the origin has cosine 0: some proxy is nearer to each point.
     np.testing.assert_array_equal(gradient[4], 0)
     self.assertGreater(np.abs(gradient).max(), 0.1)
 
 
 class ProxyTripletLossTest(absltest.TestCase):
-
   def test_value_by_hand(self):
     # Squared distances 2, 0, 4 and 0.8.
     x = jnp.array([[0.0, 1.0]])
@@ -356,7 +365,6 @@ class ProxyTripletLossTest(absltest.TestCase):
 
 
 class ProxyAnchorLossTest(absltest.TestCase):
-
   def test_value_by_hand(self):
     # Cosines 1 and 0 to the own proxies, 0 and -1 to the others.
     x = jnp.array([[1.0, 0.0], [-1.0, 0.0]])

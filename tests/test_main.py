@@ -11,8 +11,8 @@ from unittest import mock
 import whole_runs
 from absl.testing import absltest, parameterized
 
-from configs import glyphs, image_folder
 from proxy_nca_jax import train
+from proxy_nca_jax.configs import glyphs, image_folder
 from proxy_nca_jax.runtime import lock, metric_writer
 
 # Twenty steps of a tenth of a second: time to stop in between. The score falls
@@ -52,7 +52,6 @@ def _signal_at(number, line_start, *args, start=whole_runs.Fork, **kwargs):
 
 
 class MainTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -84,8 +83,13 @@ class MainTest(parameterized.TestCase):
     results = whole_runs.results(self.straight)
     for title in ('selected', 'trained', 'untrained', 'raw_pixels'):
       for name in (
-        'recall@1', 'recall@2', 'recall@4', 'recall@8', 'map@r',
-        'r_precision', 'nmi',
+        'recall@1',
+        'recall@2',
+        'recall@4',
+        'recall@8',
+        'map@r',
+        'r_precision',
+        'nmi',
       ):
         self.assertBetween(results[title][name], 0, 1)
     self.assertEqual(results['step'], 20)
@@ -133,9 +137,7 @@ class MainTest(parameterized.TestCase):
     # With no other place to keep what is compiled than its workdir.
     environment = dict(os.environ)
     del environment['JAX_COMPILATION_CACHE_DIR']
-    self.enter_context(
-      mock.patch.dict(os.environ, environment, clear=True)
-    )
+    self.enter_context(mock.patch.dict(os.environ, environment, clear=True))
     workdir = self._workdir()
     start = whole_runs.start
     code, _ = _signal_at(signal.SIGKILL, 'step 12/20', workdir, start=start)
@@ -172,7 +174,9 @@ class MainTest(parameterized.TestCase):
   def test_pictures_on_the_device_change_nothing(self):
     workdir = self._workdir()
     code, output = _signal_at(
-      signal.SIGTERM, 'step 7/', workdir,
+      signal.SIGTERM,
+      'step 7/',
+      workdir,
       **{'dataset.on_device': True},
     )
     self.assertEqual(code, 128 + signal.SIGTERM, output)
@@ -184,8 +188,11 @@ class MainTest(parameterized.TestCase):
 
   def test_several_steps_a_dispatch_stop_and_go_on_bit_for_bit(self):
     fields = {
-      'num_steps': 12, 'steps_per_dispatch': 2, 'log_every': 2,
-      'save_every': 6, 'eval_every': 6,
+      'num_steps': 12,
+      'steps_per_dispatch': 2,
+      'log_every': 2,
+      'save_every': 6,
+      'eval_every': 6,
     }
     straight, stopped = self._workdir(), self._workdir()
     code, output = _run(straight, **fields)
@@ -194,9 +201,7 @@ class MainTest(parameterized.TestCase):
       [row['step'] for row in whole_runs.metrics(straight) if 'loss' in row],
       [*range(2, 13, 2)],
     )
-    code, output = _signal_at(
-      signal.SIGTERM, 'step 4/12', stopped, **fields
-    )
+    code, output = _signal_at(signal.SIGTERM, 'step 4/12', stopped, **fields)
     self.assertEqual(code, 128 + signal.SIGTERM, output)
     self.assertRegex(output, r'Stopped after step ([68]|10) of 12, saved')
     code, output = _run(stopped, **fields)
@@ -243,8 +248,10 @@ class MainTest(parameterized.TestCase):
     code, output = _run(
       workdir,
       **{
-        'optimizer.name': 'sgd', 'optimizer.head.learning_rate': 1e30,
-        'model.normalize': False, 'loss.proxy_nca.temperature': 1e-30,
+        'optimizer.name': 'sgd',
+        'optimizer.head.learning_rate': 1e30,
+        'model.normalize': False,
+        'loss.proxy_nca.temperature': 1e-30,
       },
     )
     self._assert_refused(code, output, 'not finite at step')
@@ -285,9 +292,7 @@ class MainTest(parameterized.TestCase):
       train.train_and_evaluate(config, self._workdir())
 
   def test_an_unknown_recipe_is_one_clear_line(self):
-    code, output = _run(
-      self._workdir(), config='cub200.py:papr'
-    )
+    code, output = _run(self._workdir(), config='cub200.py:papr')
     self._assert_refused(code, output, "^Error: Unknown recipe 'papr'.*paper")
 
   def test_a_recipe_of_a_config_without_is_one_clear_line(self):
@@ -330,7 +335,7 @@ class MainTest(parameterized.TestCase):
 
 _OUT_OF_MEMORY = """
 import jax
-from proxy_nca_jax import command_line
+from proxy_nca_jax.runtime import command_line
 
 def work(config, workdir):
   raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: allocating 9 bytes')
@@ -340,7 +345,6 @@ command_line.run(work, config='configs/glyphs.py')
 
 
 class CommandLineTest(parameterized.TestCase):
-
   def test_a_device_without_memory_is_one_clear_line(self):
     process = whole_runs.start(
       [sys.executable, '-c', _OUT_OF_MEMORY, '--workdir=/nowhere'],

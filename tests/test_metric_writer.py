@@ -8,7 +8,6 @@ from proxy_nca_jax.runtime import metric_writer, monitoring
 
 
 class MetricWriterTest(absltest.TestCase):
-
   def _write(self, workdir, first_step, steps):
     writer = metric_writer.MetricWriter(workdir, first_step=first_step)
     for step in steps:
@@ -36,7 +35,6 @@ class MetricWriterTest(absltest.TestCase):
 
 
 class ProgressTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.workdir = self.create_tempdir().full_path
@@ -47,10 +45,12 @@ class ProgressTest(absltest.TestCase):
     )
 
   def _add(
-      self, step, loss=1.0, gradient_norm=1.0, input_seconds=0.0, **counts
+    self, step, loss=1.0, gradient_norm=1.0, input_seconds=0.0, **counts
   ):
     metrics = {
-      'loss': loss, 'gradient_norm': gradient_norm, 'proxy_accuracy': 0.5
+      'loss': loss,
+      'gradient_norm': gradient_norm,
+      'proxy_accuracy': 0.5,
     }
     metrics = {name: np.float32(value) for name, value in metrics.items()}
     counts = {name: np.int32(value) for name, value in counts.items()}

@@ -6,16 +6,11 @@ from proxy_nca_jax import metrics
 
 
 class RetrievalMetricsTest(absltest.TestCase):
-
   def test_scores_by_hand(self):
     # Three positives at ranks 1, 3 and 7: R = 3.
     ranks = np.array([[1, 3, 7], [2, 0, 0], [0, 0, 0]])
-    np.testing.assert_array_equal(
-      metrics.recall_at_k(ranks, 1), [1, 0, np.nan]
-    )
-    np.testing.assert_array_equal(
-      metrics.recall_at_k(ranks, 2), [1, 1, np.nan]
-    )
+    np.testing.assert_array_equal(metrics.recall_at_k(ranks, 1), [1, 0, np.nan])
+    np.testing.assert_array_equal(metrics.recall_at_k(ranks, 2), [1, 1, np.nan])
     np.testing.assert_allclose(metrics.r_precision(ranks), [2 / 3, 0, np.nan])
     np.testing.assert_allclose(
       metrics.map_at_r(ranks), [(1 / 1 + 2 / 3) / 3, 0, np.nan]
@@ -47,7 +42,6 @@ _BOOK = ('xxxxxoxoooodxxddd', '00000011111122222')
 
 
 class MutualInformationTest(parameterized.TestCase):
-
   @parameterized.parameters(
     ([0, 0, 1, 1, 2, 2], [2, 2, 0, 0, 1, 1], 1),
     ([0, 0, 1, 1], [0, 0, 0, 0], 0),
@@ -55,7 +49,8 @@ class MutualInformationTest(parameterized.TestCase):
     ([0, 0, 1, 1], [0, 1, 0, 1], 0),
     ([0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2], 0.515803742979389),
     (
-      [0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 0, 1, 1, 2, 2, 2, 1],
+      [0, 0, 0, 0, 1, 1, 1, 2, 2, 2],
+      [0, 0, 1, 0, 1, 1, 2, 2, 2, 1],
       0.442701283346050,
     ),
     ([0, 0, 0], [0, 0, 0], 1),
@@ -114,7 +109,6 @@ class MutualInformationTest(parameterized.TestCase):
 
 
 class ClusteringMetricsTest(parameterized.TestCase):
-
   def test_the_worked_example_of_the_book(self):
     labels, clusters = map(list, _BOOK)
     for score, expected in (
@@ -174,7 +168,8 @@ class ClusteringMetricsTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     labels, clusters = rng.integers(0, 500, (2, 5000))
     for score in (
-      metrics.adjusted_mutual_information, metrics.adjusted_rand_index
+      metrics.adjusted_mutual_information,
+      metrics.adjusted_rand_index,
     ):
       self.assertBetween(score(labels, clusters), -0.01, 0.01)
     self.assertGreater(

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from configs import default
 from proxy_nca_jax import models
+from proxy_nca_jax.configs import default
 
 
 def _config(**fields):
@@ -20,7 +20,6 @@ def _images(batch=5, size=32):
 
 
 class ModelsTest(parameterized.TestCase):
-
   @parameterized.parameters(32, 33, 64)
   def test_normalized_embeddings_have_unit_norm(self, size):
     model = models.create_model(_config())

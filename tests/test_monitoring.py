@@ -17,7 +17,6 @@ def _wait_until(condition):
 
 
 class WatchdogTest(absltest.TestCase):
-
   def test_a_long_wait_is_told_and_its_end(self):
     with (
       self.assertLogs('proxy_nca_jax', 'WARNING') as logs,
@@ -82,7 +81,6 @@ class WatchdogTest(absltest.TestCase):
 
 
 class TraceTest(parameterized.TestCase):
-
   def _traced(self, steps, done, size=1):
     """Returns the files, and the log, of a trace of a loop."""
     folder = self.create_tempdir().full_path
@@ -103,7 +101,7 @@ class TraceTest(parameterized.TestCase):
     ((3, 6), range(1, 21, 5), 'steps 1 to 10 is in', 5),
   )
   def test_the_steps_are_traced_and_the_log_tells_where(
-      self, steps, done, line, size=1
+    self, steps, done, line, size=1
   ):
     files, logs = self._traced(steps, done, size)
     self.assertLen(files, 1)
@@ -116,7 +114,6 @@ class TraceTest(parameterized.TestCase):
 
 
 class DeviceMemoryTest(absltest.TestCase):
-
   def test_what_the_device_tells_is_given(self):
     stats = {'bytes_in_use': 3, 'peak_bytes_in_use': 5, 'num_allocs': 7}
     device = mock.Mock(memory_stats=lambda: stats)

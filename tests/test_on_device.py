@@ -10,9 +10,9 @@ import numpy as np
 import whole_runs
 from absl.testing import absltest, parameterized
 
-from configs import default
 from proxy_nca_jax import datasets, input_pipeline
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax.configs import default
 from proxy_nca_jax.input_pipeline import on_device
 
 
@@ -57,7 +57,6 @@ def make_prepare(split, config, mesh=None):
 
 
 class DeviceDataTest(parameterized.TestCase):
-
   def _assert_same(self, actual, expected):
     self.assertSameElements(actual, expected)
     for name, rows in expected.items():
@@ -120,9 +119,7 @@ class DeviceDataTest(parameterized.TestCase):
       self.assertEqual(shard.data.shape, (250, size))
     (places,) = take(split, make_config(), 1, on_device=True)
     places = mesh_lib.shard_batch(places, mesh)
-    cut = on_device.make_cut(
-      mesh, height=12, width=10, image_size=8, padding=0
-    )
+    cut = on_device.make_cut(mesh, height=12, width=10, image_size=8, padding=0)
     place = {name: places[name] for name in ('top', 'left', 'flip', 'id')}
     compiled = cut.lower(pictures, place).compile()
     memory = compiled.memory_analysis()
@@ -134,8 +131,11 @@ class DeviceDataTest(parameterized.TestCase):
   def test_pictures_of_different_sizes_are_refused(self):
     pixels = [np.zeros((9, 9, 3), np.uint8), np.zeros((9, 10, 3), np.uint8)]
     split = datasets.Split(
-      source=(), pictures=pixels.__getitem__, rows=np.arange(2),
-      labels=np.arange(2, dtype=np.int32), class_names=('a', 'b'),
+      source=(),
+      pictures=pixels.__getitem__,
+      rows=np.arange(2),
+      labels=np.arange(2, dtype=np.int32),
+      class_names=('a', 'b'),
     )
     with self.assertRaisesRegex(
       ValueError, 'picture 1 has 10 x 9 pixels where the first has 9 x 9'
@@ -165,7 +165,7 @@ jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
 import numpy as np
 from absl import flags
 
-import test_device_data as here
+import test_on_device as here
 
 flags.FLAGS.mark_as_parsed()
 split, config = here.make_split(), here.make_config()
@@ -194,7 +194,6 @@ print('the same')
 
 
 class ProcessesTest(absltest.TestCase):
-
   def test_each_process_reads_and_cuts_its_part(self):
     with socket.socket() as free:
       free.bind(('localhost', 0))

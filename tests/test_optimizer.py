@@ -4,8 +4,8 @@ import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
-from configs import default
 from proxy_nca_jax import optimizer as optimizer_lib
+from proxy_nca_jax.configs import default
 
 
 def _config(**fields):
@@ -36,7 +36,7 @@ def _step(config, gradients, num_steps=1):
 
 
 def _by_definition(
-    name, x, gradients, *, rates, eps, momentum=0.8, rms_decay=0.7, decay=0.1
+  name, x, gradients, *, rates, eps, momentum=0.8, rms_decay=0.7, decay=0.1
 ):
   """The rules as PyTorch's documentation prints them."""
   m, v = np.zeros_like(x), np.zeros_like(x)
@@ -61,12 +61,16 @@ def _by_definition(
 
 
 class OptimizerTest(parameterized.TestCase):
-
   def test_each_group_has_its_own_learning_rate(self):
-    config = _config(**{
-      'name': 'sgd', 'momentum': 0.0, 'backbone.learning_rate': 0.1,
-      'head.learning_rate': 0.0, 'proxies.learning_rate': 10.0,
-    })
+    config = _config(
+      **{
+        'name': 'sgd',
+        'momentum': 0.0,
+        'backbone.learning_rate': 0.1,
+        'head.learning_rate': 0.0,
+        'proxies.learning_rate': 10.0,
+      }
+    )
     params = _step(config, _params())
     np.testing.assert_allclose(params['backbone']['kernel'], 0.9, rtol=1e-6)
     np.testing.assert_array_equal(params['head']['kernel'], 1)
@@ -76,11 +80,18 @@ class OptimizerTest(parameterized.TestCase):
     name=('adam', 'adamw', 'rmsprop', 'sgd'), eps=(1e-8, 1.0)
   )
   def test_rules_are_those_of_their_definitions(self, name, eps):
-    config = _config(**{
-      'name': name, 'eps': eps, 'momentum': 0.8, 'rms_decay': 0.7,
-      'head.weight_decay': 0.1, 'head.schedule': 'exponential',
-      'head.decay_every': 2, 'head.learning_rate': 0.05,
-    })
+    config = _config(
+      **{
+        'name': name,
+        'eps': eps,
+        'momentum': 0.8,
+        'rms_decay': 0.7,
+        'head.weight_decay': 0.1,
+        'head.schedule': 'exponential',
+        'head.decay_every': 2,
+        'head.learning_rate': 0.05,
+      }
+    )
     optimizer = optimizer_lib.make_optimizer(config)
     params = _params() | {'head': {'kernel': jnp.ones((2, 3))}}
     state = optimizer.init(params)
@@ -91,7 +102,10 @@ class OptimizerTest(parameterized.TestCase):
       updates, state = optimizer.update(given, state, params)
       params = optax.apply_updates(params, updates)
     expected = _by_definition(
-      name, np.ones((2, 3)), gradients, eps=eps,
+      name,
+      np.ones((2, 3)),
+      gradients,
+      eps=eps,
       rates=0.05 * 0.94 ** np.array([0, 0, 1, 1, 2, 2]),
     )
     np.testing.assert_allclose(params['head']['kernel'], expected, rtol=2e-5)
@@ -112,8 +126,13 @@ class OptimizerTest(parameterized.TestCase):
     )
     self.assertAlmostEqual(rate(100, learning_rate=2.0, schedule='cosine'), 0)
     self.assertAlmostEqual(
-      rate(25, learning_rate=1.0, schedule='exponential', decay_every=10,
-           decay_rate=0.5),
+      rate(
+        25,
+        learning_rate=1.0,
+        schedule='exponential',
+        decay_every=10,
+        decay_rate=0.5,
+      ),
       0.25,
       places=6,
     )
@@ -128,11 +147,16 @@ class OptimizerTest(parameterized.TestCase):
     self.assertAlmostEqual(rate(45, learning_rate=2.0, **fields), 1, places=6)
 
   def test_clipping_is_by_the_norm_of_all_groups(self):
-    config = _config(**{
-      'name': 'sgd', 'momentum': 0.0, 'clip_norm': 1.0,
-      'backbone.learning_rate': 1.0, 'head.learning_rate': 1.0,
-      'proxies.learning_rate': 1.0,
-    })
+    config = _config(
+      **{
+        'name': 'sgd',
+        'momentum': 0.0,
+        'clip_norm': 1.0,
+        'backbone.learning_rate': 1.0,
+        'head.learning_rate': 1.0,
+        'proxies.learning_rate': 1.0,
+      }
+    )
     params = _step(config, _params())
     # Twelve ones have norm sqrt(12).
     np.testing.assert_allclose(
@@ -140,10 +164,15 @@ class OptimizerTest(parameterized.TestCase):
     )
 
   def test_values_are_clipped_in_the_groups_that_ask_for_it(self):
-    config = _config(**{
-      'name': 'sgd', 'momentum': 0.5, 'backbone.learning_rate': 1.0,
-      'backbone.clip_value': 2.0, 'proxies.learning_rate': 1.0,
-    })
+    config = _config(
+      **{
+        'name': 'sgd',
+        'momentum': 0.5,
+        'backbone.learning_rate': 1.0,
+        'backbone.clip_value': 2.0,
+        'proxies.learning_rate': 1.0,
+      }
+    )
     gradients = _params() | {
       'backbone': {'kernel': jnp.array([[3.0, 2.0], [-5.0, 1.0]])},
       'proxies': jnp.full((3, 2), 7.0),
@@ -161,11 +190,16 @@ class OptimizerTest(parameterized.TestCase):
     (True, {'backbone': 0.95, 'head': 0.9, 'proxies': 1}),
   )
   def test_weight_decay_spares_proxies_and_vectors(self, vectors, expected):
-    config = _config(**{
-      'name': 'adamw', 'decay_vectors': vectors,
-      'backbone.weight_decay': 0.5, 'backbone.learning_rate': 0.1,
-      'head.weight_decay': 1.0, 'head.learning_rate': 0.1,
-    })
+    config = _config(
+      **{
+        'name': 'adamw',
+        'decay_vectors': vectors,
+        'backbone.weight_decay': 0.5,
+        'backbone.learning_rate': 0.1,
+        'head.weight_decay': 1.0,
+        'head.learning_rate': 0.1,
+      }
+    )
     params = _step(config, jax.tree.map(jnp.zeros_like, _params()))
     for group, value in expected.items():
       for leaf in jax.tree.leaves(params[group]):
@@ -173,8 +207,10 @@ class OptimizerTest(parameterized.TestCase):
 
   def test_a_frozen_group_starts_later_as_if_it_started_then(self):
     fields = {
-      'backbone.learning_rate': 0.1, 'backbone.warmup_steps': 2,
-      'backbone.schedule': 'exponential', 'backbone.decay_every': 1,
+      'backbone.learning_rate': 0.1,
+      'backbone.warmup_steps': 2,
+      'backbone.schedule': 'exponential',
+      'backbone.decay_every': 1,
       'backbone.weight_decay': 0.5,
     }
     rng = np.random.default_rng(0)
@@ -209,10 +245,15 @@ class OptimizerTest(parameterized.TestCase):
       )
 
   def test_gradients_that_are_not_finite_change_counts_alone(self):
-    config = _config(**{
-      'on_nonfinite': 'skip', 'clip_norm': 1.0, 'head.freeze_steps': 1,
-      'proxies.schedule': 'exponential', 'proxies.decay_every': 1,
-    })
+    config = _config(
+      **{
+        'on_nonfinite': 'skip',
+        'clip_norm': 1.0,
+        'head.freeze_steps': 1,
+        'proxies.schedule': 'exponential',
+        'proxies.decay_every': 1,
+      }
+    )
     optimizer = optimizer_lib.make_optimizer(config)
     gradients = _params()
     broken = gradients | {'proxies': jnp.full((3, 2), jnp.nan)}
@@ -233,7 +274,8 @@ class OptimizerTest(parameterized.TestCase):
         )
     self.assertEqual(history, [(0, 0), (1, 1), (2, 2), (2, 0)])
     jax.tree.map(
-      np.testing.assert_array_equal, params,
+      np.testing.assert_array_equal,
+      params,
       _step(config, gradients, num_steps=2),
     )
 
@@ -257,7 +299,6 @@ class OptimizerTest(parameterized.TestCase):
 
 
 class PlateauTest(parameterized.TestCase):
-
   @parameterized.parameters(
     ([], 1),
     ([0.1, 0.2, 0.3], 1),

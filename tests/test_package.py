@@ -9,7 +9,6 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 class PackageTest(absltest.TestCase):
-
   def test_the_extra_for_tests_is_the_list_of_the_checkout(self):
     project = tomllib.loads((_ROOT / 'pyproject.toml').read_text())['project']
     lines = (_ROOT / 'requirements-test.txt').read_text().split()

@@ -72,7 +72,9 @@ def _compute(module, variables, images):
 
   def features_sum(params):
     features, state = module.apply(
-      variables | {'params': params}, images, train=True,
+      variables | {'params': params},
+      images,
+      train=True,
       mutable=['batch_stats'],
     )
     return jnp.sum(features := pool(features)), (features, state)
@@ -95,7 +97,6 @@ _run = jax.jit(
 
 
 class BackboneTest(parameterized.TestCase):
-
   @parameterized.parameters(*_PUBLISHED)
   def test_backbone_equals_its_torch_original(self, name):
     original = _load_original(name)
@@ -135,9 +136,13 @@ class BackboneTest(parameterized.TestCase):
     plain, remat = (_make_backbone(name, remat=x) for x in (False, True))
     variables = _variables(remat, size)
     images = made_weights.make_images(size)
-    text = str(jax.make_jaxpr(lambda variables, images: remat.apply(
-      variables, images, train=True, mutable=['batch_stats']
-    ))(variables, images))
+    text = str(
+      jax.make_jaxpr(
+        lambda variables, images: remat.apply(
+          variables, images, train=True, mutable=['batch_stats']
+        )
+      )(variables, images)
+    )
     self.assertIn('remat', text)
     self.assertEqual(
       jax.tree.map(jnp.shape, _variables(plain, size)),
@@ -165,7 +170,6 @@ class BackboneTest(parameterized.TestCase):
 
 
 class ImportTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.tensors = _load_original('resnet18')['tensors']
@@ -191,8 +195,11 @@ class ImportTest(parameterized.TestCase):
     with self.assertRaises(ValueError) as raised:
       self._import()
     for text in (
-      '2 tensors are missing: ', 'conv1.weight', 'layer1.0.bn1.bias',
-      '2 tensors have no place: extra.one, extra.two', '(65,) instead of (64,)',
+      '2 tensors are missing: ',
+      'conv1.weight',
+      'layer1.0.bn1.bias',
+      '2 tensors have no place: extra.one, extra.two',
+      '(65,) instead of (64,)',
     ):
       self.assertIn(text, str(raised.exception))
 
@@ -226,7 +233,6 @@ class ImportTest(parameterized.TestCase):
 
 
 class PositionsTest(parameterized.TestCase):
-
   def _positions(self, grid):
     rng = np.random.default_rng(0)
     return rng.normal(size=(1, 1 + grid**2, 3)).astype(np.float32)
@@ -241,7 +247,7 @@ class PositionsTest(parameterized.TestCase):
     method=('antialiased', 'offset', 'corners'), new=(2, 7)
   )
   def test_a_constant_stays_constant_and_the_class_token_itself(
-      self, method, new
+    self, method, new
   ):
     positions = self._positions(4)
     positions[0, 1:] = [1, -2, 3]
@@ -272,7 +278,8 @@ class PositionsTest(parameterized.TestCase):
 
     expected = [
       sum(w * v * grid[a, b] for a, w in taps(i) for b, v in taps(j))
-      for i in range(new) for j in range(new)
+      for i in range(new)
+      for j in range(new)
     ]
     actual = pretrained.resample(positions, (1, 10, 3), 'offset')
     np.testing.assert_allclose(actual[0, 1:], expected, atol=1e-6)
@@ -288,7 +295,6 @@ class PositionsTest(parameterized.TestCase):
 
 
 class FlaxViTTest(parameterized.TestCase):
-
   def _arrays(self, prefix, is_big_vision):
     """A ViT of one block, 8 dimensions in 2 heads, in Google's names."""
     rng = np.random.default_rng(0)
@@ -299,12 +305,18 @@ class FlaxViTTest(parameterized.TestCase):
     )
     block = 'Transformer/encoderblock_0/'
     shapes = {
-      'cls': (1, 1, 8), 'embedding/kernel': (2, 2, 3, 8),
-      'embedding/bias': (8,), 'Transformer/encoder_norm/scale': (8,),
-      'Transformer/encoder_norm/bias': (8,), 'head/kernel': (8, 5),
-      'head/bias': (5,), f'{block}LayerNorm_0/scale': (8,),
-      f'{block}LayerNorm_0/bias': (8,), f'{block}{norm2}/scale': (8,),
-      f'{block}{norm2}/bias': (8,), f'{block}{mlp}/Dense_0/kernel': (8, 32),
+      'cls': (1, 1, 8),
+      'embedding/kernel': (2, 2, 3, 8),
+      'embedding/bias': (8,),
+      'Transformer/encoder_norm/scale': (8,),
+      'Transformer/encoder_norm/bias': (8,),
+      'head/kernel': (8, 5),
+      'head/bias': (5,),
+      f'{block}LayerNorm_0/scale': (8,),
+      f'{block}LayerNorm_0/bias': (8,),
+      f'{block}{norm2}/scale': (8,),
+      f'{block}{norm2}/bias': (8,),
+      f'{block}{mlp}/Dense_0/kernel': (8, 32),
       f'{block}{mlp}/Dense_0/bias': (32,),
       f'{block}{mlp}/Dense_1/kernel': (32, 8),
       f'{block}{mlp}/Dense_1/bias': (8,),
@@ -324,7 +336,10 @@ class FlaxViTTest(parameterized.TestCase):
     }
 
   @parameterized.parameters(
-    ('', False), ('opt/target/', False), ('', True), ('params/', True),
+    ('', False),
+    ('opt/target/', False),
+    ('', True),
+    ('params/', True),
   )
   def test_attention_of_the_torch_tensors_is_that_of_flax(self, prefix, is_big):
     arrays = self._arrays(prefix, is_big)
@@ -337,9 +352,10 @@ class FlaxViTTest(parameterized.TestCase):
     qkv = x @ tensors['blocks.0.attn.qkv.weight'].T
     qkv = (qkv + tensors['blocks.0.attn.qkv.bias']).reshape(3, 3, 2, 4)
     for index, part in enumerate(('query', 'key', 'value')):
-      expected = np.einsum(
-        'nd,dhe->nhe', x, arrays[f'{attention}/{part}/kernel']
-      ) + arrays[f'{attention}/{part}/bias']
+      expected = (
+        np.einsum('nd,dhe->nhe', x, arrays[f'{attention}/{part}/kernel'])
+        + arrays[f'{attention}/{part}/bias']
+      )
       np.testing.assert_allclose(qkv[:, index], expected, rtol=1e-5)
     heads = np.random.default_rng(2).normal(size=(3, 2, 4))
     expected = np.einsum(
@@ -407,7 +423,6 @@ class _Call:
 
 
 class TorchFilesTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = self.create_tempdir().full_path
@@ -486,7 +501,6 @@ class TorchFilesTest(parameterized.TestCase):
 
 
 class FindWeightsTest(parameterized.TestCase):
-
   def test_a_missing_file_says_what_to_fetch(self):
     with self.assertRaisesRegex(ValueError, 'bn_inception-52deb4733.pth from'):
       pretrained.find_weights('nowhere/x.pth', 'bn_inception')

@@ -27,9 +27,7 @@ _SMALL = {
   'model.width': 4,
 }
 # Of runs whose scores nobody reads: less to compile.
-_UNSCORED = {
-  'evaluation.baselines': False, 'evaluation.nearest_only': True
-}
+_UNSCORED = {'evaluation.baselines': False, 'evaluation.nearest_only': True}
 
 
 def _start(workdir, number, **fields):
@@ -39,15 +37,14 @@ def _start(workdir, number, **fields):
     address = f'localhost:{free.getsockname()[1]}'
   fields = _SMALL | fields
   return [
-    whole_runs.Fork(
-      whole_runs.command('glyphs.py', workdir, *flags, **fields)
-    )
+    whole_runs.Fork(whole_runs.command('glyphs.py', workdir, *flags, **fields))
     for flags in (
       [()]
       if number == 1
       else [
         (
-          f'--coordinator_address={address}', f'--num_processes={number}',
+          f'--coordinator_address={address}',
+          f'--num_processes={number}',
           f'--process_id={index}',
         )
         for index in range(number)
@@ -62,7 +59,6 @@ def _finish(started):
 
 
 class RunTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -81,21 +77,18 @@ class RunTest(parameterized.TestCase):
   def _assert_steps_are_of_one_process(self, workdir, *, num_steps):
     rows, expected = (
       [
-        row for row in metric_writer.read_metrics(folder)
+        row
+        for row in metric_writer.read_metrics(folder)
         if 'loss' in row and row['step'] <= num_steps
       ]
       for folder in (workdir, self.one)
     )
-    self.assertEqual(
-      [row['step'] for row in rows], [*range(1, num_steps + 1)]
-    )
+    self.assertEqual([row['step'] for row in rows], [*range(1, num_steps + 1)])
     for row, other in zip(rows, expected):
       self.assertEqual(row['step'], other['step'])
       for name in ('loss', 'proxy_error', 'gradient_norm'):
         # Losses cross 0, where nothing is relative.
-        np.testing.assert_allclose(
-          row[name], other[name], rtol=1e-5, atol=1e-5
-        )
+        np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=1e-5)
 
   def test_two_processes_train_as_one_does(self):
     self._assert_steps_are_of_one_process(self.two, num_steps=50)
@@ -122,8 +115,10 @@ class RunTest(parameterized.TestCase):
     for number, last, sharded in ((4, 50, True), (2, 60, True), (1, 70, False)):
       codes, outputs = _finish(
         _start(
-          workdir, number,
-          **_UNSCORED, **{'num_steps': last, 'proxies.sharded': sharded},
+          workdir,
+          number,
+          **_UNSCORED,
+          **{'num_steps': last, 'proxies.sharded': sharded},
         )
       )
       self.assertEqual(set(codes), {0}, outputs)
@@ -154,16 +149,13 @@ class RunTest(parameterized.TestCase):
     whole_runs.assert_same_state(workdir, self.two)
 
   def test_all_end_with_the_error_of_process_0(self):
-    codes, outputs = _finish(
-      _start(self.two, 2, **{'batch_size': 64})
-    )
+    codes, outputs = _finish(_start(self.two, 2, **{'batch_size': 64}))
     self.assertEqual(codes, (2, 2))
     for output in outputs:
       self.assertRegex(output, 'Error: This workdir holds a run with another')
 
 
 class InitializeTest(parameterized.TestCase):
-
   @parameterized.parameters(
     ({},),
     ({'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'},),

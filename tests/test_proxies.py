@@ -7,7 +7,6 @@ from proxy_nca_jax import proxies, proxy_nca_loss
 
 
 class ProxiesTest(parameterized.TestCase):
-
   def test_proxies_begin_with_norms_near_the_asked_one(self):
     for dim in (16, 512):
       points = proxies.init_proxies(jax.random.key(0), 200, dim)
@@ -37,7 +36,7 @@ class ProxiesTest(parameterized.TestCase):
 
   @parameterized.parameters((10, 10), (10, 4), (10, 1), (4, 10), (4, 8), (1, 3))
   def test_classes_are_spread_evenly_over_proxies(
-      self, num_classes, num_proxies
+    self, num_classes, num_proxies
   ):
     rows = np.asarray(
       proxies.random_assignment(jax.random.key(0), num_classes, num_proxies)
@@ -72,7 +71,6 @@ def _squared(x, y):
 
 
 class BySizeTest(parameterized.TestCase):
-
   def test_by_hand(self):
     # 9 for one proxy, then 4.5, then 3: the third of class 1 comes before the
     # second of class 2, which has 2.
@@ -102,7 +100,6 @@ class BySizeTest(parameterized.TestCase):
 
 
 class BoundsTest(parameterized.TestCase):
-
   def test_error_by_hand(self):
     x = np.array([[2.0, 0.0], [0.0, 3.0], [0.6, 0.8]])
     p = np.array([[5.0, 0.0], [0.0, 1.0]])
@@ -118,7 +115,7 @@ class BoundsTest(parameterized.TestCase):
 
   @parameterized.product(spread=(0.0, 0.1, 0.5, 2.0), temperature=(1 / 9, 1.0))
   def test_the_losses_of_points_are_within_the_bounds(
-      self, spread, temperature
+    self, spread, temperature
   ):
     rng = np.random.default_rng(0)
     p = _unit(rng.normal(size=(6, 3)))

@@ -13,8 +13,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from configs import default
 from proxy_nca_jax import datasets, input_pipeline, train
+from proxy_nca_jax.configs import default
 from proxy_nca_jax.datasets import __main__ as command
 from proxy_nca_jax.datasets import downloads, published
 
@@ -54,7 +54,6 @@ def _write(name, folder):
 
 
 class _Test(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.manual_dir = pathlib.Path(self.create_tempdir().full_path)
@@ -77,7 +76,6 @@ class _Test(parameterized.TestCase):
 
 
 class LayoutsTest(_Test):
-
   def test_cub200_is_split_by_species_not_by_its_own_file(self):
     _write('cub200', self.manual_dir)
     data = self._load('cub200')
@@ -141,9 +139,7 @@ class LayoutsTest(_Test):
     _write('market1501', self.manual_dir)
     data = self._load('market1501')
     self.assertEqual(data.train.class_names, ('0001', '0002', '0003'))
-    self.assertEqual(
-      data.test.class_names, ('0004', '0005', '0006', '0000')
-    )
+    self.assertEqual(data.test.class_names, ('0004', '0005', '0006', '0000'))
     self.assertEqual(data.test.is_query.sum(), 3)
     names = [data.test[i]['name'] for i in range(len(data.test))]
     self.assertFalse(any('-1_c1' in name for name in names))
@@ -198,7 +194,6 @@ class LayoutsTest(_Test):
 
 
 class TrustTest(_Test):
-
   def test_other_counts_are_refused_and_named(self):
     _write('sop', self.manual_dir)
     with self.assertRaisesRegex(
@@ -273,7 +268,8 @@ class TrustTest(_Test):
   def test_a_broken_matrix_is_named(self, name):
     folder = self.manual_dir / 'cars'
     parts = (
-      made_archives.cars196() if name == 'cars_annos.mat'
+      made_archives.cars196()
+      if name == 'cars_annos.mat'
       else made_archives.cars196_for_classification()
     )
     for files in parts:
@@ -315,7 +311,8 @@ class TrustTest(_Test):
       base = f'http://127.0.0.1:{http.server_port}'
       urls = (f'{base}/nothing', f'{base}/{archive.name}')
       for checksum, message in (
-        ('sha256:' + '0' * 64, f'sha256 is {digest}'), (f'sha256:{digest}', '')
+        ('sha256:' + '0' * 64, f'sha256 is {digest}'),
+        (f'sha256:{digest}', ''),
       ):
         file = downloads.RemoteFile(
           archive.name, urls, archive.stat().st_size, checksum
@@ -368,7 +365,6 @@ class TrustTest(_Test):
 
 
 class CacheTest(_Test):
-
   def _pictures(self, split):
     return [split.picture(i) for i in range(len(split))]
 
@@ -487,18 +483,18 @@ class CacheTest(_Test):
 
 
 class CommandTest(_Test):
-
   def _run(self, *arguments):
     return subprocess.run(
       [sys.executable, '-m', 'proxy_nca_jax.datasets', *arguments],
-      cwd=_ROOT, capture_output=True, text=True, check=False,
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
     )
 
   def test_prepare_and_list(self):
     _write('market1501', self.manual_dir)
-    folders = [
-      f'--data_dir={self.data_dir}', f'--manual_dir={self.manual_dir}'
-    ]
+    folders = [f'--data_dir={self.data_dir}', f'--manual_dir={self.manual_dir}']
     listed = self._run('list', *folders)
     self.assertEqual(listed.returncode, 0, listed.stderr)
     self.assertRegex(listed.stdout, r'market1501 +gallery +751 +15,913 +arch')
@@ -515,7 +511,8 @@ class CommandTest(_Test):
     _write('sop', self.manual_dir)
     counts = {'train': (12, 4), 'test': (9, 3)}
     arguments = [
-      f'--data_dir={self.data_dir}', f'--manual_dir={self.manual_dir}'
+      f'--data_dir={self.data_dir}',
+      f'--manual_dir={self.manual_dir}',
     ]
     output = absltest.mock.Mock()
     with (

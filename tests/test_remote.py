@@ -8,11 +8,10 @@ from unittest import mock
 import fsspec
 from absl.testing import absltest
 
-from proxy_nca_jax.runtime import lock, remote
+from proxy_nca_jax.runtime import remote
 
 
 class MirrorTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.storage = fsspec.filesystem('memory')
@@ -87,9 +86,7 @@ class MirrorTest(absltest.TestCase):
 
   def test_what_has_not_changed_is_not_uploaded_again(self):
     self._run('a', 'b')
-    with mock.patch.object(
-      type(self.storage), 'put', autospec=True
-    ) as put:
+    with mock.patch.object(type(self.storage), 'put', autospec=True) as put:
       self._run('b')
     self.assertEqual([os.path.basename(put.call_args.args[2][0])], ['b'])
     self.assertLen(put.call_args.args[2], 1)
@@ -193,7 +190,7 @@ class MirrorTest(absltest.TestCase):
 
   def test_a_run_whose_lease_is_taken_stops_and_writes_nothing_more(self):
     told = []
-    with self.assertRaisesRegex(lock.LeaseLost, 'taken by another'):
+    with self.assertRaisesRegex(remote.LeaseLost, 'taken by another'):
       with self._hold() as (folder, publish, _):
         lease = {'owner': 'another', 'renewed': time.time(), 'seconds': 60}
         self.storage.pipe_file(
@@ -202,7 +199,7 @@ class MirrorTest(absltest.TestCase):
         self._write(folder, 'log.txt')
         publish()
         # Training ends at the next call after it is known.
-        with self.assertRaises(lock.LeaseLost):
+        with self.assertRaises(remote.LeaseLost):
           self._wait_until(publish)
         told.append('before the end')
     self.assertEqual(told, ['before the end'])

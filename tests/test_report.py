@@ -19,23 +19,33 @@ _CHROMIUM = shutil.which('chromium')
 _DRIVER = shutil.which('chromedriver')
 
 _SCORES = {
-  'recall@1': 0.5, 'recall@2': 0.75, 'map@r': 0.25, 'nmi': 0.6,
+  'recall@1': 0.5,
+  'recall@2': 0.75,
+  'map@r': 0.25,
+  'nmi': 0.6,
   'num_queries': 40,
 }
 _RESULTS = {
-  'trained': _SCORES, 'untrained': _SCORES | {'recall@1': 0.1},
-  'raw_pixels': _SCORES | {'recall@1': 0.2}, 'step': 20,
-  'devices': '1 x cpu', 'versions': {'jax': '0.0'},
+  'trained': _SCORES,
+  'untrained': _SCORES | {'recall@1': 0.1},
+  'raw_pixels': _SCORES | {'recall@1': 0.2},
+  'step': 20,
+  'devices': '1 x cpu',
+  'versions': {'jax': '0.0'},
 }
 _CONFIG = {
-  'seed': 0, 'num_steps': 20, 'dataset': {'name': 'cub200'},
+  'seed': 0,
+  'num_steps': 20,
+  'dataset': {'name': 'cub200'},
   'loss': {'name': 'proxy_nca'},
   'model': {'name': 'resnet50', 'embedding_dim': 128},
 }
 _ROWS = [
   {'step': 0, 'untrained.recall@1': 0.1},
-  {'step': 10, 'loss': 2.0}, {'step': 10, 'test.recall@1': 0.3},
-  {'step': 20, 'loss': 1.0}, {'step': 20, 'test.recall@1': 0.5},
+  {'step': 10, 'loss': 2.0},
+  {'step': 10, 'test.recall@1': 0.3},
+  {'step': 20, 'loss': 1.0},
+  {'step': 20, 'test.recall@1': 0.5},
 ]
 
 
@@ -63,8 +73,13 @@ def _embedded(num_classes=10, each=4, **fields):
 
 def _write(path, test, **fields):
   arguments = dict(
-    results=_RESULTS, config=_CONFIG, overrides={'num_steps': 20},
-    facts={'wall time': '0:00:01'}, rows=_ROWS, test=test, train=test,
+    results=_RESULTS,
+    config=_CONFIG,
+    overrides={'num_steps': 20},
+    facts={'wall time': '0:00:01'},
+    rows=_ROWS,
+    test=test,
+    train=test,
     proxies=np.random.default_rng(1).normal(size=(10, 6)),
   )
   report.write(str(path), **(arguments | fields))
@@ -72,7 +87,6 @@ def _write(path, test, **fields):
 
 
 class ReportTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.root = pathlib.Path(tempfile.mkdtemp())
@@ -81,9 +95,14 @@ class ReportTest(parameterized.TestCase):
   def test_it_is_one_file_with_every_part(self):
     page = _write(self.root / 'report.html', _embedded())
     for heading in (
-      'Scores', 'Training', 'Queries and their nearest neighbours',
-      'The embedding space', 'Distances', 'Classes most confused',
-      'Nearest images to a proxy', 'The run',
+      'Scores',
+      'Training',
+      'Queries and their nearest neighbours',
+      'The embedding space',
+      'Distances',
+      'Classes most confused',
+      'Nearest images to a proxy',
+      'The run',
     ):
       self.assertIn(f'<h2>{heading}</h2>', page)
     # Published beside ours, with their source.
@@ -123,8 +142,8 @@ class ReportTest(parameterized.TestCase):
       found.distances, np.sort(away, axis=1)[:, :8], atol=1e-5
     )
     np.testing.assert_array_equal(
-      found.is_right, test.split.labels[found.items]
-      == test.split.labels[:, None],
+      found.is_right,
+      test.split.labels[found.items] == test.split.labels[:, None],
     )
 
   def test_queries_search_the_gallery_alone(self):
@@ -138,9 +157,12 @@ class ReportTest(parameterized.TestCase):
     cameras = np.tile([0, 0, 1, 1], 10).astype(np.int32)
     test = _embedded(is_query=np.arange(40) % 4 == 0, cameras=cameras)
     found = report_of_run._find_neighbours(test)
-    self.assertFalse(np.any(
-      found.is_right & (cameras[found.items] == cameras[found.queries][:, None])
-    ))
+    self.assertFalse(
+      np.any(
+        found.is_right
+        & (cameras[found.items] == cameras[found.queries][:, None])
+      )
+    )
 
   def test_the_smallest_data_set_has_a_report(self):
     test = _embedded(num_classes=2, each=2)
@@ -154,13 +176,10 @@ class ReportTest(parameterized.TestCase):
 
 
 class CompareTest(absltest.TestCase):
-
   def _run(self, name, recall, **fields):
     folder = self.root / name
     folder.mkdir()
-    (folder / 'run.json').write_text(
-      json.dumps({'config': _CONFIG | fields})
-    )
+    (folder / 'run.json').write_text(json.dumps({'config': _CONFIG | fields}))
     scores = _SCORES | {'recall@1': recall}
     (folder / 'results.json').write_text(
       json.dumps(_RESULTS | {'trained': scores})
@@ -176,10 +195,13 @@ class CompareTest(absltest.TestCase):
     self.addCleanup(shutil.rmtree, self.root)
 
   def test_seeds_are_one_row_and_other_fields_are_told(self):
-    page = comparison.compare([
-      self._run('a', 0.5), self._run('b', 0.7, seed=1),
-      self._run('c', 0.4, loss={'name': 'triplet'}),
-    ])
+    page = comparison.compare(
+      [
+        self._run('a', 0.5),
+        self._run('b', 0.7, seed=1),
+        self._run('c', 0.4, loss={'name': 'triplet'}),
+      ]
+    )
     self.assertIn('a and 1 more', page)
     self.assertIn('60.00 [50.00, 70.00]', page)
     self.assertIn('40.00', page)
@@ -192,7 +214,6 @@ class CompareTest(absltest.TestCase):
 
 
 class ChartsTest(absltest.TestCase):
-
   def test_points_lie_where_their_values_say(self):
     svg = charts.lines(
       {'a': ([0, 10], [1.0, 3.0])}, title='t', x_label='x', y_label='y'
@@ -209,7 +230,6 @@ class ChartsTest(absltest.TestCase):
   _CHROMIUM and _DRIVER, 'Needs Chromium: apt install chromium-driver.'
 )
 class BrowserTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -222,10 +242,17 @@ class BrowserTest(parameterized.TestCase):
     options = webdriver.ChromeOptions()
     options.binary_location = _CHROMIUM
     for flag in (
-      'headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run',
-      'disable-background-networking', 'disable-component-update',
-      'disable-sync', 'disable-dev-shm-usage',
-      f'user-data-dir={cls.root / "profile"}', 'window-size=1200,1000',
+      'headless',
+      'no-sandbox',
+      'disable-gpu',
+      'disable-quic',
+      'no-first-run',
+      'disable-background-networking',
+      'disable-component-update',
+      'disable-sync',
+      'disable-dev-shm-usage',
+      f'user-data-dir={cls.root / "profile"}',
+      'window-size=1200,1000',
     ):
       options.add_argument(f'--{flag}')
     options.set_capability(
@@ -253,7 +280,8 @@ class BrowserTest(parameterized.TestCase):
       for entry in self.driver.get_log('performance')
     ]
     urls = {
-      message['params']['request']['url'] for message in messages
+      message['params']['request']['url']
+      for message in messages
       if message['method'] == 'Network.requestWillBeSent'
     }
     self.assertEqual(
@@ -282,9 +310,8 @@ class BrowserTest(parameterized.TestCase):
 
     def column():
       return [
-        float(cell.text) for cell in table.find_elements(
-          'css selector', 'tbody td:nth-child(3)'
-        )
+        float(cell.text)
+        for cell in table.find_elements('css selector', 'tbody td:nth-child(3)')
       ]
 
     self.driver.execute_script('arguments[0].click()', button)
@@ -321,9 +348,10 @@ class BrowserTest(parameterized.TestCase):
 
   @parameterized.parameters('light', 'dark')
   def test_text_stands_out_from_its_ground(self, scheme):
-    self.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {
-      'features': [{'name': 'prefers-color-scheme', 'value': scheme}]
-    })
+    self.driver.execute_cdp_cmd(
+      'Emulation.setEmulatedMedia',
+      {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]},
+    )
     color, ground = self.driver.execute_script(
       'const canvas = document.createElement("div");'
       'canvas.style.background = "Canvas"; document.body.append(canvas);'

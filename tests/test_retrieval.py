@@ -14,7 +14,11 @@ from proxy_nca_jax.retrieval import ranks as ranks_lib
 
 def _scores(embeddings, labels, block_size=64, **kwargs):
   scores = {
-    'recall@1': [], 'recall@3': [], 'map@r': [], 'r_precision': [], 'map': []
+    'recall@1': [],
+    'recall@3': [],
+    'map@r': [],
+    'r_precision': [],
+    'map': [],
   }
   for _, ranks in retrieval.positive_ranks(
     jnp.asarray(embeddings, jnp.float32),
@@ -64,7 +68,6 @@ def _with_copies(num_items=700, dim=37):
 
 
 class PositiveRanksTest(parameterized.TestCase):
-
   @parameterized.product(seed=(0, 1, 2), block_size=(7, 41, 64))
   def test_equals_the_oracle_with_ties_and_duplicates(self, seed, block_size):
     embeddings, labels = _with_ties(seed)
@@ -155,7 +158,7 @@ class PositiveRanksTest(parameterized.TestCase):
     num_devices=(0, 2), with_gallery=(False, True), with_cameras=(False, True)
   )
   def test_the_nearest_alone_has_the_first_rank(
-      self, num_devices, with_gallery, with_cameras
+    self, num_devices, with_gallery, with_cameras
   ):
     embeddings, labels = _with_ties(0, num_items=200, num_classes=40)
     cameras = np.random.default_rng(0).integers(0, 2, 200)
@@ -206,7 +209,7 @@ class PositiveRanksTest(parameterized.TestCase):
 
   @parameterized.product(num_devices=(0, 3), with_gallery=(False, True))
   def test_calls_of_few_blocks_change_no_rank_and_tell_their_share(
-      self, num_devices, with_gallery
+    self, num_devices, with_gallery
   ):
     embeddings, labels = _with_copies()
     kwargs = {'block_size': 64, **(_over(num_devices) if num_devices else {})}
@@ -299,9 +302,7 @@ class PositiveRanksTest(parameterized.TestCase):
       self.assertAlmostEqual(actual[name], value, 12, name)
 
 
-
 class NearestTest(parameterized.TestCase):
-
   @parameterized.product(
     num_devices=(0, 3), sizes=((1, 64), (5, 100), (699, 64), (300, 5000))
   )
@@ -331,9 +332,7 @@ class NearestTest(parameterized.TestCase):
     gallery = rng.normal(size=(150, 4)).astype(np.float32)
     similarities, indices = retrieval.nearest(queries, 3, gallery=gallery)
     expected = queries @ gallery.T
-    np.testing.assert_array_equal(
-      indices, np.argsort(-expected, axis=1)[:, :3]
-    )
+    np.testing.assert_array_equal(indices, np.argsort(-expected, axis=1)[:, :3])
     np.testing.assert_allclose(
       similarities, -np.sort(-expected, axis=1)[:, :3], rtol=1e-5
     )

@@ -1,5 +1,4 @@
-"""The commands of search, as a user calls them, on a network without training.
-"""
+"""The commands of search, as a user calls them, on an untrained network."""
 
 import contextlib
 import csv
@@ -19,8 +18,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from configs import image_folder
 from proxy_nca_jax import inference, retrieval, train
+from proxy_nca_jax.configs import image_folder
 from proxy_nca_jax.search import __main__ as search_main
 from proxy_nca_jax.search import find
 from proxy_nca_jax.search import index as index_lib
@@ -39,7 +38,6 @@ def _write_pictures(root: pathlib.Path, *, num_classes: int) -> None:
 
 
 class SearchTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -48,13 +46,21 @@ class SearchTest(parameterized.TestCase):
     cls.images = cls.root / 'images'
     _write_pictures(cls.images, num_classes=8)
     config = image_folder.get_config()
-    config.update_from_flattened_dict({
-      'num_steps': 1, 'batch_size': 8, 'dataset.root': str(cls.images),
-      'dataset.resize': 16, 'dataset.image_size': 16, 'model.width': 4,
-      'model.embedding_dim': 8, 'evaluation.batch_size': 8,
-      'evaluation.kmeans_iterations': 0, 'evaluation.baselines': False,
-      'report': False,
-    })
+    config.update_from_flattened_dict(
+      {
+        'num_steps': 1,
+        'batch_size': 8,
+        'dataset.root': str(cls.images),
+        'dataset.resize': 16,
+        'dataset.image_size': 16,
+        'model.width': 4,
+        'model.embedding_dim': 8,
+        'evaluation.batch_size': 8,
+        'evaluation.kmeans_iterations': 0,
+        'evaluation.baselines': False,
+        'report': False,
+      }
+    )
     cls.workdirs = [str(cls.root / name) for name in ('run', 'other')]
     train.train_and_evaluate(config, cls.workdirs[0])
     embedder = inference.load(cls.workdirs[0])
@@ -103,9 +109,7 @@ class SearchTest(parameterized.TestCase):
     self.assertEqual(content.names[5], 'class1/1.png')
     self.assertEqual(content.labels[5], 'class1')
     embedder = inference.load(self.workdirs[0])
-    np.testing.assert_array_equal(
-      content.embeddings, embedder(content.paths)
-    )
+    np.testing.assert_array_equal(content.embeddings, embedder(content.paths))
 
   def test_only_what_is_new_or_changed_is_embedded(self):
     images, flags = self._copy()
@@ -116,7 +120,9 @@ class SearchTest(parameterized.TestCase):
     shutil.copy(images / 'class2' / '0.png', images / 'more' / 'deep' / 'a.png')
     (images / 'notes.txt').write_text('text')
     with mock.patch.object(
-      inference.Embedder, 'read', autospec=True,
+      inference.Embedder,
+      'read',
+      autospec=True,
       side_effect=inference.Embedder.read,
     ) as read:
       output = self._run('index', **flags)
@@ -176,9 +182,8 @@ class SearchTest(parameterized.TestCase):
     text = self.root / 'text'
     text.write_text('no data base, but as long as one would have to be' * 99)
     self.assertIn(
-      'cannot be used as an index', self._error('index', **(flags | {
-        'index': text
-      })),
+      'cannot be used as an index',
+      self._error('index', **(flags | {'index': text})),
     )
     self.assertIn(
       'No folder', self._error('index', **(flags | {'images': '/nowhere'}))
@@ -186,9 +191,7 @@ class SearchTest(parameterized.TestCase):
     picture = self.images / 'class0' / '0.png'
     self.assertIn(
       'is not the one that the index is of',
-      self._error(
-        'query', picture, index=self.index, workdir=self.workdirs[1]
-      ),
+      self._error('query', picture, index=self.index, workdir=self.workdirs[1]),
     )
     self.assertIn(
       'There is no index', self._error('query', picture, index='/nowhere')
@@ -234,9 +237,10 @@ class SearchTest(parameterized.TestCase):
     self.assertEqual(html.count('<img src="data:image/jpeg;base64,'), 4)
     self.assertIn('0.000 0.png', html)
     self.assertNotRegex(html, 'https?://')
-    self.assertIn('must end with .csv or .json', self._error(
-      'query', picture, index=self.index, output='found.txt'
-    ))
+    self.assertIn(
+      'must end with .csv or .json',
+      self._error('query', picture, index=self.index, output='found.txt'),
+    )
 
   def test_faiss_finds_about_the_same(self):
     content = index_lib.read(self.index)
@@ -268,9 +272,7 @@ class SearchTest(parameterized.TestCase):
     (row,) = self._rows('duplicates', index=flags['index'], threshold=0.001)
     self.assertEqual(
       (row['picture'], row['other']),
-      tuple(
-        str(images / name) for name in ('class4/2.png', 'class6/copy.png')
-      ),
+      tuple(str(images / name) for name in ('class4/2.png', 'class6/copy.png')),
     )
     content = index_lib.read(self.index)
     away = np.linalg.norm(
@@ -320,9 +322,10 @@ class SearchTest(parameterized.TestCase):
       np.testing.assert_array_equal(arrays['embeddings'], content.embeddings)
       self.assertEqual(arrays['pictures'].tolist(), content.paths)
       self.assertEqual(arrays['labels'].tolist(), content.labels)
-    self.assertIn('must end with .npz or .parquet', self._error(
-      'export', index=self.index, output='x.npy'
-    ))
+    self.assertIn(
+      'must end with .npz or .parquet',
+      self._error('export', index=self.index, output='x.npy'),
+    )
 
   def test_embeddings_are_written_as_parquet(self):
     from pyarrow import parquet
@@ -338,7 +341,6 @@ class SearchTest(parameterized.TestCase):
 
 
 class PairsTest(parameterized.TestCase):
-
   @parameterized.parameters((5, 2048), (150, 64), (128, 64))
   def test_pairs_are_those_of_a_full_comparison(self, number, block_size):
     points = np.random.default_rng(0).integers(-2, 3, (number, 3))

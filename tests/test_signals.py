@@ -12,7 +12,7 @@ from proxy_nca_jax.runtime import errors, signals
 
 _COMMAND = """
 import time
-from proxy_nca_jax import errors
+from proxy_nca_jax.runtime import errors
 
 with errors.in_one_line(stopped='As it was.'):
   print('at work', flush=True)
@@ -21,7 +21,6 @@ with errors.in_one_line(stopped='As it was.'):
 
 
 class StopSignalsTest(parameterized.TestCase):
-
   @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
   def test_a_signal_is_raised_by_the_next_check(self, number):
     done = []
@@ -93,11 +92,12 @@ class StopSignalsTest(parameterized.TestCase):
 
 
 class CommandTest(absltest.TestCase):
-
   def test_a_stopped_command_ends_where_it_is(self):
     process = subprocess.Popen(
-      [sys.executable, '-c', _COMMAND], text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      [sys.executable, '-c', _COMMAND],
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
     )
     self.assertEqual(process.stdout.readline(), 'at work\n')
     process.send_signal(signal.SIGINT)

@@ -8,17 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from configs import default
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import models
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.configs import default
 from proxy_nca_jax.runtime import signals
 
 
-def _create(
-    seed=0, devices=None, *, sharded=False, on_nonfinite='stop'
-):
+def _create(seed=0, devices=None, *, sharded=False, on_nonfinite='stop'):
   config = default.get_config()
   config.proxies.sharded = sharded
   config.seed = seed
@@ -81,7 +79,6 @@ def _assert_equal(actual, expected):
 
 
 class StateTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.workdir = self.create_tempdir().full_path
@@ -135,12 +132,13 @@ class StateTest(absltest.TestCase):
     # Five classes: 8, 2 and 1 devices fill up to 8, 6 and 5 rows.
     state = _create(sharded=True)
     for step, devices, sharded in (
-      (1, 8, True), (2, 2, True), (3, 8, False), (4, 8, True)
+      (1, 8, True),
+      (2, 2, True),
+      (3, 8, False),
+      (4, 8, True),
     ):
       checkpoints = self._open()
-      checkpoints.save(
-        step, dataclasses.replace(state, step=jnp.int32(step))
-      )
+      checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)))
       checkpoints.wait()
       like = _create(seed=9, devices=jax.devices()[:devices], sharded=sharded)
       state = self._open().restore(like)
@@ -155,9 +153,7 @@ class StateTest(absltest.TestCase):
   def test_proxies_that_were_cut_off_do_not_restore(self):
     state = _create()
     points = jax.random.normal(jax.random.key(0), (7, 64))
-    more = dataclasses.replace(
-      state, params=state.params | {'proxies': points}
-    )
+    more = dataclasses.replace(state, params=state.params | {'proxies': points})
     checkpoints = self._open()
     checkpoints.save(0, more)
     checkpoints.wait()
@@ -182,7 +178,8 @@ class StateTest(absltest.TestCase):
     self._save(1)
     like, path = _create(), os.path.join(self.workdir, 'checkpoints')
     for read in (
-      lambda: self._open().restore(like), lambda: state_lib.read(path)
+      lambda: self._open().restore(like),
+      lambda: state_lib.read(path),
     ):
       read()
       num_calls = _stop_at(read, None)

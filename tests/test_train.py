@@ -14,7 +14,6 @@ import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from configs import default, image_folder
 from proxy_nca_jax import (
   configuration,
   input_pipeline,
@@ -27,6 +26,7 @@ from proxy_nca_jax import (
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.configs import default, image_folder
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.runtime import metric_writer, monitoring, signals
 
@@ -81,15 +81,25 @@ class _Layers:
 
 
 def _run(
-    config, *, num_steps, devices=None, change=lambda batch: batch, loss=None,
-    rate_scale=1.0, states=None, model=None,
+  config,
+  *,
+  num_steps,
+  devices=None,
+  change=lambda batch: batch,
+  loss=None,
+  rate_scale=1.0,
+  states=None,
+  model=None,
 ):
   mesh = mesh_lib.make_mesh(devices)
   model = model or _Layers()
   optimizer = optimizer_lib.make_optimizer(config)
   normalize = embed_lib.make_normalize(config)
   step = train_step.make_train_step(
-    model, optimizer, loss or train_step.make_loss(config), normalize,
+    model,
+    optimizer,
+    loss or train_step.make_loss(config),
+    normalize,
     learning_rates=optimizer_lib.make_learning_rates(config),
     share=train_step.make_share(config, _NUM_CLASSES, mesh),
   )
@@ -114,7 +124,6 @@ def _run(
 
 
 class TrainStepTest(parameterized.TestCase):
-
   @parameterized.parameters(True, False)
   def test_training_brings_examples_to_their_proxies(self, softmax):
     config = _config(**{'loss.proxy_nca.positive_in_denominator': softmax})
@@ -157,7 +166,9 @@ class TrainStepTest(parameterized.TestCase):
     )
     rng = np.random.default_rng(0)
     shapes = {
-      'backbone': (16 * 16 * 3, 5), 'head': (5, 4), 'proxies': (_NUM_CLASSES, 4)
+      'backbone': (16 * 16 * 3, 5),
+      'head': (5, 4),
+      'proxies': (_NUM_CLASSES, 4),
     }
     params = {
       group: rng.normal(size=shape).astype(np.float32)
@@ -185,18 +196,16 @@ class TrainStepTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (
-      'triplet', {
-        'loss.triplet.mining': 'batch_hard', 'loss.triplet.margin': 99.0
-      }, (),
+      'triplet',
+      {'loss.triplet.mining': 'batch_hard', 'loss.triplet.margin': 99.0},
+      (),
     ),
     ('magnet', {'loss.magnet.alpha': 4.0}, ()),
     ('center_softmax', {}, ('proxy_accuracy', 'proxy_error', 'ranking_bound')),
     ('soft_triple', {}, ('proxy_accuracy',)),
     ('fractional_proxy_nca', {}, ()),
   )
-  def test_losses_are_given_what_they_need(
-      self, name, arguments, metrics
-  ):
+  def test_losses_are_given_what_they_need(self, name, arguments, metrics):
     config = _config(**{'loss.name': name, 'loss.num_proxies': 4, **arguments})
     needs = losses.NEEDS[name]
     before, _, _ = _run(config, num_steps=0)
@@ -205,13 +214,15 @@ class TrainStepTest(parameterized.TestCase):
     groups = ('backbone', 'head') + (('proxies',) if needs.proxies else ())
     names = [
       f'{name}.{group}'
-      for name in ('gradient_norm', 'learning_rate') for group in groups
+      for name in ('gradient_norm', 'learning_rate')
+      for group in groups
     ] + (['proxy_norm'] if needs.proxies else [])
     self.assertSameElements(
       history[0], ('loss', 'gradient_norm', *names, *metrics)
     )
     forms = {
-      'one': (_NUM_CLASSES, 64), 'several': (_NUM_CLASSES, 3, 64),
+      'one': (_NUM_CLASSES, 64),
+      'several': (_NUM_CLASSES, 3, 64),
       'free': (4, 64),
     }
     if needs.proxies:
@@ -233,7 +244,9 @@ class TrainStepTest(parameterized.TestCase):
     mesh, model = mesh_lib.make_mesh(), _Layers()
     optimizer = optimizer_lib.make_optimizer(config)
     step = train_step.make_train_step(
-      model, optimizer, train_step.make_loss(config),
+      model,
+      optimizer,
+      train_step.make_loss(config),
       embed_lib.make_normalize(config),
     )
     batches = [
@@ -242,7 +255,10 @@ class TrainStepTest(parameterized.TestCase):
     ends = []
     for size in (1, 3):
       state = state_lib.create(
-        config, model, optimizer, class_sizes=np.ones(_NUM_CLASSES, int),
+        config,
+        model,
+        optimizer,
+        class_sizes=np.ones(_NUM_CLASSES, int),
         mesh=mesh,
       )
       steps, losses_so_far = train_step.make_train_steps(step), []
@@ -288,10 +304,16 @@ class TrainStepTest(parameterized.TestCase):
 
 
 class ShardedProxiesTest(parameterized.TestCase):
-
   @parameterized.parameters(
-    'proxy_nca', 'proxy_nca_pp', 'normalized_softmax', 'cosface', 'arcface',
-    'proxy_anchor', 'proxy_triplet', 'center_softmax', 'soft_triple',
+    'proxy_nca',
+    'proxy_nca_pp',
+    'normalized_softmax',
+    'cosface',
+    'arcface',
+    'proxy_anchor',
+    'proxy_triplet',
+    'center_softmax',
+    'soft_triple',
     'subcenter_arcface',
   )
   def test_eight_devices_that_share_them_equal_one(self, name):
@@ -327,17 +349,23 @@ class ShardedProxiesTest(parameterized.TestCase):
       return jnp.mean(value), metrics
 
     rows = mesh_lib.by_row(mesh)
-    compiled = jax.jit(
-      jax.value_and_grad(mean_loss, (0, 1), has_aux=True),
-      out_shardings=(mesh_lib.replicated(mesh), (rows, rows)),
-    ).lower(*(
-      jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-      for shape, dtype in (
-        ((40_008, dim), jnp.float32),
-        ((batch_size, dim), jnp.float32),
-        ((batch_size,), jnp.int32),
+    compiled = (
+      jax.jit(
+        jax.value_and_grad(mean_loss, (0, 1), has_aux=True),
+        out_shardings=(mesh_lib.replicated(mesh), (rows, rows)),
       )
-    )).compile()
+      .lower(
+        *(
+          jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+          for shape, dtype in (
+            ((40_008, dim), jnp.float32),
+            ((batch_size, dim), jnp.float32),
+            ((batch_size,), jnp.int32),
+          )
+        )
+      )
+      .compile()
+    )
     memory = compiled.memory_analysis()
     # Less than one [batch, proxies] matrix.
     self.assertLess(memory.temp_size_in_bytes, 4 * num_classes * batch_size)
@@ -355,17 +383,20 @@ class ShardedProxiesTest(parameterized.TestCase):
 
 
 class GroupMetricsTest(parameterized.TestCase):
-
   @parameterized.parameters('stop', 'skip')
   def test_what_moves_is_the_rate_times_the_gradient(self, on_nonfinite):
-    config = _config(**{
-      'optimizer.name': 'sgd', 'optimizer.momentum': 0.0,
-      'optimizer.on_nonfinite': on_nonfinite,
-      'optimizer.backbone.freeze_steps': 2,
-      'optimizer.backbone.warmup_steps': 2,
-      'optimizer.head.schedule': 'exponential',
-      'optimizer.head.decay_every': 1, 'optimizer.head.decay_rate': 0.5,
-    })
+    config = _config(
+      **{
+        'optimizer.name': 'sgd',
+        'optimizer.momentum': 0.0,
+        'optimizer.on_nonfinite': on_nonfinite,
+        'optimizer.backbone.freeze_steps': 2,
+        'optimizer.backbone.warmup_steps': 2,
+        'optimizer.head.schedule': 'exponential',
+        'optimizer.head.decay_every': 1,
+        'optimizer.head.decay_rate': 0.5,
+      }
+    )
     # The schedules wait while steps are skipped.
     bad = (2, 4) if on_nonfinite == 'skip' else ()
     loss = train_step.make_loss(config)
@@ -373,7 +404,11 @@ class GroupMetricsTest(parameterized.TestCase):
       loss = _broken_loss(loss, 'gradient')
     states, seen = [], []
     _, history, _ = _run(
-      config, num_steps=7, loss=loss, rate_scale=0.25, change=_change_of(bad),
+      config,
+      num_steps=7,
+      loss=loss,
+      rate_scale=0.25,
+      change=_change_of(bad),
       states=states,
     )
     for step, metrics in enumerate(history, 1):
@@ -384,13 +419,18 @@ class GroupMetricsTest(parameterized.TestCase):
         metrics['gradient_norm'], np.linalg.norm(norms), rtol=1e-5
       )
       for group, norm in zip(optimizer_lib.GROUPS, norms):
-        moved = optax.tree.norm(jax.tree.map(
-          np.subtract, states[step].params[group],
-          states[step - 1].params[group],
-        ))
+        moved = optax.tree.norm(
+          jax.tree.map(
+            np.subtract,
+            states[step].params[group],
+            states[step - 1].params[group],
+          )
+        )
         # Rounded as the parameters are.
         np.testing.assert_allclose(
-          moved, norm * metrics[f'learning_rate.{group}'], rtol=2e-2,
+          moved,
+          norm * metrics[f'learning_rate.{group}'],
+          rtol=2e-2,
           atol=1e-6,
         )
       seen.append(metrics)
@@ -439,30 +479,35 @@ def _broken_loss(loss, what):
 
 
 class NonfiniteTest(parameterized.TestCase):
-
   @parameterized.parameters('loss', 'gradient')
   def test_a_skipped_step_changes_its_number_and_counts_alone(self, what):
     # With batch statistics, centres, moments, and a group that waits.
-    config = _config(**{
-      'loss.name': 'center_softmax', 'optimizer.on_nonfinite': 'skip',
-      'optimizer.backbone.freeze_steps': 2,
-    })
+    config = _config(
+      **{
+        'loss.name': 'center_softmax',
+        'optimizer.on_nonfinite': 'skip',
+        'optimizer.backbone.freeze_steps': 2,
+      }
+    )
     states = []
     later, history, _ = _run(
       config,
       num_steps=20,
       model=models.create_model(config),
       loss=_broken_loss(train_step.make_loss(config), what),
-      change=_change_of((2, 3)), states=states,
+      change=_change_of((2, 3)),
+      states=states,
     )
     _, before, _, after, *_ = states
     for name in ('params', 'model_state', 'loss_state'):
       jax.tree.map(
-        np.testing.assert_array_equal, getattr(after, name),
+        np.testing.assert_array_equal,
+        getattr(after, name),
         getattr(before, name),
       )
     jax.tree.map(
-      np.testing.assert_array_equal, after.opt_state.inner_state,
+      np.testing.assert_array_equal,
+      after.opt_state.inner_state,
       before.opt_state.inner_state,
     )
     self.assertEqual(after.step, 3)
@@ -504,20 +549,28 @@ class RunTest(absltest.TestCase):
         image = Image.fromarray(pixels.astype(np.uint8))
         image.save(folder / f'{number}.png')
 
-  def _train(
-      self, workdir, *, bad=(), slow=(), killed_at=None, **fields
-  ):
+  def _train(self, workdir, *, bad=(), slow=(), killed_at=None, **fields):
     """Trains for 14 steps; some are not finite, some wait for their batch."""
     config = image_folder.get_config()
-    config.update_from_flattened_dict({
-      'dataset.root': str(self.root / 'pictures'),
-      'dataset.data_dir': str(self.root / 'data'),
-      'dataset.resize': 16, 'dataset.image_size': 16, 'model.width': 8,
-      'batch_size': 16, 'num_steps': 14, 'log_every': 1, 'save_every': 4,
-      'evaluation.batch_size': 16, 'evaluation.kmeans_iterations': 0,
-      'evaluation.nearest_only': True, 'evaluation.baselines': False,
-      'report': False, **fields,
-    })
+    config.update_from_flattened_dict(
+      {
+        'dataset.root': str(self.root / 'pictures'),
+        'dataset.data_dir': str(self.root / 'data'),
+        'dataset.resize': 16,
+        'dataset.image_size': 16,
+        'model.width': 8,
+        'batch_size': 16,
+        'num_steps': 14,
+        'log_every': 1,
+        'save_every': 4,
+        'evaluation.batch_size': 16,
+        'evaluation.kmeans_iterations': 0,
+        'evaluation.nearest_only': True,
+        'evaluation.baselines': False,
+        'report': False,
+        **fields,
+      }
+    )
     original = input_pipeline.train_batches
 
     def train_batches(*args, first_step, **kwargs):
@@ -552,8 +605,12 @@ class RunTest(absltest.TestCase):
     straight, killed = self.root / 'straight', self.root / 'killed'
     # What only watches may differ.
     results = self._train(
-      straight, bad=(3, 9, 10), slow=(5,), stall_seconds=0.1,
-      profile_steps=(6, 7), **skip,
+      straight,
+      bad=(3, 9, 10),
+      slow=(5,),
+      stall_seconds=0.1,
+      profile_steps=(6, 7),
+      **skip,
     )
     self.assertRegex(self.logs, 'Step 5 has waited .* for its input')
     self.assertRegex(self.logs, 'Step 5 goes on: it waited .* for its input')
@@ -568,7 +625,8 @@ class RunTest(absltest.TestCase):
     # They are shares of the time between two rows, here of a step. The wait for
     # the batch of step 5 was of a second, however fast the machine is.
     seconds = [
-      row['input_wait'] / row['steps_per_second'] for row in rows
+      row['input_wait'] / row['steps_per_second']
+      for row in rows
       if row.get('steps_per_second')
     ]
     self.assertGreater(max(seconds), 0.9)
@@ -580,7 +638,8 @@ class RunTest(absltest.TestCase):
     self.assertEqual(resumed, results)
     self.assertEqual(whole_runs.metrics(killed), whole_runs.metrics(straight))
     skipped = {
-      row['step']: row['skipped_steps'] for row in rows
+      row['step']: row['skipped_steps']
+      for row in rows
       if 'skipped_steps' in row
     }
     self.assertEqual(
@@ -593,7 +652,8 @@ class RunTest(absltest.TestCase):
   def test_too_many_skipped_in_a_row_stop_the_run(self):
     workdir = self.root / 'many'
     fields = {
-      'optimizer.on_nonfinite': 'skip', 'optimizer.max_skipped_steps': 2
+      'optimizer.on_nonfinite': 'skip',
+      'optimizer.max_skipped_steps': 2,
     }
     with self.assertRaisesRegex(ValueError, '2 steps in a row .*step 10 the'):
       self._train(workdir, bad=(3, 9, 10), **fields)
@@ -611,7 +671,6 @@ class RunTest(absltest.TestCase):
 
 
 class FrequencyTest(parameterized.TestCase):
-
   def _loss(self, **fields):
     config = _config(**fields)
     return train_step.correct_for_frequency(
@@ -652,10 +711,13 @@ class FrequencyTest(parameterized.TestCase):
       train_step.make_loss(_config(**fields))
 
   def test_large_classes_have_more_proxies(self):
-    config = _config(**{
-      'loss.name': 'fractional_proxy_nca', 'loss.num_proxies': 4,
-      'proxies.by_size': True,
-    })
+    config = _config(
+      **{
+        'loss.name': 'fractional_proxy_nca',
+        'loss.num_proxies': 4,
+        'proxies.by_size': True,
+      }
+    )
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = state_lib.create_loss_arrays(
       config, keys, class_sizes=np.array([1, 9, 1])
@@ -666,7 +728,6 @@ class FrequencyTest(parameterized.TestCase):
 
 
 class ConfigTest(parameterized.TestCase):
-
   @parameterized.parameters(
     ({'batch_size': 15}, 'divisible by the number of devices .8.'),
     ({'evaluation.batch_size': 100}, 'divisible'),
@@ -722,14 +783,12 @@ class ConfigTest(parameterized.TestCase):
 
 
 class LoopTest(absltest.TestCase):
-
   def test_batches_are_sent_while_steps_compute(self):
     # The host waits for the first step, which compiles, and to report step 4
     # and step 8, which it does when the next one is under way.
     events = []
 
     class Scalar:
-
       def block_until_ready(self):
         events.append('wait')
 

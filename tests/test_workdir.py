@@ -11,9 +11,9 @@ import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from configs import default, image_folder
 from proxy_nca_jax import optimizer, train
-from proxy_nca_jax.runtime import lock, metric_writer, workdir
+from proxy_nca_jax.configs import default, image_folder
+from proxy_nca_jax.runtime import metric_writer, remote, workdir
 
 
 def _config(**fields):
@@ -23,7 +23,6 @@ def _config(**fields):
 
 
 class WorkdirTest(absltest.TestCase):
-
   def test_json_comes_back(self):
     path = os.path.join(self.create_tempdir(), 'a.json')
     self.assertIsNone(workdir.read_json(path))
@@ -40,7 +39,6 @@ class WorkdirTest(absltest.TestCase):
 
 
 class RemoteTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.storage = fsspec.filesystem('memory')
@@ -54,9 +52,7 @@ class RemoteTest(absltest.TestCase):
 
   def _write_lease(self, *, age):
     lease = {'owner': 'host:1', 'renewed': time.time() - age, 'seconds': 120}
-    self.storage.pipe_file(
-      f'{self.url}/lease.json', json.dumps(lease).encode()
-    )
+    self.storage.pipe_file(f'{self.url}/lease.json', json.dumps(lease).encode())
 
   def test_the_log_and_files_are_in_the_storage(self):
     logger = logging.getLogger('proxy_nca_jax')
@@ -102,12 +98,11 @@ class RemoteTest(absltest.TestCase):
 
 
 class RemoteRunTest(absltest.TestCase):
-
   def test_a_run_in_parts_on_storage_equals_a_straight_one_on_disk(self):
     storage = fsspec.filesystem('memory')
     self.addCleanup(storage.store.clear)
     # A start waits for a sixtieth of it.
-    self.enter_context(mock.patch.object(lock, 'LEASE_SECONDS', 1.0))
+    self.enter_context(mock.patch.object(remote, 'LEASE_SECONDS', 1.0))
     url = 'memory://bucket/run'
     config = self._config()
     straight = self.create_tempdir().full_path
@@ -119,8 +114,16 @@ class RemoteRunTest(absltest.TestCase):
     paths = storage.find(url)
     names = {path.split('/')[3] for path in paths}
     self.assertLessEqual(
-      {'checkpoints', 'log.txt', 'manifest.json', 'metrics.jsonl',
-       'report.html', 'results.json', 'run.json', 'tensorboard'},
+      {
+        'checkpoints',
+        'log.txt',
+        'manifest.json',
+        'metrics.jsonl',
+        'report.html',
+        'results.json',
+        'run.json',
+        'tensorboard',
+      },
       names,
     )
     self.assertNotIn('lease.json', names)
@@ -142,18 +145,26 @@ class RemoteRunTest(absltest.TestCase):
         path = os.path.join(root, str(label), f'{number}.png')
         Image.fromarray(pixels).save(path)
     config = image_folder.get_config()
-    config.update_from_flattened_dict({
-      'num_steps': 6, 'batch_size': 8, 'log_every': 1, 'save_every': 2,
-      'model.width': 4, 'dataset.resize': 16, 'dataset.image_size': 16,
-      'dataset.root': root, 'evaluation.batch_size': 8,
-      'evaluation.nearest_only': True, 'evaluation.kmeans_iterations': 0,
-      'dataset.data_dir': self.create_tempdir().full_path,
-    })
+    config.update_from_flattened_dict(
+      {
+        'num_steps': 6,
+        'batch_size': 8,
+        'log_every': 1,
+        'save_every': 2,
+        'model.width': 4,
+        'dataset.resize': 16,
+        'dataset.image_size': 16,
+        'dataset.root': root,
+        'evaluation.batch_size': 8,
+        'evaluation.nearest_only': True,
+        'evaluation.kmeans_iterations': 0,
+        'dataset.data_dir': self.create_tempdir().full_path,
+      }
+    )
     return config
 
 
 class SameRunTest(parameterized.TestCase):
-
   def _check(self, saved, **fields):
     config = _config(**fields)
     workdir.check_same_run(
@@ -166,18 +177,27 @@ class SameRunTest(parameterized.TestCase):
     self._check(_config())
 
   @parameterized.parameters(
-    {'log_every': 1}, {'save_every': 3}, {'keep_checkpoints': 9},
-    {'dataset.root': '/elsewhere'}, {'dataset.data_dir': '/elsewhere'},
-    {'dataset.num_workers': 2}, {'profile_steps': (1, 2)},
-    {'stall_seconds': 1.0}, {'optimizer.max_skipped_steps': 1},
+    {'log_every': 1},
+    {'save_every': 3},
+    {'keep_checkpoints': 9},
+    {'dataset.root': '/elsewhere'},
+    {'dataset.data_dir': '/elsewhere'},
+    {'dataset.num_workers': 2},
+    {'profile_steps': (1, 2)},
+    {'stall_seconds': 1.0},
+    {'optimizer.max_skipped_steps': 1},
   )
   def test_fields_beside_the_mathematics_may_differ(self, **fields):
     self._check(_config(), **fields)
 
   @parameterized.parameters(
-    {'seed': 1}, {'batch_size': 32}, {'loss.proxy_nca.temperature': 0.5},
-    {'optimizer.proxies.learning_rate': 2.0}, {'eval_every': 7},
-    {'dataset.split_seed': 1}, {'num_steps': 10},
+    {'seed': 1},
+    {'batch_size': 32},
+    {'loss.proxy_nca.temperature': 0.5},
+    {'optimizer.proxies.learning_rate': 2.0},
+    {'eval_every': 7},
+    {'dataset.split_seed': 1},
+    {'num_steps': 10},
     {'optimizer.on_nonfinite': 'skip'},
   )
   def test_any_other_field_is_named(self, **fields):

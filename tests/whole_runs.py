@@ -37,9 +37,7 @@ def environment() -> dict[str, str]:
   """Returns this one, but with one device, where the tests have eight."""
   flags = os.environ.get('XLA_FLAGS', '').split()
   flags = [flag for flag in flags if 'device_count' not in flag]
-  return os.environ | {
-    'XLA_FLAGS': ' '.join(flags), 'PYTHONUNBUFFERED': '1'
-  }
+  return os.environ | {'XLA_FLAGS': ' '.join(flags), 'PYTHONUNBUFFERED': '1'}
 
 
 def start(arguments: list[str], *, cwd='/') -> subprocess.Popen:

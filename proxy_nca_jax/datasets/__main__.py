@@ -56,9 +56,7 @@ def _list(data_dir: str, manual_dir: str) -> None:
     if os.path.exists(builder.data_path):
       state = 'prepared'
     for split, (num_images, num_classes) in builder.counts.items():
-      rows.append(
-        (name, split, f'{num_classes:,}', f'{num_images:,}', state)
-      )
+      rows.append((name, split, f'{num_classes:,}', f'{num_images:,}', state))
   widths = [max(map(len, column)) for column in zip(*rows)]
   print(f'In {data_dir}:')
   for name, split, *numbers, state in rows:

@@ -29,9 +29,7 @@ class Cars196(published.PublishedBuilder):
     (
       downloads.RemoteFile(
         'car_ims.tgz',
-        urls=(
-          f'{_COPY}/car_ims.tgz',
-        ),
+        urls=(f'{_COPY}/car_ims.tgz',),
         size=1956628579,
         checksum='sha256:4d96e3e3e892c6b7e4a71959325c7de4804037d27ba5aaf1c756100fd94a5342',
       ),
@@ -104,7 +102,8 @@ def _read_all(root: str) -> Iterator[tuple[str, int, list[str]]]:
     return
   names = _texts(_load(root, 'devkit/cars_meta.mat')['class_names'])
   for folder, annotations in (
-    ('cars_train', 'devkit/cars_train_annos.mat'), ('cars_test', _TEST_LABELS)
+    ('cars_train', 'devkit/cars_train_annos.mat'),
+    ('cars_test', _TEST_LABELS),
   ):
     for row in np.atleast_1d(_load(root, annotations)['annotations']):
       yield os.path.join(folder, str(row['fname'])), int(row['class']), names

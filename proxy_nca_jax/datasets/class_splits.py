@@ -6,12 +6,12 @@ import numpy as np
 
 
 def split_classes(
-    total: int,
-    *,
-    num_train_classes: int | None,
-    num_classes: int,
-    test_fraction: float,
-    seed: int,
+  total: int,
+  *,
+  num_train_classes: int | None,
+  num_classes: int,
+  test_fraction: float,
+  seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Divides the classes [0, total) into those to learn and those to measure.
 
@@ -44,9 +44,10 @@ def split_classes(
     num_test = round(len(order) * test_fraction)
     test, train = order[:num_test], order[num_test:]
   else:
-    train, test = order[order < num_train_classes], order[
-      order >= num_train_classes
-    ]
+    train, test = (
+      order[order < num_train_classes],
+      order[order >= num_train_classes],
+    )
   if len(train) < 2 or len(test) < 2:
     raise ValueError(
       f'The split leaves {len(train)} train and {len(test)} test classes of '
@@ -57,7 +58,7 @@ def split_classes(
 
 
 def split_validation(
-    classes: np.ndarray, part: str
+  classes: np.ndarray, part: str
 ) -> tuple[np.ndarray, np.ndarray]:
   """Keeps one part of the train classes from training, to select by.
 
@@ -94,7 +95,7 @@ def split_validation(
 
 
 def choose_classes(
-    classes: np.ndarray, number: int, *, seed: int
+  classes: np.ndarray, number: int, *, seed: int
 ) -> np.ndarray:
   """Keeps so many of the train classes, ascending; 0 keeps all.
 
@@ -115,7 +116,7 @@ def choose_classes(
 
 
 def thin_out(
-    labels: np.ndarray, ratio: float, *, seed: int
+  labels: np.ndarray, ratio: float, *, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes classes long-tailed: of the i-th of C, a share ratio^(-i / (C - 1)).
 

@@ -157,7 +157,11 @@ def _connect(url: str, file: RemoteFile, part: str, timeout: float) -> None:
     with (
       open(part, 'ab' if start else 'wb') as stream,
       tqdm.tqdm(
-        desc=file.name, initial=start, total=size, unit='B', unit_scale=True,
+        desc=file.name,
+        initial=start,
+        total=size,
+        unit='B',
+        unit_scale=True,
         disable=None,  # Silent unless someone watches.
       ) as progress,
     ):

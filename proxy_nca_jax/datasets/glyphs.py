@@ -108,11 +108,14 @@ class Glyphs(records.OrderedBuilder):
         continue
       for name, drawing in drawings.values():
         picture = Image.fromarray(drawing).convert('RGB')
-        yield len(labels), {
-          'image': images.encode_png(picture),
-          'label': len(class_names),
-          'name': name,
-        }
+        yield (
+          len(labels),
+          {
+            'image': images.encode_png(picture),
+            'label': len(class_names),
+            'name': name,
+          },
+        )
         labels.append(len(class_names))
       class_names.append(''.join(map(chr, characters)))
     if not labels:
@@ -213,7 +216,7 @@ def _faces(path: str) -> list[Face]:
 
 
 def make_builder(
-    *, data_dir: str, fonts_dir: str, min_styles: int
+  *, data_dir: str, fonts_dir: str, min_styles: int
 ) -> tuple[tfds.core.DatasetBuilder, list[list[str]]]:
   """Returns the builder for a set of fonts, and the files that are no fonts.
 
@@ -250,7 +253,5 @@ def make_builder(
   config = GlyphsConfig(
     name=contents.hexdigest()[:16], faces=faces, min_styles=min_styles
   )
-  builder = Glyphs(
-    data_dir=data_dir, config=config, file_format='array_record'
-  )
+  builder = Glyphs(data_dir=data_dir, config=config, file_format='array_record')
   return builder, skipped

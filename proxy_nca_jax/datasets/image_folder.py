@@ -63,11 +63,14 @@ class ImageFolder(records.OrderedBuilder):
         if isinstance(picture, ValueError):
           skipped.append([name, str(picture)])
           continue
-        yield len(labels), {
-          'image': picture,
-          'label': len(class_names),
-          'name': name,
-        }
+        yield (
+          len(labels),
+          {
+            'image': picture,
+            'label': len(class_names),
+            'name': name,
+          },
+        )
         labels.append(len(class_names))
       if len(labels) > num_before:
         class_names.append(class_name)
@@ -89,12 +92,12 @@ class ImageFolder(records.OrderedBuilder):
 
 
 def make_builder(
-    *,
-    data_dir: str,
-    root: str,
-    resize: int,
-    resize_mode: str,
-    interpolation: str,
+  *,
+  data_dir: str,
+  root: str,
+  resize: int,
+  resize_mode: str,
+  interpolation: str,
 ) -> tuple[tfds.core.DatasetBuilder, list[list[str]]]:
   """Returns the builder for a folder, and the files that belong to no class.
 

@@ -33,7 +33,9 @@ class Inshop(published.PublishedBuilder):
   # Side by side, as the archives are extracted; or in the published folders.
   markers = ((_PARTITION, 'img'), (f'Eval/{_PARTITION}', 'Img/img'))
   counts = {
-    'train': (25882, 3997), 'query': (14218, 3985), 'gallery': (12612, 3985)
+    'train': (25882, 3997),
+    'query': (14218, 3985),
+    'gallery': (12612, 3985),
   }
   features = {'super_class': tfds.features.Text()}
 

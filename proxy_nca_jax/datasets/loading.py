@@ -113,10 +113,14 @@ class Split:
       for name, value in record.items()
       if isinstance(value, bytes) and name != 'image'
     }
-    return record | texts | {
-      'label': int(self.labels[index]),
-      'class_name': self.class_names[self.labels[index]],
-    }
+    return (
+      record
+      | texts
+      | {
+        'label': int(self.labels[index]),
+        'class_name': self.class_names[self.labels[index]],
+      }
+    )
 
   def picture(self, index: int) -> np.ndarray:
     """Returns uint8 [height, width, 3], after the recipe's first resize."""
@@ -204,8 +208,7 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
   return Datasets(
     train=train,
     validation=(
-      make_split(validation_classes, evaluated)
-      if config.validation else None
+      make_split(validation_classes, evaluated) if config.validation else None
     ),
     test=test,
     seen=seen,
@@ -213,14 +216,18 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
     num_shared_classes=len(train_names & test_names),
     is_resized_source=is_resized_source,
     digest=_digest(
-      class_names, labels, train_classes, validation_classes, test_classes,
+      class_names,
+      labels,
+      train_classes,
+      validation_classes,
+      test_classes,
       *(() if seen is None else (train.rows, seen.rows)),
     ),
   )
 
 
 def _split_classes(
-    config: ml_collections.ConfigDict, metadata: Mapping
+  config: ml_collections.ConfigDict, metadata: Mapping
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns the classes to train on, to validate on and to test on."""
   train, test = class_splits.split_classes(
@@ -238,7 +245,7 @@ def _split_classes(
 
 
 def _thin_out(
-    config: ml_collections.ConfigDict, train: Split, evaluated: Split
+  config: ml_collections.ConfigDict, train: Split, evaluated: Split
 ) -> tuple[Split, Split]:
   """Returns the long tail of a train split, and what is measured on it.
 
@@ -263,7 +270,7 @@ def find_data_dir(data_dir: str) -> str:
 
 
 def prepare(
-    fields: Mapping[str, str | int],
+  fields: Mapping[str, str | int],
 ) -> tuple[tfds.core.DatasetBuilder, list[tuple[str, str]]]:
   """Prepares a data set unless it is prepared.
 
@@ -329,7 +336,8 @@ def _check_resizes(config: ml_collections.ConfigDict) -> bool:
   is_resized_source = bool(config.cache_size) or config.name == 'image_folder'
   if is_resized_source and not config.allow_resized_source:
     what = (
-      'config.dataset.cache_size stores' if config.cache_size
+      'config.dataset.cache_size stores'
+      if config.cache_size
       else 'image_folder stores'
     )
     raise ValueError(
@@ -342,11 +350,11 @@ def _check_resizes(config: ml_collections.ConfigDict) -> bool:
 
 
 def make_pictures(
-    builder: tfds.core.DatasetBuilder,
-    source: Sequence[dict],
-    config: ml_collections.ConfigDict,
-    *,
-    side: int,
+  builder: tfds.core.DatasetBuilder,
+  source: Sequence[dict],
+  config: ml_collections.ConfigDict,
+  *,
+  side: int,
 ) -> Callable[[int], np.ndarray]:
   """Returns a function from a row to its picture, uint8 [height, width, 3].
 

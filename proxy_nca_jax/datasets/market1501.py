@@ -43,7 +43,9 @@ class Market1501(published.PublishedBuilder):
   markers = (tuple(_FOLDERS.values()),)
   # 750 people and the distractors 0000.
   counts = {
-    'train': (12936, 751), 'query': (3368, 750), 'gallery': (15913, 751)
+    'train': (12936, 751),
+    'query': (3368, 750),
+    'gallery': (15913, 751),
   }
   features = {'camera': np.int64}
 

@@ -112,7 +112,7 @@ class PublishedBuilder(records.OrderedBuilder):
     }
 
   def _generate_examples(
-      self, root: str, examples: Sequence[Example], numbers: Mapping[str, int]
+    self, root: str, examples: Sequence[Example], numbers: Mapping[str, int]
   ) -> Iterator[tuple[int, dict]]:
     metadata, broken = self.info.metadata, []
     names = [example.path for example in examples]
@@ -123,9 +123,10 @@ class PublishedBuilder(records.OrderedBuilder):
         broken.append((name, str(encoded)))
         continue
       label = numbers[example.class_name]
-      yield len(metadata['labels']), {
-        'image': encoded, 'label': label, 'name': name, **example.extra
-      }
+      yield (
+        len(metadata['labels']),
+        {'image': encoded, 'label': label, 'name': name, **example.extra},
+      )
       metadata['labels'].append(label)
       if 'camera' in self.features:
         metadata['cameras'].append(example.extra['camera'])
@@ -213,7 +214,10 @@ class PublishedBuilder(records.OrderedBuilder):
         if file.size not in (None, os.path.getsize(path)):
           _logger.warning(
             '%s has %d bytes, and the published %s %d.',
-            path, os.path.getsize(path), file.name, file.size,
+            path,
+            os.path.getsize(path),
+            file.name,
+            file.size,
           )
         return path
     return None
@@ -237,7 +241,7 @@ def _check_picture(encoded: bytes) -> bytes:
 
 
 def _compare_with_files(
-    root: str, examples: Sequence[Example]
+  root: str, examples: Sequence[Example]
 ) -> tuple[list[Example], list[Problem], list[Problem]]:
   """Compares the annotated paths with the files beside them.
 
@@ -278,8 +282,10 @@ def _list_files(root: str, folders: set[str]) -> set[str]:
   for folder in folders | {os.path.dirname(folder) for folder in folders}:
     where = os.path.join(root, folder)
     is_inside = folder and os.path.normpath(folder) == folder
-    if is_inside and folder.split(os.sep)[0] not in ('', '..') and (
-      os.path.isdir(where)
+    if (
+      is_inside
+      and folder.split(os.sep)[0] not in ('', '..')
+      and (os.path.isdir(where))
     ):
       with os.scandir(where) as entries:
         paths |= {
@@ -322,23 +328,25 @@ def _class_names(splits: Mapping[str, Sequence[Example]]) -> list[str]:
 
 
 def _compare_counts(
-    splits: Mapping[str, Sequence[Example]],
-    counts: Mapping[str, tuple[int, int]],
+  splits: Mapping[str, Sequence[Example]],
+  counts: Mapping[str, tuple[int, int]],
 ) -> list[Problem]:
   problems = []
   for split, (num_pictures, num_classes) in counts.items():
     classes = {example.class_name for example in splits[split]}
     if (len(splits[split]), len(classes)) != (num_pictures, num_classes):
-      problems.append((
-        split,
-        f'{len(splits[split]):,} pictures of {len(classes):,} classes, '
-        f'expected {num_pictures:,} of {num_classes:,}',
-      ))
+      problems.append(
+        (
+          split,
+          f'{len(splits[split]):,} pictures of {len(classes):,} classes, '
+          f'expected {num_pictures:,} of {num_classes:,}',
+        )
+      )
   return problems
 
 
 def read_rows(
-    root: str, path: str, fields: Sequence[str], *, skip: int = 0
+  root: str, path: str, fields: Sequence[str], *, skip: int = 0
 ) -> tuple[list[dict[str, str]], list[Problem]]:
   """Reads a table of words from an annotation file.
 
@@ -368,11 +376,11 @@ def read_rows(
 
 
 def make_builder(
-    builder_cls: type[PublishedBuilder],
-    *,
-    data_dir: str,
-    manual_dir: str,
-    allow_incomplete: bool,
+  builder_cls: type[PublishedBuilder],
+  *,
+  data_dir: str,
+  manual_dir: str,
+  allow_incomplete: bool,
 ) -> tuple[PublishedBuilder, list[Problem]]:
   """Returns the builder, and nothing that was left out so far.
 

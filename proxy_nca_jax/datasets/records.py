@@ -13,7 +13,7 @@ from proxy_nca_jax.runtime import signals
 
 
 def make_info(
-    builder: tfds.core.DatasetBuilder, *, side: int | None, **features
+  builder: tfds.core.DatasetBuilder, *, side: int | None, **features
 ) -> tfds.core.DatasetInfo:
   """Describes pictures with a label and a name, in a given order.
 
@@ -44,7 +44,7 @@ def make_info(
 
 
 def read_pictures(
-    root: str, names: Sequence[str], convert: Callable[[bytes], bytes]
+  root: str, names: Sequence[str], convert: Callable[[bytes], bytes]
 ) -> Iterator[tuple[str, bytes | ValueError]]:
   """Reads files in threads and in order, a bounded number of them ahead.
 
@@ -128,9 +128,7 @@ class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
     for split, examples in self._split_generators(dl_manager).items():
       writer.initialize_splits([split])
       title = f'{self.name} {split}'
-      with tqdm.tqdm(
-        unit=' images', desc=title, disable=None
-      ) as progress:
+      with tqdm.tqdm(unit=' images', desc=title, disable=None) as progress:
         # The writer saves its progress at each call: not for each record.
         while chunk := list(itertools.islice(examples, 256)):
           signals.check()

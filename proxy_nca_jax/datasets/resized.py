@@ -65,10 +65,10 @@ class ResizedPictures(Sequence):
 
 
 def prepare(
-    folder: str,
-    inputs: dict[str, str | int],
-    read: Callable[[int], np.ndarray],
-    num_pictures: int,
+  folder: str,
+  inputs: dict[str, str | int],
+  read: Callable[[int], np.ndarray],
+  num_pictures: int,
 ) -> ResizedPictures:
   """Writes the pictures of one data set and resize, unless they are there.
 

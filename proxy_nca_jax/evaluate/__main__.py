@@ -49,7 +49,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--kmeans_num_starts', type=int, default=1)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
-    '--num_resamples', type=int, default=1000,
+    '--num_resamples',
+    type=int,
+    default=1000,
     help='of classes, for intervals of 95%%; 0 is none',
   )
   parser.add_argument('--json', metavar='FILE', help='where scores are written')
@@ -96,8 +98,13 @@ def _load(path: str) -> np.ndarray:
 def main(arguments: Sequence[str] | None = None) -> None:
   arguments = _parse(arguments)
   names = (
-    'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
-    'kmeans_num_starts', 'seed', 'num_resamples',
+    'recall_at',
+    'nearest_only',
+    'kmeans_iterations',
+    'kmeans_start',
+    'kmeans_num_starts',
+    'seed',
+    'num_resamples',
   )
   with errors.in_one_line():
     scores = scores_lib.score(

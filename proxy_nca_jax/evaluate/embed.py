@@ -16,8 +16,8 @@ from proxy_nca_jax.runtime import signals
 
 
 def embed(
-    embed_fn: Callable[[dict[str, np.ndarray]], jax.Array],
-    batches: Iterable[dict[str, np.ndarray]],
+  embed_fn: Callable[[dict[str, np.ndarray]], jax.Array],
+  batches: Iterable[dict[str, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
   """Embeds all batches; rows whose mask is False are left out.
 
@@ -48,7 +48,7 @@ def embed(
 
 
 def make_normalize(
-    config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
 ) -> Callable[[jax.Array], jax.Array]:
   """Returns the map from uint8 images to what the backbone's weights expect."""
   backbone = models.BACKBONES[config.model.name]
@@ -61,9 +61,9 @@ def make_normalize(
 
 
 def make_embed_fn(
-    model,
-    normalize: Callable[[jax.Array], jax.Array],
-    mesh: jax.sharding.Mesh,
+  model,
+  normalize: Callable[[jax.Array], jax.Array],
+  mesh: jax.sharding.Mesh,
 ) -> Callable[..., jax.Array]:
   """Returns (state, batch) -> embeddings float32 [batch, dim]."""
 
@@ -81,10 +81,10 @@ def make_embed_fn(
 
 
 def embed_split(
-    embed_fn: Callable[..., jax.Array],
-    config: ml_collections.ConfigDict,
-    state: state_lib.TrainState,
-    split: datasets.Split,
+  embed_fn: Callable[..., jax.Array],
+  config: ml_collections.ConfigDict,
+  state: state_lib.TrainState,
+  split: datasets.Split,
 ) -> np.ndarray:
   """Returns a state's embeddings of a split, float32 [len(split), dim]."""
   batches = input_pipeline.evaluation_batches(
@@ -98,12 +98,12 @@ def embed_split(
 
 
 def score_split(
-    config: ml_collections.ConfigDict,
-    mesh: jax.sharding.Mesh,
-    embeddings: np.ndarray,
-    split: datasets.Split,
-    *,
-    num_resamples: int = 0,
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  embeddings: np.ndarray,
+  split: datasets.Split,
+  *,
+  num_resamples: int = 0,
 ) -> dict[str, float]:
   """Scores embeddings of a split as the config says: see `score`.
 
@@ -115,7 +115,10 @@ def score_split(
     num_resamples: of the classes, for confidence intervals.
   """
   names = (
-    'recall_at', 'nearest_only', 'kmeans_iterations', 'kmeans_start',
+    'recall_at',
+    'nearest_only',
+    'kmeans_iterations',
+    'kmeans_start',
     'kmeans_num_starts',
   )
   return evaluate.score(

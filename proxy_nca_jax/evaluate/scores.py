@@ -20,19 +20,19 @@ from proxy_nca_jax.runtime import signals
 
 
 def score(
-    embeddings: np.ndarray,
-    labels: np.ndarray,
-    *,
-    is_query: np.ndarray | None = None,
-    cameras: np.ndarray | None = None,
-    recall_at: Sequence[int] = (1, 2, 4, 8),
-    nearest_only: bool = False,
-    kmeans_iterations: int = 20,
-    kmeans_start: str = 'random',
-    kmeans_num_starts: int = 1,
-    seed: int = 0,
-    num_resamples: int = 0,
-    mesh: jax.sharding.Mesh | None = None,
+  embeddings: np.ndarray,
+  labels: np.ndarray,
+  *,
+  is_query: np.ndarray | None = None,
+  cameras: np.ndarray | None = None,
+  recall_at: Sequence[int] = (1, 2, 4, 8),
+  nearest_only: bool = False,
+  kmeans_iterations: int = 20,
+  kmeans_start: str = 'random',
+  kmeans_num_starts: int = 1,
+  seed: int = 0,
+  num_resamples: int = 0,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
   """Scores embeddings by retrieval and by clustering.
 
@@ -175,7 +175,7 @@ _CHUNK = 4096
 
 
 def _score_fns(
-    recall_at: Sequence[int], is_reidentification: bool, nearest_only: bool
+  recall_at: Sequence[int], is_reidentification: bool, nearest_only: bool
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
   """The scores of a protocol, each a function of ranks."""
   title = 'cmc' if is_reidentification else 'recall'
@@ -192,7 +192,7 @@ def _score_fns(
 
 
 def _score_queries(
-    embeddings, labels, is_query, cameras, score_fns, **kwargs
+  embeddings, labels, is_query, cameras, score_fns, **kwargs
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Returns float64 [num_queries] of each score, and the queries' labels."""
   if is_query is None:
@@ -211,12 +211,20 @@ def _score_queries(
   parts = {name: [] for name in score_fns}
   order = []
   with tqdm.tqdm(
-    total=1, desc='ranking', disable=None, leave=False, delay=1,
+    total=1,
+    desc='ranking',
+    disable=None,
+    leave=False,
+    delay=1,
     bar_format='{l_bar}{bar}| {elapsed}<{remaining}',
   ) as bar:
     for rows, ranks in retrieval.positive_ranks(
-      embeddings, labels, gallery=gallery, cameras=cameras,
-      progress=bar.update, **kwargs,
+      embeddings,
+      labels,
+      gallery=gallery,
+      cameras=cameras,
+      progress=bar.update,
+      **kwargs,
     ):
       order.append(rows)
       for name, score_fn in score_fns.items():
@@ -226,7 +234,7 @@ def _score_queries(
 
 
 def _by_frequency(
-    is_hit: np.ndarray, labels: np.ndarray, searched: np.ndarray
+  is_hit: np.ndarray, labels: np.ndarray, searched: np.ndarray
 ) -> dict[str, float]:
   """Recall@1 of the largest, middle and smallest thirds of the classes.
 
@@ -256,12 +264,16 @@ def _by_frequency(
 
 
 def _score_clusters(
-    embeddings, labels, *, num_starts: int, max_iterations: int, **settings
+  embeddings, labels, *, num_starts: int, max_iterations: int, **settings
 ) -> dict[str, float]:
   """Compares the clusters of `clustering.kmeans` with the labels."""
   with tqdm.tqdm(
-    total=num_starts * max_iterations, desc='clustering', unit='update',
-    disable=None, leave=False, delay=1,
+    total=num_starts * max_iterations,
+    desc='clustering',
+    unit='update',
+    disable=None,
+    leave=False,
+    delay=1,
   ) as bar:
 
     def progress(num_updates):
@@ -286,10 +298,10 @@ def _score_clusters(
 
 
 def _intervals(
-    scores: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    num_resamples: int,
-    seed: int,
+  scores: Mapping[str, np.ndarray],
+  labels: np.ndarray,
+  num_resamples: int,
+  seed: int,
 ) -> dict[str, tuple[float, float]]:
   """The central 95% of each mean over draws of classes with replacement.
 
@@ -336,8 +348,9 @@ def format_table(results: Mapping[str, Mapping]) -> str:
   ]
   widths = [max(map(len, column)) for column in zip(*rows)]
   return '\n'.join(
-    '  '.join([name.ljust(widths[0])] + [
-      text.rjust(width) for text, width in zip(cells, widths[1:])
-    ])
+    '  '.join(
+      [name.ljust(widths[0])]
+      + [text.rjust(width) for text, width in zip(cells, widths[1:])]
+    )
     for name, *cells in rows
   )

@@ -21,7 +21,7 @@ def read_metrics(workdir: str) -> list[dict]:
 
 
 def select(
-    config: ml_collections.ConfigDict, workdir: str
+  config: ml_collections.ConfigDict, workdir: str
 ) -> tuple[int, float] | None:
   """Returns the first step with the best validation score, and that score.
 
@@ -66,7 +66,7 @@ def _validation_scores(config, workdir: str) -> dict[int, float]:
 
 
 def check_select_by(
-    config: ml_collections.ConfigDict, scores: Mapping[str, float]
+  config: ml_collections.ConfigDict, scores: Mapping[str, float]
 ) -> None:
   """Raises ValueError if no such score can select a step.
 

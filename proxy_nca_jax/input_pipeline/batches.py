@@ -29,11 +29,11 @@ Batch = dict[str, np.ndarray]
 
 
 def train_batches(
-    split: Split,
-    config: ml_collections.ConfigDict,
-    *,
-    first_step: int = 0,
-    process: tuple[int, int] = (0, 1),
+  split: Split,
+  config: ml_collections.ConfigDict,
+  *,
+  first_step: int = 0,
+  process: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator | Generator[Batch, None, None]:
   """Yields this process's rows of the batches from `first_step` on, endlessly.
 
@@ -69,7 +69,7 @@ def train_batches(
 
 
 def check_train_batches(
-    split: Split, config: ml_collections.ConfigDict
+  split: Split, config: ml_collections.ConfigDict
 ) -> None:
   """Raises ValueError if the batches cannot be drawn or augmented so."""
   fields = config.dataset
@@ -108,11 +108,11 @@ def check_train_batches(
 
 
 def evaluation_batches(
-    split: Split,
-    *,
-    image_size: int,
-    batch_size: int,
-    process: tuple[int, int] = (0, 1),
+  split: Split,
+  *,
+  image_size: int,
+  batch_size: int,
+  process: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
   """Yields this process's rows of every batch of the split, once, in order.
 
@@ -144,9 +144,7 @@ def _read_train(split, config, position, rng) -> Batch:
   image = split.picture(position)
   if config.crop == 'random':
     top, left, is_flipped = _draw_place(*image.shape[:2], config, rng)
-    image = images.crop(
-      image, top, left, config.image_size, config.padding
-    )
+    image = images.crop(image, top, left, config.image_size, config.padding)
   elif config.crop == 'random_resized':
     image = images.random_resized_crop(
       image,
@@ -222,11 +220,11 @@ def check_image_size(split: Split, config: ml_collections.ConfigDict) -> None:
 
 
 def normalize(
-    images_: jax.Array,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    is_bgr: bool = False,
+  images_: jax.Array,
+  *,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  is_bgr: bool = False,
 ) -> jax.Array:
   """Maps RGB uint8 [..., 3] to float32 (x - mean) / std, on the device.
 

@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 def make_prepare(
-    split: Split, mesh: jax.sharding.Mesh, *, image_size: int, padding: int
+  split: Split, mesh: jax.sharding.Mesh, *, image_size: int, padding: int
 ) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
   """Puts a split's pictures on the devices, and returns how to use them.
 
@@ -74,7 +74,8 @@ def put_pictures(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
   check_memory(rows * size, mesh.local_devices)
   _logger.info(
     'Placing %d pictures on the devices, %.0f MiB on each',
-    len(split), rows * size / 2**20,
+    len(split),
+    rows * size / 2**20,
   )
 
   def read(index):
@@ -121,12 +122,12 @@ def check_memory(num_bytes: int, devices: Sequence[jax.Device]) -> None:
 
 
 def make_cut(
-    mesh: jax.sharding.Mesh,
-    *,
-    height: int,
-    width: int,
-    image_size: int,
-    padding: int,
+  mesh: jax.sharding.Mesh,
+  *,
+  height: int,
+  width: int,
+  image_size: int,
+  padding: int,
 ) -> Callable[[jax.Array, dict[str, jax.Array]], jax.Array]:
   """Returns the jitted map from pictures and places to images.
 

@@ -28,12 +28,12 @@ def positions(split, config) -> grain.MapDataset:
 
 
 def balanced_position(
-    index: int,
-    *,
-    members: list[np.ndarray],
-    batch_size: int,
-    images_per_class: int,
-    seed: int,
+  index: int,
+  *,
+  members: list[np.ndarray],
+  batch_size: int,
+  images_per_class: int,
+  seed: int,
 ) -> int:
   """Returns the record at a place of the stream of class-balanced batches.
 

@@ -25,7 +25,7 @@ def end_with_run(index: int, count: int) -> None:
 
 
 def read_in_processes(
-    batches: grain.DatasetIterator
+  batches: grain.DatasetIterator,
 ) -> Generator[Batch, None, None]:
   """Yields the batches of reading processes.
 

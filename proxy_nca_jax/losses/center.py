@@ -22,11 +22,11 @@ from proxy_nca_jax.losses import inputs, masked
 
 
 def center_loss(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    centers: chex.Array,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  centers: chex.Array,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the center loss of each example.
 
@@ -54,13 +54,13 @@ def center_loss(
 
 
 def center_softmax_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    centers: chex.Array,
-    weight: float = 0.003,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  centers: chex.Array,
+  weight: float = 0.003,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the softmax loss with center loss of each example.
 
@@ -93,12 +93,12 @@ def center_softmax_loss(
 
 
 def magnet_loss(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    centers: chex.Array,
-    alpha: float = 1.0,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  centers: chex.Array,
+  alpha: float = 1.0,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the magnet loss of each example.
 
@@ -129,9 +129,7 @@ def magnet_loss(
     embeddings, labels, num_classes=num_classes, where=where
   )
   squares = distances.squared_distances(embeddings, centers.reshape(-1, dim))
-  is_own = jnp.repeat(
-    inputs.is_class(labels, num_classes), num_centers, axis=1
-  )
+  is_own = jnp.repeat(inputs.is_class(labels, num_classes), num_centers, axis=1)
   own = jnp.min(squares, axis=1, where=is_own, initial=jnp.inf)
   own = jnp.where(jnp.isfinite(own), own, 0)  # A label out of range has none.
   count = jnp.maximum(jnp.sum(where) - 1, 1)
@@ -144,12 +142,12 @@ def magnet_loss(
 
 
 def update_centers(
-    centers: chex.Array,
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    rate: float = 0.5,
-    where: chex.Array | None = None,
+  centers: chex.Array,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  rate: float = 0.5,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Moves the centers towards the embeddings of a batch.
 

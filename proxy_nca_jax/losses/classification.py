@@ -26,12 +26,12 @@ from proxy_nca_jax.losses import inputs
 
 
 def normalized_softmax_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    temperature: float = 0.05,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  temperature: float = 0.05,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the normalised softmax loss of each example.
 
@@ -56,13 +56,13 @@ def normalized_softmax_loss(
 
 
 def cosface_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    scale: float = 64.0,
-    margin: float = 0.35,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  scale: float = 64.0,
+  margin: float = 0.35,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the CosFace loss of each example.
 
@@ -87,13 +87,13 @@ def cosface_loss(
 
 
 def arcface_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    scale: float = 64.0,
-    margin: float = 0.5,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  scale: float = 64.0,
+  margin: float = 0.5,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the ArcFace loss of each example.
 
@@ -119,13 +119,13 @@ def arcface_loss(
 
 
 def subcenter_arcface_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    scale: float = 64.0,
-    margin: float = 0.5,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  scale: float = 64.0,
+  margin: float = 0.5,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the sub-center ArcFace loss of each example.
 
@@ -150,15 +150,15 @@ def subcenter_arcface_loss(
 
 
 def soft_triple_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    scale: float = 20.0,
-    margin: float = 0.01,
-    gamma: float = 0.1,
-    tau: float = 0.2,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  scale: float = 20.0,
+  margin: float = 0.01,
+  gamma: float = 0.1,
+  tau: float = 0.2,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the SoftTriple loss of each example.
 

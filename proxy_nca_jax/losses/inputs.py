@@ -7,11 +7,11 @@ import numpy as np
 
 
 def prepare(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    num_classes: int | None = None,
-    where: chex.Array | None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  num_classes: int | None = None,
+  where: chex.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Checks the inputs of a loss and takes the examples out that do not count.
 
@@ -42,7 +42,7 @@ def prepare(
 
 
 def check_labels(
-    labels: chex.Array, num_proxies: int, *, where: chex.Array | None = None
+  labels: chex.Array, num_proxies: int, *, where: chex.Array | None = None
 ) -> None:
   """Raises ValueError if a known label has no proxy; traced ones pass."""
   if isinstance(labels, jax.core.Tracer) or isinstance(where, jax.core.Tracer):
@@ -60,7 +60,7 @@ def check_labels(
 
 
 def finish(
-    loss: chex.Array, labels: chex.Array, num_classes: int, where: chex.Array
+  loss: chex.Array, labels: chex.Array, num_classes: int, where: chex.Array
 ) -> jax.Array:
   """Marks what cannot be: NaN for a label without a proxy.
 

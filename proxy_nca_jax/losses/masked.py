@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def mean(
-    x: chex.Array, *, where: chex.Array, axis: int | None = None
+  x: chex.Array, *, where: chex.Array, axis: int | None = None
 ) -> jax.Array:
   """The mean of the elements where the mask holds; 0 where it holds nowhere."""
   count = jnp.sum(where, axis)
@@ -22,9 +22,7 @@ def log_sum_exp(x: chex.Array, *, axis: int, where: chex.Array) -> jax.Array:
   return jax.nn.logsumexp(jnp.where(where, x, lowest), axis)
 
 
-def log1p_sum_exp(
-    x: chex.Array, *, axis: int, where: chex.Array
-) -> jax.Array:
+def log1p_sum_exp(x: chex.Array, *, axis: int, where: chex.Array) -> jax.Array:
   """log(1 + sum of exp(x)) along an axis; 0 where the mask is empty."""
   x = jnp.where(where, x, -jnp.inf)
   top = jax.lax.stop_gradient(jnp.maximum(jnp.max(x, axis, keepdims=True), 0))

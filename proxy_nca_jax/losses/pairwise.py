@@ -43,11 +43,11 @@ def _squared_distances(embeddings):
 
 
 def contrastive_loss(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    margin: float = 1.0,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  margin: float = 1.0,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the contrastive loss of a batch, a scalar.
 
@@ -75,12 +75,12 @@ def contrastive_loss(
 
 
 def triplet_loss(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    margin: float = 0.2,
-    mining: str = 'semi_hard',
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  margin: float = 0.2,
+  mining: str = 'semi_hard',
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the triplet loss of a batch, a scalar.
 
@@ -167,11 +167,11 @@ _MINING = {
 
 
 def n_pairs_loss(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    regularization: float = 0.0,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  regularization: float = 0.0,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the multi-class N-pair loss of a batch, a scalar.
 
@@ -207,11 +207,11 @@ def n_pairs_loss(
 
 
 def lifted_structure_loss(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    margin: float = 1.0,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  margin: float = 1.0,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the lifted structured loss of a batch, a scalar.
 
@@ -241,14 +241,14 @@ def lifted_structure_loss(
 
 
 def multi_similarity_loss(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    alpha: float = 2.0,
-    beta: float = 50.0,
-    base: float = 0.5,
-    epsilon: float = 0.1,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  alpha: float = 2.0,
+  beta: float = 50.0,
+  base: float = 0.5,
+  epsilon: float = 0.1,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the multi-similarity loss of each example.
 
@@ -297,12 +297,12 @@ def multi_similarity_loss(
 
 
 def facility_location_loss(
-    embeddings: chex.Array,
-    labels: chex.Array,
-    *,
-    margin_multiplier: float = 1.0,
-    num_refinements: int = 5,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  margin_multiplier: float = 1.0,
+  num_refinements: int = 5,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the structured clustering loss of a batch, a scalar.
 
@@ -354,7 +354,9 @@ def facility_location_loss(
   worst, _ = score(medoids, lengths)
   costs = jnp.sum(lengths, axis=0, where=is_alike.T & where[:, None])
   costs = jnp.min(
-    jnp.broadcast_to(costs, is_alike.shape), axis=1, where=is_alike,
+    jnp.broadcast_to(costs, is_alike.shape),
+    axis=1,
+    where=is_alike,
     initial=jnp.inf,
   )
   return jax.nn.relu(worst + jnp.sum(costs, where=is_first))

@@ -25,17 +25,17 @@ from proxy_nca_jax.losses import inputs, masked
 
 
 def proxy_nca_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    temperature: float = 1 / 9,
-    positive_in_denominator: bool = False,
-    normalize: bool = True,
-    label_smoothing: float = 0.0,
-    proxy_chunk: int | None = None,
-    log_priors: chex.Array | None = None,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  temperature: float = 1 / 9,
+  positive_in_denominator: bool = False,
+  normalize: bool = True,
+  label_smoothing: float = 0.0,
+  proxy_chunk: int | None = None,
+  log_priors: chex.Array | None = None,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the Proxy-NCA loss of each example.
 
@@ -92,9 +92,7 @@ def proxy_nca_loss(
   )
   _check_temperature(temperature)
   if not 0 <= label_smoothing < 1:
-    raise ValueError(
-      f'label_smoothing ({label_smoothing}) must be in [0, 1).'
-    )
+    raise ValueError(f'label_smoothing ({label_smoothing}) must be in [0, 1).')
   if label_smoothing and not positive_in_denominator:
     raise ValueError(
       f'label_smoothing ({label_smoothing}) needs positive_in_denominator=True:'
@@ -181,14 +179,14 @@ def _check_others(num_proxies):
 
 
 def proxy_nca_pp_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    temperature: float = 1 / 9,
-    proxy_chunk: int | None = None,
-    log_priors: chex.Array | None = None,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  temperature: float = 1 / 9,
+  proxy_chunk: int | None = None,
+  log_priors: chex.Array | None = None,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the loss of ProxyNCA++ of each example.
 
@@ -211,14 +209,14 @@ def proxy_nca_pp_loss(
 
 
 def fractional_proxy_nca_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    assignment: chex.Array,
-    temperature: float = 1 / 9,
-    normalize: bool = True,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  assignment: chex.Array,
+  temperature: float = 1 / 9,
+  normalize: bool = True,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates Proxy-NCA with fewer or more proxies than classes.
 
@@ -273,13 +271,13 @@ def fractional_proxy_nca_loss(
 
 
 def dynamic_proxy_nca_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    temperature: float = 1 / 9,
-    normalize: bool = True,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  temperature: float = 1 / 9,
+  normalize: bool = True,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates Proxy-NCA where every point belongs to its nearest proxy.
 
@@ -324,13 +322,13 @@ def dynamic_proxy_nca_loss(
 
 
 def proxy_triplet_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    margin: float = 0.2,
-    normalize: bool = True,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  margin: float = 0.2,
+  normalize: bool = True,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the margin loss of each example with proxies.
 
@@ -371,13 +369,13 @@ def proxy_triplet_loss(
 
 
 def proxy_anchor_loss(
-    embeddings: chex.Array,
-    proxies: chex.Array,
-    labels: chex.Array,
-    *,
-    alpha: float = 32.0,
-    margin: float = 0.1,
-    where: chex.Array | None = None,
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  alpha: float = 32.0,
+  margin: float = 0.1,
+  where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the Proxy-Anchor loss of a batch, a scalar.
 
@@ -430,7 +428,7 @@ def proxy_anchor_loss(
 
 
 def negative_distances(
-    embeddings: chex.Array, proxies: chex.Array, *, normalize: bool
+  embeddings: chex.Array, proxies: chex.Array, *, normalize: bool
 ) -> jax.Array:
   """Returns -||x - p||^2 up to a constant a row, float32 [batch, num_proxies].
 

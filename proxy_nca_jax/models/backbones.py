@@ -67,7 +67,10 @@ def _vit(dim, *, published, patch_size=16, layer_scale=False, **kwargs):
     patch_size=patch_size,
     # DINOv2's mask token replaces patches in its own training.
     unused=(
-      'head.weight', 'head.bias', 'pre_logits/kernel', 'pre_logits/bias',
+      'head.weight',
+      'head.bias',
+      'pre_logits/kernel',
+      'pre_logits/bias',
       'mask_token',
     ),
     weights=published,
@@ -148,12 +151,12 @@ BACKBONES = {
 
 
 def make_backbone(
-    name: str,
-    *,
-    dtype: jnp.dtype,
-    remat: bool,
-    batch_norm_momentum: float,
-    width: int,
+  name: str,
+  *,
+  dtype: jnp.dtype,
+  remat: bool,
+  batch_norm_momentum: float,
+  width: int,
 ) -> nn.Module:
   """Builds a backbone, from those arguments that its architecture knows."""
   backbone = BACKBONES[name]

@@ -31,8 +31,9 @@ _LEAVES = {
 # torch's kernel [out, in, height, width] or [out, in] to Flax's.
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 
+
 def load_weights(
-    path: str, name: str, params: dict, model_state: dict
+  path: str, name: str, params: dict, model_state: dict
 ) -> tuple[dict, dict]:
   """Puts the weights of a file into the backbone.
 
@@ -146,11 +147,11 @@ _READERS = {
 
 
 def import_tensors(
-    tensors: Mapping[str, np.ndarray],
-    variables: dict,
-    name: str,
-    *,
-    resampling: str | None = None,
+  tensors: Mapping[str, np.ndarray],
+  variables: dict,
+  name: str,
+  *,
+  resampling: str | None = None,
 ) -> dict:
   """Fills a backbone's variables from tensors in torch's names and layouts.
 
@@ -188,8 +189,7 @@ def import_tensors(
   }
   _check_same_names(given, wanted)
   filled = [
-    jax.device_put(given[key], leaf.sharding)
-    for key, leaf in wanted.items()
+    jax.device_put(given[key], leaf.sharding) for key, leaf in wanted.items()
   ]
   return jax.tree.unflatten(structure, filled)
 
@@ -234,7 +234,7 @@ def _check_same_names(given: Mapping, wanted: Mapping) -> None:
 
 
 def resample(
-    positions: np.ndarray, shape: tuple[int, ...], method: str | None
+  positions: np.ndarray, shape: tuple[int, ...], method: str | None
 ) -> np.ndarray:
   """Brings the position embeddings of square images to another grid.
 

@@ -176,15 +176,14 @@ def _find_state_dict(tree) -> Mapping[str, _Tensor]:
     if tree and all(isinstance(value, _Tensor) for value in tree.values()):
       prefix = 'module.'
       if all(name.startswith(prefix) for name in tree):
-        return {name[len(prefix):]: value for name, value in tree.items()}
+        return {name[len(prefix) :]: value for name, value in tree.items()}
       return tree
     inside = [name for name in _WRAPPERS if name in tree]
     if not inside:
       break
     tree = tree[inside[0]]
   raise ValueError(
-    'it holds no state dict, neither itself nor under '
-    f'{", ".join(_WRAPPERS)}.'
+    f'it holds no state dict, neither itself nor under {", ".join(_WRAPPERS)}.'
   )
 
 
@@ -203,4 +202,3 @@ def _view(tensor: _Tensor, read) -> np.ndarray:
     [stride * flat.itemsize for stride in tensor.strides],
     writeable=False,
   )
-

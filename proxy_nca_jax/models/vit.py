@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 # Without a dtype of its own it takes that of the sum of tokens: float32.
-_norm = functools.partial(
-  nn.LayerNorm, epsilon=1e-6, use_fast_variance=False
-)
+_norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
 class _LayerScale(nn.Module):

@@ -66,7 +66,8 @@ def compare(workdirs: Sequence[str]) -> str:
   groups = list(groups.values())
   titles = [_title(group) for group in groups]
   names = [
-    name for name, value in groups[0][0].results['trained'].items()
+    name
+    for name, value in groups[0][0].results['trained'].items()
     if isinstance(value, float)
   ]
   table = pages.table(
@@ -104,7 +105,8 @@ def _title(group: Sequence[_Saved]) -> str:
 
 def _spread(group: Sequence[_Saved], name: str) -> str | None:
   values = [
-    100 * saved.results['trained'][name] for saved in group
+    100 * saved.results['trained'][name]
+    for saved in group
     if name in saved.results['trained']
   ]
   if not values:
@@ -118,7 +120,8 @@ def _spread(group: Sequence[_Saved], name: str) -> str | None:
 def _compared_curves(titles, groups) -> str:
   parts = []
   for field, label, scale in (
-    ('loss', 'loss', 1), ('test.recall@1', 'Recall@1, percent', 100),
+    ('loss', 'loss', 1),
+    ('test.recall@1', 'Recall@1, percent', 100),
     ('validation.recall@1', 'validation Recall@1, percent', 100),
   ):
     series = {}
@@ -126,14 +129,17 @@ def _compared_curves(titles, groups) -> str:
       # The first of the seeds: their spread is in the table.
       values = [
         (row['step'], scale * row[field])
-        for row in group[0].rows if field in row
+        for row in group[0].rows
+        if field in row
       ]
       if len(values) > 1:
         series[title] = tuple(zip(*values))
     if series:
       parts.append(
         charts.lines(
-          series, title=f'{label} against steps', x_label='steps',
+          series,
+          title=f'{label} against steps',
+          x_label='steps',
           y_label=label,
         )
       )
@@ -147,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('runs', nargs='+', metavar='RUN', help='a workdir')
   parser.add_argument(
-    '--output', default='comparison.html', metavar='FILE',
+    '--output',
+    default='comparison.html',
+    metavar='FILE',
     help='comparison.html by default',
   )
   arguments = parser.parse_args(arguments)

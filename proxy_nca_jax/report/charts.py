@@ -13,11 +13,11 @@ COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 
 
 def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
+  series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  *,
+  title: str,
+  x_label: str,
+  y_label: str,
 ) -> str:
   """Draws lines through points, whose values a pointer shows.
 
@@ -51,11 +51,11 @@ def lines(
 
 
 def histograms(
-    series: Mapping[str, Sequence[float]],
-    *,
-    title: str,
-    x_label: str,
-    num_bins: int = 40,
+  series: Mapping[str, Sequence[float]],
+  *,
+  title: str,
+  x_label: str,
+  num_bins: int = 40,
 ) -> str:
   """Draws how values are distributed, each series as shares of its own."""
   values = np.concatenate(list(series.values()))
@@ -76,7 +76,8 @@ def histograms(
       f'height="{y_place(0) - y_place(s):.1f}" fill="{color}" opacity="0.6">'
       f'<title>{html.escape(name)}, {a:.2f} to {b:.2f}: {100 * s:.1f}%</title>'
       '</rect>'
-      for a, b, s in zip(edges, edges[1:], each) if s
+      for a, b, s in zip(edges, edges[1:], each)
+      if s
     ]
   return _figure(parts, title, list(series))
 

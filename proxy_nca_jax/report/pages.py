@@ -113,9 +113,9 @@ def thumbnail(image: Image.Image, *, side: int = 96) -> str:
 def _data_url(image: Image.Image) -> str:
   buffer = io.BytesIO()
   image.save(buffer, 'JPEG', quality=85)
-  return 'data:image/jpeg;base64,' + base64.b64encode(
-    buffer.getvalue()
-  ).decode()
+  return (
+    'data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode()
+  )
 
 
 def row(cards: Iterable[Card]) -> str:
@@ -143,9 +143,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     f'<th scope="col"><button type="button">{html.escape(name)}</button></th>'
     for name in header
   )
-  body = ''.join(
-    f'<tr>{"".join(map(_cell, cells))}</tr>' for cells in rows
-  )
+  body = ''.join(f'<tr>{"".join(map(_cell, cells))}</tr>' for cells in rows)
   return (
     f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
     f'<tbody>{body}</tbody></table></div>'
@@ -163,12 +161,12 @@ def _cell(value: object) -> str:
 
 
 def points(
-    places: np.ndarray,
-    groups: Sequence[int],
-    names: Sequence[str],
-    images: Sequence[Image.Image],
-    *,
-    title: str,
+  places: np.ndarray,
+  groups: Sequence[int],
+  names: Sequence[str],
+  images: Sequence[Image.Image],
+  *,
+  title: str,
 ) -> str:
   """Returns a map whose points show a picture under a pointer; once a page.
 

@@ -55,16 +55,16 @@ class _Neighbours(NamedTuple):
 
 
 def write(
-    path: str,
-    *,
-    results: Mapping[str, Any],
-    config: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    facts: Mapping[str, str],
-    rows: Sequence[Mapping[str, float]],
-    test: Embedded,
-    train: Embedded,
-    proxies: np.ndarray | None,
+  path: str,
+  *,
+  results: Mapping[str, Any],
+  config: Mapping[str, Any],
+  overrides: Mapping[str, Any],
+  facts: Mapping[str, str],
+  rows: Sequence[Mapping[str, float]],
+  test: Embedded,
+  train: Embedded,
+  proxies: np.ndarray | None,
 ) -> None:
   """Writes the report of a run.
 
@@ -127,10 +127,12 @@ def _find_neighbours(test: Embedded) -> _Neighbours:
     )
     order = np.argsort(~counts, axis=1, kind='stable')[:, :_NUM_NEIGHBOURS]
     items = np.take_along_axis(items, order, axis=1)
-  away = np.stack([
-    np.linalg.norm(points[row] - points[query], axis=1)
-    for query, row in zip(queries, items)
-  ])
+  away = np.stack(
+    [
+      np.linalg.norm(points[row] - points[query], axis=1)
+      for query, row in zip(queries, items)
+    ]
+  )
   is_right = split.labels[items] == split.labels[queries][:, None]
   return _Neighbours(queries, items, away, is_right)
 
@@ -139,20 +141,27 @@ def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
   """The table of the run's scores, above those that are published."""
   network = f'{config["model"]["name"]}, {config["model"]["embedding_dim"]}'
   titles = [
-    title for title in (
-      'selected', 'trained', 'seen_classes', 'untrained', 'raw_pixels'
+    title
+    for title in (
+      'selected',
+      'trained',
+      'seen_classes',
+      'untrained',
+      'raw_pixels',
     )
     if title in results
   ]
   names = [
-    name for name, value in results['trained'].items()
+    name
+    for name, value in results['trained'].items()
     if isinstance(value, float)
   ]
   ours = [
     [
       f'this run, {title.replace("_", " ")}',
       '' if title == 'raw_pixels' else network,
-      *map(results[title].get, names), 'measured here',
+      *map(results[title].get, names),
+      'measured here',
     ]
     for title in titles
   ]
@@ -188,12 +197,16 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> str:
     series[f'percent on {scored[-1]} classes'] = {
       name: tuple(zip(*values)) for name, values in scores.items()
     }
-  return '<div class="charts">' + ''.join(
-    charts.lines(
-      each, title=f'{label} against steps', x_label='steps', y_label=label
+  return (
+    '<div class="charts">'
+    + ''.join(
+      charts.lines(
+        each, title=f'{label} against steps', x_label='steps', y_label=label
+      )
+      for label, each in series.items()
     )
-    for label, each in series.items()
-  ) + '</div>'
+    + '</div>'
+  )
 
 
 def _queries(test: Embedded, found: _Neighbours) -> str:
@@ -203,9 +216,7 @@ def _queries(test: Embedded, found: _Neighbours) -> str:
   away = found.distances.mean(axis=1)
   order = np.lexsort([np.where(precision > 0.5, away, -away), -precision])
   middle = np.argsort(np.abs(np.arange(len(order)) - len(order) // 2))
-  kinds = {
-    'Best': order, 'Typical': order[middle], 'Worst': order[::-1]
-  }
+  kinds = {'Best': order, 'Typical': order[middle], 'Worst': order[::-1]}
   parts, seen = [], set()
   for title, candidates in kinds.items():
     parts.append(f'<h3>{title}</h3>')
@@ -235,9 +246,7 @@ def _query(test: Embedded, found: _Neighbours, row: int) -> str:
 
 
 def _card(embedded, index, caption, is_right=None) -> pages.Card:
-  return pages.Card(
-    pages.thumbnail(embedded.image(index)), caption, is_right
-  )
+  return pages.Card(pages.thumbnail(embedded.image(index)), caption, is_right)
 
 
 def _map(test: Embedded, rng: np.random.Generator) -> str:
@@ -253,7 +262,8 @@ def _map(test: Embedded, rng: np.random.Generator) -> str:
   # Van der Maaten's default, as far as there are points for it.
   perplexity = min(30, (len(points) - 1) / 3)
   places = manifold.TSNE(
-    perplexity=perplexity, init='pca' if len(points) > 2 else 'random',
+    perplexity=perplexity,
+    init='pca' if len(points) > 2 else 'random',
     random_state=0,
   ).fit_transform(points)
   number = len(np.unique(labels[members]))
@@ -309,7 +319,7 @@ def _confusions(test: Embedded, found: _Neighbours) -> str:
 
 
 def _proxies(
-    train: Embedded, proxies: np.ndarray, rng: np.random.Generator
+  train: Embedded, proxies: np.ndarray, rng: np.random.Generator
 ) -> str:
   """Some proxies with the nearest of the images that were embedded."""
   present = np.unique(train.split.labels)
@@ -323,7 +333,9 @@ def _proxies(
       f'<h3>{html.escape(train.split.class_names[label])}</h3>'
       + pages.row(
         _card(
-          train, i, f'{train.name(i)} ({away[i]:.2f})',
+          train,
+          i,
+          f'{train.name(i)} ({away[i]:.2f})',
           bool(train.split.labels[i] == label),
         )
         for i in nearest
@@ -338,7 +350,9 @@ def _proxies(
 
 def _about(results, config, overrides, facts) -> str:
   facts = {
-    'steps': results['step'], 'devices': results['devices'], **facts,
+    'steps': results['step'],
+    'devices': results['devices'],
+    **facts,
     **results['versions'],
   }
   return (

@@ -73,10 +73,10 @@ class Layout(NamedTuple):
 
 
 def make_layout(
-    mesh: jax.sharding.Mesh | None,
-    axis_name: str | None,
-    block_size: int,
-    num_rows: int,
+  mesh: jax.sharding.Mesh | None,
+  axis_name: str | None,
+  block_size: int,
+  num_rows: int,
 ) -> Layout:
   """Returns a layout whose blocks are no larger than so many rows need."""
   num_devices = 1 if mesh is None else mesh.shape[axis_name]

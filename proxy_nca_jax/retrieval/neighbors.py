@@ -16,14 +16,14 @@ _MAX_QUERIES, _MULTIPLE = 256, 16
 
 
 def nearest(
-    queries: chex.Array,
-    k: int,
-    *,
-    gallery: chex.Array | None = None,
-    recall_target: float | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    axis_name: str | None = None,
-    block_size: int = 8192,
+  queries: chex.Array,
+  k: int,
+  *,
+  gallery: chex.Array | None = None,
+  recall_target: float | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  axis_name: str | None = None,
+  block_size: int = 8192,
 ) -> tuple[jax.Array, jax.Array]:
   """Finds the k items of largest inner product in float32 with each query.
 
@@ -97,9 +97,7 @@ def _nearest(items, queries, num_items, *, k, is_self, recall_target, layout):
   if recall_target is None:
     top_k = jax.lax.top_k
   else:
-    top_k = functools.partial(
-      jax.lax.approx_max_k, recall_target=recall_target
-    )
+    top_k = functools.partial(jax.lax.approx_max_k, recall_target=recall_target)
 
   def merge(best, indices, new, new_indices):
     best, place = jax.lax.top_k(jnp.concatenate([best, new], axis=1), k)
@@ -148,7 +146,7 @@ def _nearest(items, queries, num_items, *, k, is_self, recall_target, layout):
 
 
 def pairs_above(
-    points: chex.Array, threshold: float, *, block_size: int = 2048
+  points: chex.Array, threshold: float, *, block_size: int = 2048
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Finds all pairs whose inner product in float32 is at least a threshold.
 

@@ -26,16 +26,16 @@ from proxy_nca_jax.retrieval import blocked
 
 
 def positive_ranks(
-    embeddings: chex.Array,
-    labels: np.ndarray,
-    *,
-    gallery: tuple[chex.Array, np.ndarray] | None = None,
-    cameras: tuple[np.ndarray, np.ndarray] | None = None,
-    nearest_only: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
-    axis_name: str | None = None,
-    block_size: int = 1024,
-    progress: Callable[[float], object] | None = None,
+  embeddings: chex.Array,
+  labels: np.ndarray,
+  *,
+  gallery: tuple[chex.Array, np.ndarray] | None = None,
+  cameras: tuple[np.ndarray, np.ndarray] | None = None,
+  nearest_only: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
+  axis_name: str | None = None,
+  block_size: int = 1024,
+  progress: Callable[[float], object] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Ranks each query's positives in its gallery, block by block.
 
@@ -168,7 +168,7 @@ _FILLING = np.iinfo(np.int32).max
 
 
 def _number_by_size(
-    query_labels: np.ndarray, item_labels: np.ndarray
+  query_labels: np.ndarray, item_labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Numbers the classes from the smallest in the gallery to the largest."""
   query_labels, item_labels = np.asarray(query_labels), np.asarray(item_labels)
@@ -196,7 +196,7 @@ def _sort(embeddings, classes: np.ndarray, layout: blocked.Layout) -> _Sorted:
 
 
 def _bands(
-    queries: _Sorted, items: _Sorted, layout: blocked.Layout, *, is_self: bool
+  queries: _Sorted, items: _Sorted, layout: blocked.Layout, *, is_self: bool
 ) -> list[_Band]:
   """Finds the positives of each block of queries, or of one on each device."""
   # The filling has no positives, where the last query begins.
@@ -241,8 +241,12 @@ def _groups(numbers: list[int], layout: blocked.Layout) -> list[range]:
 
 
 def _place_band(
-    band: _Band, embeddings, items: _Sorted, cameras, layout: blocked.Layout,
-    block: int,
+  band: _Band,
+  embeddings,
+  items: _Sorted,
+  cameras,
+  layout: blocked.Layout,
+  block: int,
 ) -> dict[str, jax.Array]:
   """Gives each device the items of the classes of its block of queries."""
   num_blocks = -(-band.length // layout.block_size)
@@ -260,8 +264,7 @@ def _place_band(
     arrays['cameras'] = cameras[0][block * rows : (block + 1) * rows]
     arrays['item_cameras'] = cameras[1][places]
   arrays = {
-    name: layout.place(array.astype(np.int32))
-    for name, array in arrays.items()
+    name: layout.place(array.astype(np.int32)) for name, array in arrays.items()
   }
   return arrays | {'items': layout.take(embeddings, items.order[places])}
 
@@ -351,7 +354,7 @@ def _join(thresholds, *, numbers, layout):
 
 
 def _calls(
-    num_blocks: int, is_symmetric: bool
+  num_blocks: int, is_symmetric: bool
 ) -> Iterator[tuple[tuple[int, int], float]]:
   """Yields (first, last + 1) of the blocks of a call, and its share of all."""
   size = max(_MIN_BLOCKS, -(-num_blocks // _MAX_CALLS))
@@ -461,8 +464,8 @@ def _count_around(rows, shared, *, is_symmetric, layout):
       (counts, visitors),
     )
   if is_symmetric:
-    counts += visitors[1] if num_devices == 1 else shift(
-      visitors[1], 1 - num_steps
+    counts += (
+      visitors[1] if num_devices == 1 else shift(visitors[1], 1 - num_steps)
     )
   return counts
 
@@ -530,8 +533,12 @@ def _add_reached(similarities, thresholds, counts, start, end, *, axis):
 
 
 def _ranks(
-    thresholds, counts, numbers: list[int], group: range, queries: _Sorted,
-    layout: blocked.Layout,
+  thresholds,
+  counts,
+  numbers: list[int],
+  group: range,
+  queries: _Sorted,
+  layout: blocked.Layout,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields the queries of each block and their ranks."""
   shape = (layout.num_devices, -1, layout.block_size)

@@ -19,7 +19,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from configs import default
+from proxy_nca_jax import configs
+from proxy_nca_jax.configs import default
 from proxy_nca_jax.runtime import errors, processes, provenance, signals
 
 _logger = logging.getLogger('proxy_nca_jax')
@@ -29,9 +30,9 @@ flags.disclaim_key_flags()
 
 
 def run(
-    work: Callable[[ml_collections.ConfigDict, str], object],
-    *,
-    config: str | None = None,
+  work: Callable[[ml_collections.ConfigDict, str], object],
+  *,
+  config: str | None = None,
 ) -> None:
   """Runs work(config, workdir) as the command line says.
 
@@ -40,7 +41,8 @@ def run(
     config: the file to take if none is given; without it one must be.
   """
   config_flags.DEFINE_config_file(
-    'config', config,
+    'config',
+    config,
     'A file, or the name of one of configs/, such as sop; after a colon a '
     'recipe, if it has some.',
   )
@@ -48,7 +50,8 @@ def run(
     'workdir', None, 'Where the run is kept: a folder, or a URL such as gs://.'
   )
   flags.DEFINE_string(
-    'coordinator_address', None,
+    'coordinator_address',
+    None,
     'Of several processes, HOST:PORT where process 0 listens. SLURM, Open MPI '
     'and TPU pods tell it themselves, and the number and the id.',
   )
@@ -86,7 +89,9 @@ def _run(work, argv: list[str]) -> None:
   config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
   _logger.info(
     '%s in %s, on %d x %s, %s',
-    flags.FLAGS['config'].config_filename, workdir, jax.device_count(),
+    flags.FLAGS['config'].config_filename,
+    workdir,
+    jax.device_count(),
     jax.devices()[0].device_kind,
     ' '.join(f'{name} {x}' for name, x in provenance.versions().items()),
   )
@@ -133,9 +138,7 @@ def _describe(error: Exception) -> str:
 def _log_to_stdout() -> None:
   handler = logging.StreamHandler(sys.stdout)
   # Process 0 speaks for all.
-  handler.setLevel(
-    logging.INFO if processes.is_first() else logging.WARNING
-  )
+  handler.setLevel(logging.INFO if processes.is_first() else logging.WARNING)
   handler.setFormatter(logging.Formatter('%(message)s'))
   _logger.addHandler(handler)
   _logger.setLevel(logging.DEBUG)
@@ -160,8 +163,11 @@ def _parse_flags(work, argv: list[str]) -> list[str]:
     print(module.__doc__, 'Flags:', listed, sep='\n')
     sys.exit()
   argv = [
-    _find_config(argument) if before in ('--config', '-config') else
-    re.sub('^(--?config=)(.*)', lambda m: m[1] + _find_config(m[2]), argument)
+    _find_config(argument)
+    if before in ('--config', '-config')
+    else re.sub(
+      '^(--?config=)(.*)', lambda m: m[1] + _find_config(m[2]), argument
+    )
     for before, argument in zip(['', *argv], argv)
   ]
   try:
@@ -181,7 +187,7 @@ def _parse_flags(work, argv: list[str]) -> list[str]:
 def _find_config(name: str) -> str:
   """Returns the file of a config that is named as sop or cub200:vit."""
   stem, *recipe = name.split(':')
-  path = os.path.join(os.path.dirname(default.__file__), f'{stem}.py')
+  path = os.path.join(configs.FOLDER, f'{stem}.py')
   is_known = re.fullmatch(r'\w+', stem) and os.path.exists(path)
   return ':'.join([path, *recipe]) if is_known else name
 
@@ -193,9 +199,10 @@ def _missing_config(argv: list[str]) -> str | None:
     name = match[1] if match else argument
     is_config = match or before in ('--config', '-config')
     if is_config and not os.path.exists(name.split(':')[0]):
-      folder = os.path.dirname(default.__file__)
+      folder = configs.FOLDER
       known = sorted(
-        file.removesuffix('.py') for file in os.listdir(folder)
+        file.removesuffix('.py')
+        for file in os.listdir(folder)
         if file.endswith('.py') and file not in ('default.py', 'recipes.py')
       )
       return (

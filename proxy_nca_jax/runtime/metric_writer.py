@@ -109,12 +109,12 @@ class Progress:
   """
 
   def __init__(
-      self,
-      writer: MetricWriter,
-      *,
-      num_steps: int,
-      batch_size: int,
-      max_skipped: int,
+    self,
+    writer: MetricWriter,
+    *,
+    num_steps: int,
+    batch_size: int,
+    max_skipped: int,
   ):
     self._writer = writer
     self._num_steps, self._batch_size = num_steps, batch_size
@@ -132,11 +132,11 @@ class Progress:
     self._clock_input_seconds = self._input_seconds
 
   def add(
-      self,
-      step: int,
-      metrics: Mapping[str, jax.Array],
-      *,
-      input_seconds: float = 0.0,
+    self,
+    step: int,
+    metrics: Mapping[str, jax.Array],
+    *,
+    input_seconds: float = 0.0,
   ) -> None:
     """Takes what steps that are under way give.
 
@@ -175,10 +175,12 @@ class Progress:
     """Takes so many of the pending steps; a report is of the last of them."""
     steps, self._pending = self._pending[:number], self._pending[number:]
     names = ('loss', 'gradient_norm', 'skipped_steps', 'skipped_in_row')
-    fetched = jax.device_get([
-      (step, {name: metrics[name] for name in names if name in metrics})
-      for step, metrics in steps
-    ])
+    fetched = jax.device_get(
+      [
+        (step, {name: metrics[name] for name in names if name in metrics})
+        for step, metrics in steps
+      ]
+    )
     _check_finite(
       [row for step, metrics in fetched for row in _rows(step, metrics)],
       max_skipped=self._max_skipped,
@@ -207,7 +209,9 @@ class Progress:
       }
       left = _format_seconds((self._num_steps - step) / rate)
       timing = f'  {rates["images_per_second"]:.0f} images/s  {left} left'
-    self._writer.write_scalars(step, scalars | rates | monitoring.device_memory())
+    self._writer.write_scalars(
+      step, scalars | rates | monitoring.device_memory()
+    )
     accuracy = skipped = ''
     if 'proxy_accuracy' in scalars:  # Of losses whose labels index proxies.
       share = 100 * scalars['proxy_accuracy']
@@ -216,13 +220,18 @@ class Progress:
       skipped = f'  {scalars["skipped_steps"]} skipped'
     _logger.info(
       'step %d/%d  loss %.4f%s%s%s',
-      step, self._num_steps, metrics['loss'], accuracy, skipped, timing,
+      step,
+      self._num_steps,
+      metrics['loss'],
+      accuracy,
+      skipped,
+      timing,
     )
     self._start_clock(step)
 
 
 def _rows(
-    last: int, metrics: Mapping[str, np.ndarray]
+  last: int, metrics: Mapping[str, np.ndarray]
 ) -> list[tuple[int, dict[str, np.ndarray]]]:
   """Returns (step, metrics []) of each step of a dispatch, `last` the last."""
   metrics = {name: np.atleast_1d(values) for name, values in metrics.items()}
@@ -237,7 +246,7 @@ def _rows(
 
 
 def _check_finite(
-    rows: Sequence[tuple[int, Mapping[str, np.ndarray]]], *, max_skipped: int
+  rows: Sequence[tuple[int, Mapping[str, np.ndarray]]], *, max_skipped: int
 ) -> None:
   """Raises ValueError, or logs what was skipped, if steps were not finite."""
   bad = [
@@ -259,7 +268,8 @@ def _check_finite(
     )
   _logger.warning(
     'Skipped, for a loss or gradient that is not finite: step %s; %d in all.',
-    names, bad[-1][1]['skipped_steps'],
+    names,
+    bad[-1][1]['skipped_steps'],
   )
   if any(metrics['skipped_in_row'] >= max_skipped for _, metrics in bad):
     raise ValueError(

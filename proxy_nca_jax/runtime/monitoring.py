@@ -76,9 +76,7 @@ class Watchdog:
           continue
         # The next warning comes at twice the time: a night is ten lines.
         self._warn_after = 2 * waited
-        _logger.warning(
-          'Step %d has waited %.3g s for %s.', step, waited, what
-        )
+        _logger.warning('Step %d has waited %.3g s for %s.', step, waited, what)
 
 
 class Trace:
@@ -117,7 +115,9 @@ class Trace:
     jax.profiler.stop_trace()
     _logger.info(
       'A trace of steps %d to %d is in %s; xprof or TensorBoard shows it.',
-      self._begun, self._newest, self._folder,
+      self._begun,
+      self._newest,
+      self._folder,
     )
     self._begun = None
 

@@ -19,12 +19,12 @@ _SHUTDOWN_SECONDS = 10
 
 
 def initialize(
-    *,
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    multiprocess: bool = False,
-    environment: Mapping[str, str] = os.environ,
+  *,
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  multiprocess: bool = False,
+  environment: Mapping[str, str] = os.environ,
 ) -> None:
   """Joins the processes of a run, before anything asks for the devices.
 
@@ -51,8 +51,10 @@ def initialize(
       )
     if not multiprocess and not _has_cluster(environment):
       return
-  elif num_processes is not None and process_id is not None and not (
-    0 <= process_id < num_processes
+  elif (
+    num_processes is not None
+    and process_id is not None
+    and not (0 <= process_id < num_processes)
   ):
     raise ValueError(
       f'--process_id ({process_id}) must be in [0, {num_processes}), the '

@@ -12,14 +12,20 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent import futures
 
 import fsspec
 from fsspec.implementations import local
 
-from proxy_nca_jax.runtime import lock
+# A killed run keeps others out for two minutes; one that cannot reach the
+# storage for as long may lose its lease.
+LEASE_SECONDS = 120.0
 
 _MANIFEST, _LEASE = 'manifest.json', 'lease.json'
 # What is written under these names is renamed when it is whole.
@@ -28,9 +34,121 @@ _UNFINISHED = ('.tmp', '.orbax-checkpoint-tmp')
 _logger = logging.getLogger(__name__)
 
 
+class LeaseLost(ValueError):
+  """Another run has the lease that this one held."""
+
+
+class Lease:
+  """Holds an object of storage that knows no locks.
+
+  The object names its owner, when the owner last renewed it, and for how many
+  seconds that is good. The owner renews it four times as often. A killed owner
+  does not, and another may take over when the seconds are over: the clocks of
+  the machines must agree to much less than that.
+
+  Storage has no step that reads and writes at once, so two that start in the
+  same moment may both write. The last has it: each reads again after a pause,
+  and before whatever it writes under the lease (`renew`).
+  """
+
+  def __init__(self, storage, path: str, *, seconds: float):
+    """Prepares to hold an object while in the context.
+
+    Args:
+      storage: a file system of fsspec.
+      path: the object, in that file system.
+      seconds: how long a renewal is good for.
+    """
+    self._storage, self._path, self._seconds = storage, path, seconds
+    self.note = ''  # From whom it was taken over.
+    self.owner = f'{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}'
+    self._renewing, self._ended = threading.Lock(), threading.Event()
+    self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
+
+  def __enter__(self) -> 'Lease':
+    """Takes the lease.
+
+    Raises:
+      BlockingIOError: if another has it; names the owner.
+    """
+    held = self._read()
+    if held is not None:
+      left = held['renewed'] + held['seconds'] - time.time()
+      if left > 0:
+        raise BlockingIOError(
+          f'{held["owner"]}, whose lease ends in {left:.0f} s if not renewed'
+        )
+      self.note = (
+        f'Taking over from {held["owner"]}, whose lease ended {-left:.0f} s ago'
+      )
+    self._write()
+    time.sleep(self._seconds / 60)
+    held = self._read()
+    if held is None or held['owner'] != self.owner:
+      raise BlockingIOError(held['owner'] if held else 'one that has ended')
+    self._thread.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._ended.set()
+    self._thread.join()
+    try:
+      held = self._read()
+      if held is not None and held['owner'] == self.owner:
+        self._storage.rm_file(self._path)
+    except Exception as error:  # Storage clients let many types through.
+      _logger.warning('The lease could not be given back: %s', error)
+
+  def renew(self) -> None:
+    """Makes sure of the lease, for its full time from now on.
+
+    Raises:
+      LeaseLost: if another has taken it.
+    """
+    with self._renewing:
+      held = self._read()
+      if held is None or held['owner'] != self.owner:
+        raise LeaseLost(
+          f'The lease {self._path!r} has been '
+          f'{"taken by " + held["owner"] if held else "removed"}: another run '
+          'is at work, and this one stops. Let that one end, or use another '
+          'workdir.'
+        )
+      self._write()
+
+  def _keep_renewing(self):
+    while not self._ended.wait(self._seconds / 4):
+      try:
+        self.renew()
+      except LeaseLost:
+        return  # Whoever writes under the lease will find out.
+      except Exception as error:  # Storage clients let many types through.
+        _logger.warning('The lease could not be renewed, yet: %s', error)
+
+  def _read(self):
+    try:
+      content = self._storage.cat_file(self._path)
+    except FileNotFoundError:
+      return None
+    try:
+      return json.loads(content)
+    except ValueError:
+      raise ValueError(
+        f'{self._path!r} is no lease: delete it if no run is at work.'
+      ) from None
+
+  def _write(self):
+    content = {
+      'owner': self.owner,
+      'renewed': time.time(),
+      'seconds': self._seconds,
+    }
+    self._storage.pipe_file(self._path, json.dumps(content).encode())
+
+
 @contextlib.contextmanager
 def hold(
-    url: str, *, lease_seconds: float
+  url: str, *, lease_seconds: float
 ) -> Iterator[tuple[str, Callable[[], None], str]]:
   """Holds the lease of a remote folder, and mirrors it.
 
@@ -40,7 +158,7 @@ def hold(
 
   Yields:
     The local folder; a function that begins to upload what has changed and
-    returns, and raises `locks.LeaseLost` if another run has taken over; and
+    returns, and raises `LeaseLost` if another run has taken over; and
     what to tell of a lease that was taken over. At the end all is uploaded and
     the local folder removed. It is kept if that fails.
 
@@ -53,7 +171,7 @@ def hold(
   with contextlib.ExitStack() as stack:
     with _failures_named(url):
       lease = stack.enter_context(
-        lock.Lease(storage, f'{root}/{_LEASE}', seconds=lease_seconds)
+        Lease(storage, f'{root}/{_LEASE}', seconds=lease_seconds)
       )
     local = tempfile.mkdtemp(prefix='proxy_nca_')
     mirror = _Mirror(url, storage, root, local, lease)
@@ -127,7 +245,10 @@ class _Mirror:
     if lost := sorted(set(names) - set(present)):
       _logger.warning(
         '%s lacks %d of the files that its %s names, such as %s.',
-        self._url, len(lost), _MANIFEST, lost[0],
+        self._url,
+        len(lost),
+        _MANIFEST,
+        lost[0],
       )
       names = sorted(set(names) & set(present))
     targets = [os.path.join(self._local, name) for name in names]
@@ -137,11 +258,13 @@ class _Mirror:
       self._storage.get([self._path(name) for name in names], targets)
     self._write_manifest(names)
     # Of an upload that was cut short, in the folders that are ours alone.
-    self._remove([
-      name
-      for name in set(present) - set(names)
-      if name.startswith(('checkpoints/', 'selected/'))
-    ])
+    self._remove(
+      [
+        name
+        for name in set(present) - set(names)
+        if name.startswith(('checkpoints/', 'selected/'))
+      ]
+    )
     self._uploaded = self._stamps()
 
   def begin_upload(self) -> None:
@@ -159,7 +282,7 @@ class _Mirror:
   def _try_upload(self):
     try:
       self._upload_changes()
-    except lock.LeaseLost:
+    except LeaseLost:
       raise
     except FileNotFoundError:
       # An old checkpoint has been removed meanwhile. The next upload does it.
@@ -180,7 +303,7 @@ class _Mirror:
     try:
       with _failures_named(self._url):
         self._upload_changes()
-    except lock.LeaseLost:
+    except LeaseLost:
       shutil.rmtree(self._local)
       raise
     except OSError as error:

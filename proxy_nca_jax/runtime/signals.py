@@ -82,10 +82,13 @@ class StopSignals:
     self._restore()
     self._received = number
     # Not `print`, which must not be called while it is at work.
-    os.write(2, (
-      f'{signal.Signals(number).name}: ending after what is under way; a '
-      'second one ends at once.\n'
-    ).encode())
+    os.write(
+      2,
+      (
+        f'{signal.Signals(number).name}: ending after what is under way; a '
+        'second one ends at once.\n'
+      ).encode(),
+    )
 
 
 def check() -> None:

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import default
+from proxy_nca_jax.configs import default
 from proxy_nca_jax.runtime import lock, processes, remote
 
 _logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _locked(workdir: str) -> Iterator[Folder]:
 
 @contextlib.contextmanager
 def _mirrored(url: str) -> Iterator[Folder]:
-  with remote.hold(url, lease_seconds=lock.LEASE_SECONDS) as mirrored:
+  with remote.hold(url, lease_seconds=remote.LEASE_SECONDS) as mirrored:
     yield Folder(*mirrored)
 
 
@@ -147,10 +147,10 @@ def _compilations_cached(folder: str) -> Iterator[None]:
 
 
 def check_same_run(
-    config: ml_collections.ConfigDict,
-    saved: Mapping,
-    *,
-    may_add_steps: bool,
+  config: ml_collections.ConfigDict,
+  saved: Mapping,
+  *,
+  may_add_steps: bool,
 ) -> None:
   """Raises ValueError if a config would change the mathematics of a saved run.
 
@@ -188,7 +188,8 @@ def overrides(config: ml_collections.ConfigDict) -> dict:
   """Returns {'group.field': value} of what differs from configs/default.py."""
   defaults = flatten(as_json(default.get_config()))
   return {
-    name: value for name, value in flatten(as_json(config)).items()
+    name: value
+    for name, value in flatten(as_json(config)).items()
     if value != defaults.get(name)
   }
 

@@ -33,7 +33,7 @@ Rows = list[dict[str, str | int | float | None]]
 
 
 def _load_embedder(
-    content: index_lib.Content, workdir: str
+  content: index_lib.Content, workdir: str
 ) -> inference.Embedder:
   """Loads the network of an index, from another place if one is given."""
   embedder = inference.load(workdir or content.workdir)
@@ -67,7 +67,9 @@ def query(arguments: argparse.Namespace) -> None:
   paths = content.paths
   rows = [
     {
-      'query': picture, 'rank': rank, 'distance': float(distance),
+      'query': picture,
+      'rank': rank,
+      'distance': float(distance),
       'picture': paths[number],
     }
     for picture, *neighbours in zip(arguments.pictures, *found)
@@ -85,22 +87,25 @@ def _page(rows: Rows) -> str:
   by_query = collections.defaultdict(list)
   for row in rows:
     by_query[row['query']].append(row)
-  return pages.page('Nearest pictures', [
-    (
-      os.path.basename(picture),
-      pages.row(
-        [pages.Card(_thumbnail(picture), 'query')]
-        + [
-          pages.Card(
-            _thumbnail(row['picture']),
-            f'{row["distance"]:.3f} {os.path.basename(row["picture"])}',
-          )
-          for row in neighbours
-        ]
-      ),
-    )
-    for picture, neighbours in by_query.items()
-  ])
+  return pages.page(
+    'Nearest pictures',
+    [
+      (
+        os.path.basename(picture),
+        pages.row(
+          [pages.Card(_thumbnail(picture), 'query')]
+          + [
+            pages.Card(
+              _thumbnail(row['picture']),
+              f'{row["distance"]:.3f} {os.path.basename(row["picture"])}',
+            )
+            for row in neighbours
+          ]
+        ),
+      )
+      for picture, neighbours in by_query.items()
+    ],
+  )
 
 
 def _thumbnail(path: str) -> str:
@@ -126,7 +131,8 @@ def cluster(arguments: argparse.Namespace) -> None:
   _write(
     [
       {
-        'cluster': int(assignments[i]), 'distance': float(away[i]),
+        'cluster': int(assignments[i]),
+        'distance': float(away[i]),
         'picture': path,
       }
       for i, path in sorted(
@@ -178,11 +184,13 @@ def classify(arguments: argparse.Namespace) -> None:
     # The most frequent; of as frequent ones the nearest, as they are counted.
     votes = collections.Counter(labels[number] for number in numbers)
     is_far = arguments.threshold is not None and away[0] > arguments.threshold
-    rows.append({
-      'picture': picture,
-      'class': None if is_far else votes.most_common(1)[0][0],
-      'distance': float(away[0]),
-    })
+    rows.append(
+      {
+        'picture': picture,
+        'class': None if is_far else votes.most_common(1)[0][0],
+        'distance': float(away[0]),
+      }
+    )
   _write(rows, arguments.output)
 
 
@@ -230,9 +238,7 @@ def export(arguments: argparse.Namespace) -> None:
     )
 
 
-def _write(
-    rows: Rows, output: str, columns: Sequence[str] = ()
-) -> None:
+def _write(rows: Rows, output: str, columns: Sequence[str] = ()) -> None:
   """Writes a table to a .csv or .json file, or as CSV to stdout."""
   columns = columns or list(rows[0])
   if output.endswith('.json'):
@@ -252,10 +258,12 @@ def _write_csv(rows: Rows, columns: Sequence[str], file) -> None:
   writer = csv.DictWriter(file, columns, lineterminator='\n')
   writer.writeheader()
   for row in rows:
-    writer.writerow({
-      name: f'{value:.4f}' if isinstance(value, float) else value
-      for name, value in row.items()
-    })
+    writer.writerow(
+      {
+        name: f'{value:.4f}' if isinstance(value, float) else value
+        for name, value in row.items()
+      }
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -273,12 +281,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return command
 
   made = add(
-    'index', make_index,
+    'index',
+    make_index,
     'Embed a folder, or what is new or changed in it since. A stopped one goes '
     'on; what is no picture is reported and left out.',
   )
   made.add_argument(
-    '--workdir', required=True, metavar='RUN',
+    '--workdir',
+    required=True,
+    metavar='RUN',
     help='of a run, or the folder of a saved embedder',
   )
   made.add_argument(
@@ -289,16 +300,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     '--html', metavar='FILE', default='', help='a page of them'
   )
   sorted_in = add(
-    'classify', classify,
+    'classify',
+    classify,
     'Find the class of pictures, by folders of the index or learned proxies.',
   )
   sorted_in.add_argument(
-    '--by', choices=('neighbours', 'proxies'), default='neighbours',
+    '--by',
+    choices=('neighbours', 'proxies'),
+    default='neighbours',
     help='the most frequent folder of the --k nearest pictures, or the class '
     'of the nearest proxy',
   )
   sorted_in.add_argument(
-    '--threshold', type=_non_negative, metavar='DISTANCE',
+    '--threshold',
+    type=_non_negative,
+    metavar='DISTANCE',
     help='farther than this is none of the classes',
   )
   for command, k in ((asked, 10), (sorted_in, 1)):
@@ -307,7 +323,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       '--k', type=_positive, default=k, help=f'{k} by default'
     )
     command.add_argument(
-      '--workdir', default='', metavar='RUN',
+      '--workdir',
+      default='',
+      metavar='RUN',
       help='where the network of the index lies now, if not where it was',
     )
   grouped = add('cluster', cluster, 'Group the pictures of the index: k-means.')
@@ -315,18 +333,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   grouped.add_argument('--seed', type=int, default=0)
   paired = add('duplicates', duplicates, 'List the pairs that are near.')
   paired.add_argument(
-    '--threshold', type=_non_negative, required=True, metavar='DISTANCE',
+    '--threshold',
+    type=_non_negative,
+    required=True,
+    metavar='DISTANCE',
     help='pairs nearer than this',
   )
   for command in (asked, sorted_in, grouped, paired):
     command.add_argument(
-      '--output', default='', metavar='FILE.csv|.json',
+      '--output',
+      default='',
+      metavar='FILE.csv|.json',
       help='by default CSV on stdout',
     )
   written = add('export', export, 'Write the embeddings of the index.')
-  written.add_argument(
-    '--output', required=True, metavar='FILE.npz|.parquet'
-  )
+  written.add_argument('--output', required=True, metavar='FILE.npz|.parquet')
   return parser.parse_args(arguments)
 
 

@@ -14,8 +14,9 @@ from proxy_nca_jax.search import index as index_lib
 # reads gigabytes.
 _MANY = 1_000_000
 
+
 def find(
-    queries: np.ndarray, items: np.ndarray, k: int
+  queries: np.ndarray, items: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Finds the k nearest items of each query on the unit sphere, exactly.
 
@@ -42,14 +43,16 @@ _unit_norm = jax.jit(distances.unit_norm)
 
 def euclidean(queries, items, indices) -> np.ndarray:
   """Distances of unit vectors; by their products, small ones would be lost."""
-  return np.stack([
-    np.linalg.norm(items[row] - query, axis=1)
-    for query, row in zip(queries, indices)
-  ])
+  return np.stack(
+    [
+      np.linalg.norm(items[row] - query, axis=1)
+      for query, row in zip(queries, indices)
+    ]
+  )
 
 
 def find_in_index(
-    path: str, content: index_lib.Content, queries: np.ndarray, k: int
+  path: str, content: index_lib.Content, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """As `find`, in an index, with FAISS where there are many pictures."""
   if len(content.names) < _MANY or not importlib.util.find_spec('faiss'):

@@ -88,8 +88,9 @@ def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
     raise ValueError(f'There is no file in {root!r} (--images).')
   with _open(path, is_new=not os.path.exists(path)) as database:
     _check_about(
-      database, path, {'version': _VERSION, 'digest': embedder.digest,
-                       'root': root},
+      database,
+      path,
+      {'version': _VERSION, 'digest': embedder.digest, 'root': root},
     )
     # Where the same network lies may change.
     database.execute(
@@ -131,7 +132,7 @@ def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
 
 
 def _embed(
-    embedder, root: str, names: Sequence[str]
+  embedder, root: str, names: Sequence[str]
 ) -> list[tuple[bytes | None, str | None]]:
   """Returns (embedding, None) or (None, why not) of each file."""
 
