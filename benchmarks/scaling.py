@@ -60,7 +60,7 @@ def compile_step(num_devices, num_classes, dim, batch_size, *, sharded):
   mesh = mesh_lib.make_mesh(jax.devices()[:num_devices])
   config = default.get_config()
   config.proxies.sharded = sharded
-  share = train_step.make_share(config, num_classes, mesh)
+  share = train_step.make_reshard(config, num_classes, mesh)
   adam = optax.adam(1e-3)
 
   def step(points, moments, embeddings, labels):

@@ -1,47 +1,59 @@
-"""What a run is going to do and to need, before it does it."""
+"""A dry run: checks a run as far as possible without training.
+
+Logs its steps, parameters, memory and disk space.
+"""
+
+import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from clu import parameter_overview
 
-from proxy_nca_jax import datasets
+from proxy_nca_jax import datasets, weights
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 
+_logger = logging.getLogger(__name__)
 
-def describe(
+
+def log_plan(
   config: ml_collections.ConfigDict,
   train: datasets.Split,
-  train_step,
   state: state_lib.TrainState,
+  train_step: Callable,
   mesh: jax.sharding.Mesh,
-) -> str:
-  """Tells of steps, parameters, memory and disk; compiles the step to know.
+) -> None:
+  """Logs what the run would do and need; loads its initial weights.
 
   Args:
-    config: of the run.
-    train: the records to learn from.
-    train_step: of `train_step.make_train_step`.
-    state: of `state.abstract`.
-    mesh: of the devices.
+    config: the run's config.
+    train: the records to train on.
+    state: shapes and shardings of the state, from `state.abstract`.
+    train_step: the step, from `train_step.make_train_step`. It is compiled: the
+      compiler knows the memory.
+    mesh: the devices.
+
+  Raises:
+    ValueError: if `config.model.init_from` is missing or does not fit.
   """
-  rows = mesh_lib.by_row(mesh)
-  side, size = config.dataset.image_size, config.batch_size
+  if config.model.init_from:
+    weights.load(config, state, weights.digest(config, None))
+  _logger.info('%s', _describe(config, train, state, train_step, mesh))
+  _logger.info('A dry run (config.dry_run): nothing was trained.')
 
-  def struct(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-  batch = {
-    'image': struct((size, side, side, 3), jnp.uint8),
-    'label': struct((size,), jnp.int32),
-    'mask': struct((size,), bool),
-    'id': struct((size,), jnp.int32),
-  }
-  memory = train_step.lower(state, batch, 1.0).compile().memory_analysis()
-  held = memory.argument_size_in_bytes
-  # What is donated is not needed twice.
-  besides = (
+def _describe(config, train, state, train_step, mesh) -> str:
+  size = config.batch_size
+  memory = (
+    train_step.lower(state, _batch(config, mesh), 1.0)
+    .compile()
+    .memory_analysis()
+  )
+  arguments = memory.argument_size_in_bytes
+  # Donated buffers serve as arguments and as outputs.
+  temporary = (
     memory.temp_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
@@ -57,12 +69,26 @@ def describe(
       table,
       f'{config.num_steps:,} steps of {size:,} images, {epochs:,.1f} epochs; '
       f'scored {scored}, saved every {config.save_every:,} steps.',
-      f'Memory on each device ({mesh.size} in all): {_mebibytes(held)} for the '
-      f'state and a batch, {_mebibytes(besides)} for a step besides.',
+      f'Memory on each of {mesh.size} devices: {_mebibytes(arguments)} for the '
+      f'state and a batch, and {_mebibytes(temporary)} during a step.',
       f'Disk: {config.keep_checkpoints} checkpoints of {_mebibytes(saved)}.',
     ]
   )
 
 
-def _mebibytes(number: int) -> str:
-  return f'{number / 2**20:,.1f} MiB'
+def _batch(config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes, dtypes and shardings of a training batch."""
+  size, side = config.batch_size, config.dataset.image_size
+  shapes = {
+    'image': ((size, side, side, 3), jnp.uint8),
+    'label': ((size,), jnp.int32),
+    'id': ((size,), jnp.int32),
+  }
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.by_row(mesh))
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def _mebibytes(num_bytes: int) -> str:
+  return f'{num_bytes / 2**20:,.1f} MiB'

@@ -1,4 +1,4 @@
-"""A trained network for any pictures: a run -> an embedder -> a file."""
+"""A trained network for any images: loaded, called, saved and exported."""
 
 import dataclasses
 import functools
@@ -18,36 +18,37 @@ from jax import export as jax_export
 from PIL import Image
 from safetensors import numpy as safetensors
 
-from proxy_nca_jax import images, models
+from proxy_nca_jax import configuration, models
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
-from proxy_nca_jax.configs import default
-from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.evaluate import selection
+from proxy_nca_jax.runtime import metric_writer
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
-# What a picture may be: the name of a file, its bytes, a Pillow image, or
-# uint8 [height, width, 3] or [height, width].
-Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
+# A path, the bytes of a file, a Pillow image, or uint8 [height, width, 3] or
+# [height, width].
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 _DESCRIPTION, _ARRAYS = 'embedder.json', 'arrays.safetensors'
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Embedder:
-  """Maps pictures to embeddings, prepared as for the scores of its run.
+  """Maps images to embeddings, preprocessed as in the evaluation of its run.
 
-  embedder(pictures) gives float32 [number, dim].
+  >>> embedder = proxy_nca_jax.load('/tmp/run')  # doctest: +SKIP
+  >>> embedder(['a.jpg', 'b.jpg']).shape  # doctest: +SKIP
+  (2, 64)
 
   Attributes:
-    config: of the run.
-    params: {'backbone', 'head', 'proxies'}; 'proxies' is {} where the loss has
+    config: the config of the run.
+    params: {'backbone', 'head', 'proxies'}; 'proxies' is {} if the loss has
       none.
     model_state: batch statistics.
-    class_names: of the classes that were learned, in the order of the proxies.
-    batch_size: pictures at a time; the last ones are filled up to as many, so
-      that one program serves all.
+    class_names: names of the training classes, in the order of the proxies.
+    batch_size: images embedded at a time. The last batch is padded, so that one
+      compiled program serves all.
   """
 
   config: ml_collections.ConfigDict
@@ -56,106 +57,120 @@ class Embedder:
   class_names: tuple[str, ...]
   batch_size: int = 32
 
+  def __repr__(self):
+    model, size = self.config.model, self.config.dataset.image_size
+    return (
+      f'Embedder: {model.name}, {size} x {size} pixels to {self.dim} '
+      f'dimensions,\ntrained with {self.config.loss.name} on '
+      f'{len(self.class_names):,} classes of {self.config.dataset.name}'
+    )
+
   @property
   def dim(self) -> int:
+    """The dimension of the embeddings."""
     return self.config.model.embedding_dim
 
   @functools.cached_property
   def digest(self) -> str:
-    """16 digits that tell its weights and its preparation from all others."""
-    digest = hashlib.sha256(json.dumps(self._preparation).encode())
-    for name, array in sorted(self._network.items()):
-      digest.update(name.encode())
-      digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
-  @property
-  def _preparation(self) -> dict:
-    config = self.config.dataset
-    return {
-      # Where nothing is resized, the pictures of the data set have this size.
-      'side': config.resize or config.image_size,
-      'mode': config.resize_mode,
-      'interpolation': config.interpolation,
-    }
-
-  @property
-  def _network(self) -> dict[str, np.ndarray]:
-    return workdir_lib.flatten(
+    """16 hexadecimal digits that identify weights and preprocessing."""
+    digest = hashlib.sha256(json.dumps(self._preprocessing).encode())
+    network = configuration.flatten(
       {
         'backbone': self.params['backbone'],
         'head': self.params['head'],
         'model_state': self.model_state,
       }
     )
+    for name, array in sorted(network.items()):
+      digest.update(name.encode())
+      digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
-  def read(self, picture: Picture) -> np.ndarray:
-    """Decodes, resizes and crops, uint8 [image_size, image_size, 3].
+  @property
+  def _preprocessing(self) -> dict[str, int | str]:
+    config = self.config.dataset
+    return {
+      # A dataset that is not resized has images of the size of the crop.
+      'side': config.resize or config.image_size,
+      'mode': config.resize_mode,
+      'interpolation': config.interpolation,
+    }
 
-    Raises:
-      ValueError: if it is no picture, or not a whole one.
-      OSError: if the file cannot be read.
-    """
-    image = images_lib.resize(_decode(picture), **self._preparation)
-    return images.center_crop(np.asarray(image), self.config.dataset.image_size)
-
-  def __call__(self, pictures: Iterable[Picture]) -> np.ndarray:
-    """Embeds pictures of any mix of kinds and sizes.
-
-    Args:
-      pictures: an iterable of names of files, bytes, Pillow images or arrays,
-        or uint8 [number, height, width, 3].
+  def read(self, image: ImageLike) -> np.ndarray:
+    """Decodes, resizes and crops an image.
 
     Returns:
-      float32 [number, dim].
+      uint8 [image_size, image_size, 3].
 
     Raises:
-      ValueError, OSError: if one cannot be read; the message tells which.
+      ValueError: if it is not an image, or incomplete.
+      OSError: if the file cannot be read.
     """
-    if isinstance(pictures, str | bytes | os.PathLike | Image.Image):
-      raise ValueError('Give a list of pictures, even of one: [picture].')
-    rest, rows = enumerate(pictures), []
+    resized = images_lib.resize(_decode(image), **self._preprocessing)
+    return images_lib.center_crop(
+      np.asarray(resized), self.config.dataset.image_size
+    )
+
+  def __call__(self, images: Iterable[ImageLike]) -> np.ndarray:
+    """Embeds images of any kinds and sizes.
+
+    Args:
+      images: paths, bytes of files, Pillow images or uint8 arrays, mixed as you
+        like; or one array, uint8 [num_images, height, width, 3].
+
+    Returns:
+      float32 [num_images, dim].
+
+    Raises:
+      ValueError: if an image cannot be read; the message names it.
+    """
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+      raise ValueError('Give a list of images, even for one: [image].')
+    remaining, rows = enumerate(images), []
     with futures.ThreadPoolExecutor() as pool:
-      take = lambda: [
-        pool.submit(self._read_numbered, *numbered)
-        for numbered in itertools.islice(rest, self._rows)
-      ]
-      reading = take()
+
+      def start_reading():
+        return [
+          pool.submit(self._read_numbered, *numbered)
+          for numbered in itertools.islice(remaining, self._batch_size)
+        ]
+
+      reading = start_reading()
       while reading:
         batch = np.stack([future.result() for future in reading])
-        reading = take()  # While the device computes.
+        reading = start_reading()  # While the device computes.
         rows.append(self.embed(batch))
     return np.concatenate([np.zeros((0, self.dim), np.float32), *rows])
 
-  def _read_numbered(self, number: int, picture: Picture) -> np.ndarray:
+  def _read_numbered(self, number: int, image: ImageLike) -> np.ndarray:
     try:
-      return self.read(picture)
+      return self.read(image)
     except (ValueError, OSError) as error:
       name = f'number {number}'
-      if isinstance(picture, str | os.PathLike):
-        name = repr(os.fspath(picture))
-      raise ValueError(f'Picture {name} cannot be read: {error}') from error
+      if isinstance(image, str | os.PathLike):
+        name = repr(os.fspath(image))
+      raise ValueError(f'Image {name} cannot be read: {error}') from error
 
   def embed(self, images: np.ndarray) -> np.ndarray:
-    """Embeds what `read` gives.
+    """Embeds images that `read` has returned.
 
     Args:
-      images: uint8 [number, image_size, image_size, 3].
+      images: uint8 [num_images, image_size, image_size, 3].
 
     Returns:
-      float32 [number, dim].
+      float32 [num_images, dim].
     """
     rows = np.zeros((len(images), self.dim), np.float32)
-    for begin in range(0, len(images), self._rows):
-      batch = images[begin : begin + self._rows]
-      filling = ((0, self._rows - len(batch)), (0, 0), (0, 0), (0, 0))
-      embeddings = self._forward(np.pad(batch, filling))
+    for begin in range(0, len(images), self._batch_size):
+      batch = images[begin : begin + self._batch_size]
+      padding = ((0, self._batch_size - len(batch)), (0, 0), (0, 0), (0, 0))
+      embeddings = self._forward(np.pad(batch, padding))
       rows[begin : begin + len(batch)] = np.asarray(embeddings)[: len(batch)]
     return rows
 
   @property
-  def _rows(self) -> int:
-    """The batch size, as the devices can share it."""
+  def _batch_size(self) -> int:
+    """The batch size, rounded up to a multiple of the number of devices."""
     return self._mesh.size * -(-self.batch_size // self._mesh.size)
 
   @functools.cached_property
@@ -163,28 +178,30 @@ class Embedder:
     return mesh_lib.make_mesh(jax.local_devices())
 
   @functools.cached_property
+  def _variables(self) -> dict[str, Any]:
+    params = {name: self.params[name] for name in ('backbone', 'head')}
+    return {'params': params, **self.model_state}
+
+  @functools.cached_property
   def _forward(self) -> Callable[[np.ndarray], jax.Array]:
     """uint8 [batch, image_size, image_size, 3] -> float32 [batch, dim]."""
-    embed_fn = embed_lib.make_embed_fn(
-      models.create_model(self.config),
-      embed_lib.make_normalize(self.config),
-      self._mesh,
+    model = models.create_model(self.config)
+    replicated = mesh_lib.replicated(self._mesh)
+    by_row = mesh_lib.by_row(self._mesh)
+    forward = jax.jit(
+      functools.partial(model.apply, train=False),
+      in_shardings=(replicated, by_row),
+      out_shardings=replicated,
     )
-    state = state_lib.TrainState(
-      step=jnp.int32(0),
-      params=self.params,
-      loss_state={},
-      model_state=self.model_state,
-      opt_state=(),
+    return functools.partial(
+      forward, jax.device_put(self._variables, replicated)
     )
-    state = jax.device_put(state, mesh_lib.replicated(self._mesh))
-    return lambda batch: embed_fn(state, {'image': batch})
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes all that `load` needs into a folder, to take elsewhere.
+    """Writes everything that `load` needs into a folder.
 
     Raises:
-      ValueError: if there is something else.
+      ValueError: if the folder holds other files.
     """
     os.makedirs(folder, exist_ok=True)
     if set(os.listdir(folder)) - {_DESCRIPTION, _ARRAYS}:
@@ -192,13 +209,13 @@ class Embedder:
         f'{os.fspath(folder)!r} holds other files: name a new folder.'
       )
     tree = {'params': self.params, 'model_state': self.model_state}
-    arrays = safetensors.save(workdir_lib.flatten(tree))
+    arrays = safetensors.save(configuration.flatten(tree))
     with open(os.path.join(folder, _ARRAYS), 'wb') as file:
       file.write(arrays)
     workdir_lib.write_json(
       os.path.join(folder, _DESCRIPTION),
       {
-        'config': workdir_lib.as_json(self.config),
+        'config': configuration.as_json(self.config),
         'class_names': list(self.class_names),
         'sha256': hashlib.sha256(arrays).hexdigest(),
       },
@@ -207,26 +224,21 @@ class Embedder:
   def export(self) -> bytes:
     """Returns the network as StableHLO, for `jax.export.deserialize`.
 
-    It maps resized pictures, uint8 [batch, height, width, 3] of any number and
-    of any size from image_size up, to float32 [batch, dim]: central crop and
-    normalisation are inside, decoding and resizing are not. It runs on CPUs,
-    NVIDIA GPUs and TPUs, where this package need not be.
+    The exported function maps resized images, uint8 [batch, height, width, 3]
+    with any batch size and sides of at least image_size, to float32 [batch,
+    dim]. It includes the central crop and normalization, but no decoding or
+    resizing. It runs on CPUs, NVIDIA GPUs and TPUs without this package.
     """
     model = models.create_model(self.config)
-    normalize = embed_lib.make_normalize(self.config)
     size = self.config.dataset.image_size
-    variables = {
-      'params': {name: self.params[name] for name in ('backbone', 'head')},
-      **self.model_state,
-    }
 
-    def embed(pictures):
-      top, left = ((side - size) // 2 for side in pictures.shape[1:3])
+    def embed(images):
+      top, left = ((side - size) // 2 for side in images.shape[1:3])
       start = [jnp.asarray(x) for x in (0, top, left, 0)]
-      pictures = jax.lax.dynamic_slice(
-        pictures, start, (pictures.shape[0], size, size, 3)
+      crops = jax.lax.dynamic_slice(
+        images, start, (images.shape[0], size, size, 3)
       )
-      return model.apply(variables, normalize(pictures), train=False)
+      return model.apply(self._variables, crops, train=False)
 
     shape = jax_export.symbolic_shape(
       'batch, height, width, 3',
@@ -238,16 +250,19 @@ class Embedder:
 
 
 def load(path: str | os.PathLike) -> Embedder:
-  """Loads the network of a run, or what `Embedder.save` wrote.
+  """Loads the network of a run, or one that `Embedder.save` wrote.
 
-  Of a run with validation classes it is the state that they selected, else the
-  newest one.
+  A run with validation classes gives the checkpoint that they selected, any
+  other run its newest checkpoint.
 
   Args:
-    path: a workdir, or a folder.
+    path: the workdir of a run, or the folder of a saved embedder.
+
+  Returns:
+    A function from images to embeddings; see `help(embedder)`.
 
   Raises:
-    ValueError: if there is neither, or it cannot be read.
+    ValueError: if the folder is neither, or cannot be read.
   """
   path = os.fspath(path)
   if description := workdir_lib.read_json(os.path.join(path, _DESCRIPTION)):
@@ -255,7 +270,7 @@ def load(path: str | os.PathLike) -> Embedder:
       arrays = file.read()
     if hashlib.sha256(arrays).hexdigest() != description['sha256']:
       raise ValueError(f'The bytes of {path!r} have changed: save it again.')
-    tree = _unflatten(safetensors.load(arrays))
+    tree = configuration.unflatten(safetensors.load(arrays))
     return _make_embedder(
       description, tree['params'], tree.get('model_state', {})
     )
@@ -265,21 +280,22 @@ def load(path: str | os.PathLike) -> Embedder:
       f'{path!r} is neither the workdir of a run nor a saved embedder: it has '
       f'no run.json and no {_DESCRIPTION}.'
     )
-  config = _as_config(description['config'])
+  config = configuration.from_json(description['config'])
   folder, step = 'checkpoints', None
   if config.dataset.validation:
-    if selected := selection.select(config, path):
+    history = metric_writer.read_metrics(path)
+    if selected := selection.select(config, history):
       folder, step = 'selected', selected[0]
   state = state_lib.read(os.path.join(path, folder), step=step)
   return _make_embedder(description, state.params, state.model_state)
 
 
 def _make_embedder(description, params, model_state) -> Embedder:
-  config = _as_config(description['config'])
+  config = configuration.from_json(description['config'])
   class_names = tuple(description.get('class_names', ()))
   params = {'proxies': {}, **params}
   if config.proxies.sharded and class_names:
-    # Devices share them, filled up with rows of 0.
+    # Sharded proxies end with rows of padding.
     params['proxies'] = params['proxies'][: len(class_names)]
   return Embedder(
     config=config,
@@ -289,45 +305,25 @@ def _make_embedder(description, params, model_state) -> Embedder:
   )
 
 
-def _as_config(saved: dict) -> ml_collections.ConfigDict:
-  """Returns a config as it was saved; what is younger has its default."""
-  config = workdir_lib.flatten(workdir_lib.as_json(default.get_config()))
-  return ml_collections.ConfigDict(
-    _unflatten(config | workdir_lib.flatten(saved))
-  )
-
-
-def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-  """Undoes `workdir.flatten`."""
-  tree = {}
-  for name, value in flat.items():
-    *path, last = name.split('.')
-    group = tree
-    for part in path:
-      group = group.setdefault(part, {})
-    group[last] = value
-  return tree
-
-
-def _decode(picture: Picture) -> Image.Image:
-  """Returns a picture upright and in RGB.
+def _decode(image: ImageLike) -> Image.Image:
+  """Returns an image, upright and in RGB.
 
   Raises:
-    ValueError: if it is none.
+    ValueError: if it is not an image.
     OSError: if the file cannot be read.
   """
-  if isinstance(picture, str | os.PathLike):
-    with open(picture, 'rb') as file:
-      picture = file.read()
-  if isinstance(picture, bytes):
-    return images_lib.decode(picture)
-  if isinstance(picture, Image.Image):
-    return images_lib.as_rgb(picture)
-  picture = np.asarray(picture)
-  is_image = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)
-  if picture.dtype != np.uint8 or not is_image or not picture.size:
+  if isinstance(image, str | os.PathLike):
+    with open(image, 'rb') as file:
+      image = file.read()
+  if isinstance(image, bytes):
+    return images_lib.decode(image)
+  if isinstance(image, Image.Image):
+    return images_lib.as_rgb(image)
+  image = np.asarray(image)
+  is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+  if image.dtype != np.uint8 or not is_image or not image.size:
     raise ValueError(
-      f'it is {picture.dtype} {picture.shape}; expected uint8 [height, width, '
-      '3] or [height, width], the name of a file, its bytes or a Pillow image'
+      f'it is {image.dtype} {image.shape}; expected uint8 [height, width, 3] '
+      'or [height, width], a path, the bytes of a file or a Pillow image'
     )
-  return Image.fromarray(picture).convert('RGB')
+  return Image.fromarray(image).convert('RGB')

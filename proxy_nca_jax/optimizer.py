@@ -1,4 +1,4 @@
-"""The optimiser: groups of parameters with their own rates and schedules."""
+"""The optimizer: parameter groups, their learning rates and schedules."""
 
 from __future__ import annotations
 
@@ -8,39 +8,33 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 if TYPE_CHECKING:
-  # Who trains without a config does without the library.
+  # benchmarks/train_step.py runs without ml_collections.
   import ml_collections
 
 GROUPS = ('backbone', 'head', 'proxies')
-_OPTIMIZERS = ('adam', 'adamw', 'rmsprop', 'sgd')
-_ON_NONFINITE = ('stop', 'skip')
-_SCHEDULES = ('constant', 'cosine', 'exponential', 'step')
+OPTIMIZERS = ('adam', 'adamw', 'rmsprop', 'sgd')
+SCHEDULES = ('constant', 'cosine', 'exponential', 'step')
 
 
 def make_optimizer(
   config: ml_collections.ConfigDict,
 ) -> optax.GradientTransformation:
-  """Builds the optimiser of `params = {'backbone', 'head', 'proxies'}`.
+  """Builds the optimizer of `params = {'backbone', 'head', 'proxies'}`.
 
-  The rules are PyTorch's, so that published numbers carry over: eps is added to
-  the root, momentum accumulates before the learning rate, and weight decay
-  enters the gradient, but with `adamw` is subtracted from the parameters.
+  The update rules follow PyTorch, so that published learning rates carry over:
+  eps is added outside the square root, momentum accumulates before the learning
+  rate is applied, and weight decay is added to the gradient, except for
+  `adamw`, which decouples it.
 
-  For its first `freeze_steps` a group's updates are zero, its moments stay as
-  they began and its schedule waits, while the other groups train. This is
-  Proxy-Anchor's warm-up. ProxyNCA++ warms up by a second optimiser, so that in
-  the end the moments of the other groups begin anew as well; here they go on.
-  In both, batch statistics move all the while unless they are frozen too.
-
-  With `config.optimizer.on_nonfinite='skip'` gradients that are not finite give
-  updates of zero and change nothing but the counts of `skip_counts`.
-
-  Raises:
-    ValueError: if a name is unknown.
+  For its first `freeze_steps` a group is not updated: its moments keep their
+  initial values and its schedule does not advance, while the other groups
+  train. This is Proxy-Anchor's warm-up. ProxyNCA++ warms up with a second
+  optimizer, so that all moments are reset when the warm-up ends; here those of
+  the other groups are kept. In both, batch statistics are updated meanwhile
+  unless they are frozen too.
   """
   groups = {
     name: _make_group(config.optimizer, name, config.num_steps)
@@ -48,54 +42,15 @@ def make_optimizer(
   }
   optimizer = optax.partition(groups, {name: name for name in GROUPS})
   if config.optimizer.clip_norm:
-    # Before the groups: the norm is that of all gradients together.
+    # Outside of the groups: the norm is over the gradients of all of them.
     clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
     optimizer = optax.chain(clip, optimizer)
-  if config.optimizer.on_nonfinite not in _ON_NONFINITE:
-    raise ValueError(
-      'Unknown config.optimizer.on_nonfinite '
-      f'({config.optimizer.on_nonfinite!r}): choose one of '
-      f'{", ".join(_ON_NONFINITE)}.'
-    )
-  if config.optimizer.on_nonfinite == 'skip':
-    # Optax takes what is not finite after so many in a row: never.
-    return optax.apply_if_finite(optimizer, np.iinfo(np.int32).max)
   return optimizer
-
-
-def skip_counts(opt_state: optax.OptState) -> dict[str, jax.Array]:
-  """Returns the steps that were skipped, in all and in a row until now.
-
-  Returns:
-    {'skipped_steps', 'skipped_in_row'}: int32 []; {} of an optimiser that skips
-    none.
-  """
-  if not isinstance(opt_state, optax.ApplyIfFiniteState):
-    return {}
-  return {
-    'skipped_steps': opt_state.total_notfinite,
-    'skipped_in_row': opt_state.notfinite_count,
-  }
 
 
 def _make_group(config, name, num_steps):
   group = config[name]
-  if config.name in ('adam', 'adamw'):
-    steps = [optax.scale_by_adam(b1=config.momentum, eps=config.eps)]
-  elif config.name == 'rmsprop':
-    steps = [
-      optax.scale_by_rms(
-        decay=config.rms_decay, eps=config.eps, eps_in_sqrt=False
-      ),
-      optax.trace(decay=config.momentum),
-    ]
-  elif config.name == 'sgd':
-    steps = [optax.trace(decay=config.momentum)]
-  else:
-    raise ValueError(
-      f'Unknown optimizer {config.name!r} (config.optimizer.name): choose one '
-      f'of {", ".join(_OPTIMIZERS)}.'
-    )
+  steps = _make_rule(config)
   decay = optax.add_decayed_weights(
     group.weight_decay, mask=None if config.decay_vectors else _are_matrices
   )
@@ -109,17 +64,38 @@ def _make_group(config, name, num_steps):
   return optax.conditionally_mask(rule, lambda step: step >= group.freeze_steps)
 
 
+def _make_rule(config) -> list[optax.GradientTransformation]:
+  """Returns the update rule without weight decay and learning rate."""
+  if config.name in ('adam', 'adamw'):
+    return [optax.scale_by_adam(b1=config.momentum, eps=config.eps)]
+  if config.name == 'rmsprop':
+    return [
+      optax.scale_by_rms(
+        decay=config.rms_decay, eps=config.eps, eps_in_sqrt=False
+      ),
+      optax.trace(decay=config.momentum),
+    ]
+  if config.name == 'sgd':
+    return [optax.trace(decay=config.momentum)]
+  raise ValueError(f'Unknown optimizer {config.name!r}.')
+
+
 def _are_matrices(params):
-  """Leaves out vectors: biases, and the scales and shifts of norms."""
+  """Masks out vectors: biases, and the scales and offsets of norms."""
   return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
 def make_schedule(
   config: ml_collections.ConfigDict, name: str, num_steps: int
 ) -> optax.Schedule:
-  """Returns the learning rate of a group by its steps, frozen ones left out.
+  """Returns the learning rate of a group as a function of its updates.
 
-  The warm-up comes first, and the schedule begins when it ends.
+  A linear warm-up comes first; the schedule starts when it ends.
+
+  Args:
+    config: `optimizer` of a run's config.
+    name: the group.
+    num_steps: steps of the run, in which `cosine` decays to 0.
   """
   group = config[name]
   rate, warmup = group.learning_rate, group.warmup_steps
@@ -138,10 +114,7 @@ def make_schedule(
       rate, {step: group.decay_rate for step in group.decay_at}
     )
   else:
-    raise ValueError(
-      f'Unknown schedule {group.schedule!r} (config.optimizer.{name}.schedule):'
-      f' choose one of {", ".join(_SCHEDULES)}.'
-    )
+    raise ValueError(f'Unknown schedule {group.schedule!r}.')
   if not warmup:
     return schedule
   linear = optax.linear_schedule(0, rate, warmup)
@@ -151,9 +124,9 @@ def make_schedule(
 def make_learning_rates(
   config: ml_collections.ConfigDict,
 ) -> Callable[[jax.Array], dict[str, jax.Array]]:
-  """Returns the map from updates done to each group's rate in the next one.
+  """Returns a function from the number of updates to each group's next rate.
 
-  It is 0 while a group is frozen. The plateau's factor is not in it.
+  The rate of a frozen group is 0. The plateau's factor is not included.
   """
 
   def learning_rates(num_updates):
@@ -174,21 +147,21 @@ def plateau_scale(
   factor: float,
   threshold: float = 1e-4,
 ) -> float:
-  """Returns what learning rates are multiplied by when scores stop rising.
+  """Returns the factor on all learning rates after scores stopped improving.
 
-  By `factor` each time that more than `patience` scores in a row are not
-  better than the best by a share of `threshold`: PyTorch's ReduceLROnPlateau
-  in mode 'max', with its threshold. The scores are all that it depends on: a
-  resumed run has them and need not save it.
+  Multiplies by `factor` whenever more than `patience` scores in a row do not
+  exceed the best by a relative `threshold`: PyTorch's ReduceLROnPlateau in mode
+  'max', with its default threshold. The result depends only on the scores, so a
+  resumed run computes it from its metrics instead of saving it.
 
   >>> plateau_scale([0.5, 0.4, 0.5, 0.3], patience=1, factor=0.1)
   0.1
 
   Args:
-    scores: of the evaluations so far, in order; higher is better.
-    patience: scores that may pass without a better one.
+    scores: scores of the evaluations so far, in order; higher is better.
+    patience: number of scores in a row that may fail to improve.
     factor: in (0, 1].
-    threshold: how much better a score must be, as a share of the best.
+    threshold: least relative improvement.
   """
   scale, best, num_worse = 1.0, -math.inf, 0
   for score in scores:
@@ -202,5 +175,5 @@ def plateau_scale(
 
 
 def depends_on_num_steps(config: ml_collections.ConfigDict) -> bool:
-  """Whether a change of `config.num_steps` changes the steps before."""
+  """Whether raising `config.num_steps` would change earlier steps."""
   return any(config.optimizer[name].schedule == 'cosine' for name in GROUPS)

@@ -1,4 +1,4 @@
-"""The state of training: created, saved, restored. All Orbax calls are here."""
+"""The training state: created, saved, restored. Only this module uses Orbax."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.runtime import processes, signals
 
 if TYPE_CHECKING:
-  # Who trains without a config does without the library.
+  # benchmarks/train_step.py runs without ml_collections.
   import ml_collections
 
 _logger = logging.getLogger(__name__)
@@ -29,23 +29,37 @@ _logger = logging.getLogger(__name__)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """What a training step reads and writes.
+  """The arrays that a training step reads and writes.
 
   Attributes:
-    step: int32 [], steps done.
-    params: {'backbone', 'head', 'proxies'}: trees of arrays, the optimiser's
-      groups; 'proxies' is {} where the loss has none.
-    loss_state: what the loss is given besides, not learned: `centers` that
-      follow the embeddings, or the `assignment` of classes to proxies.
-    model_state: what the network carries beside them: batch statistics.
-    opt_state: of the optimiser.
+    step: int32 [], the number of steps taken, skipped ones included.
+    params: {'backbone', 'head', 'proxies'}: trees of arrays, the groups of the
+      optimizer; 'proxies' is {} if the loss has none.
+    loss_state: arrays of the loss that are not trained: `centers`, which follow
+      the embeddings, or the `assignment` of classes to proxies.
+    model_state: variables of the network besides parameters: batch statistics.
+    skipped_steps: int32 [], steps skipped because they were not finite.
+    skipped_in_row: int32 [], how many of them were the most recent steps.
+    opt_state: the state of the optimizer; the last field, so that the checksums
+      of all others come first.
   """
 
   step: jax.Array
   params: dict[str, Any]
   loss_state: dict[str, jax.Array]
   model_state: dict[str, Any]
+  skipped_steps: jax.Array
+  skipped_in_row: jax.Array
   opt_state: optax.OptState
+
+  def skip_step(self) -> TrainState:
+    """Returns the state after a step that is counted and changes nothing."""
+    return dataclasses.replace(
+      self,
+      step=self.step + 1,
+      skipped_steps=self.skipped_steps + 1,
+      skipped_in_row=self.skipped_in_row + 1,
+    )
 
 
 def create_loss_arrays(
@@ -54,36 +68,40 @@ def create_loss_arrays(
   *,
   class_sizes: np.ndarray,
 ) -> dict[str, jax.Array]:
-  """Draws the arrays that `losses.NEEDS` tells of the loss, by their names.
+  """Draws the arrays that the loss takes besides embeddings and labels.
 
   Args:
-    config: of the run.
-    keys: three, of proxies, centers and assignment.
-    class_sizes: int [num_classes], the training examples of each.
+    config: the run's config.
+    keys: three keys, for proxies, centers and assignment.
+    class_sizes: int [num_classes], training examples of each class.
+
+  Returns:
+    Those of `proxies`, `centers` and `assignment` that the loss's row in
+    `losses.LOSSES` names.
   """
-  needs, num_classes = losses.NEEDS[config.loss.name], len(class_sizes)
-  num_free = config.loss.num_proxies or num_classes
+  loss, num_classes = losses.LOSSES[config.loss.name], len(class_sizes)
+  num_unassigned = config.loss.num_proxies or num_classes
+  dim, norm = config.model.embedding_dim, config.proxies.init_norm
 
   def draw(key, form):
-    num_centers = config.loss.num_centers if form == 'several' else 1
-    number = num_free if form == 'free' else num_classes * num_centers
-    points = proxies.init_proxies(
-      key, number, config.model.embedding_dim, norm=config.proxies.init_norm
-    )
-    if form == 'several':
-      return points.reshape(num_classes, num_centers, -1)
-    return points
+    if form == losses.UNASSIGNED:
+      return proxies.init_proxies(key, num_unassigned, dim, norm=norm)
+    num_centers = config.loss.num_centers if form == losses.MULTI_CENTER else 1
+    rows = proxies.init_proxies(key, num_classes * num_centers, dim, norm=norm)
+    if form == losses.MULTI_CENTER:
+      return rows.reshape(num_classes, num_centers, dim)
+    return rows
 
   arrays = {}
-  if needs.proxies:
-    arrays['proxies'] = draw(keys[0], needs.proxies)
-  if needs.centers:
-    arrays['centers'] = draw(keys[1], needs.centers)
-  if needs.assignment:
+  if loss.proxies:
+    arrays['proxies'] = draw(keys[0], loss.proxies)
+  if loss.centers:
+    arrays['centers'] = draw(keys[1], loss.centers)
+  if loss.has_assignment:
     arrays['assignment'] = (
-      proxies.assignment_by_size(class_sizes, num_free)
+      proxies.assignment_by_size(class_sizes, num_unassigned)
       if config.proxies.by_size
-      else proxies.random_assignment(keys[2], num_classes, num_free)
+      else proxies.random_assignment(keys[2], num_classes, num_unassigned)
     )
   return arrays
 
@@ -96,7 +114,7 @@ def abstract(
   class_sizes: np.ndarray,
   mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """Returns the shapes, dtypes and shardings of what `create` returns."""
+  """Returns the shapes, dtypes and shardings of the state from `create`."""
   init, shardings = _make_init(config, model, optimizer, class_sizes, mesh)
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
@@ -115,23 +133,24 @@ def create(
   class_sizes: np.ndarray,
   mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """Initialises everything from `config.seed`, on the devices of a mesh.
+  """Initializes everything from `config.seed`, on the devices of a mesh.
 
-  Each has a copy; but with `config.proxies.sharded` they share the rows of the
-  proxies, and of what the optimiser keeps of them, filled up with rows of 0.
+  Arrays are replicated. With `config.proxies.sharded` the rows of the proxies,
+  and of their optimizer state, are divided among the devices, with rows of 0 as
+  padding.
   """
   init, shardings = _make_init(config, model, optimizer, class_sizes, mesh)
-  # An argument: one program serves all seeds.
+  # The key is an argument: one compiled program serves all seeds.
   return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
 def _make_init(config, model, optimizer, class_sizes, mesh):
-  """Returns (key -> TrainState) and where its arrays lie."""
+  """Returns (key -> TrainState) and the shardings of its arrays."""
 
   def init(key):
     model_key, *loss_keys = jax.random.split(key, 4)
     size = config.dataset.image_size
-    images = jnp.zeros((1, size, size, 3))
+    images = jnp.zeros((1, size, size, 3), jnp.uint8)
     variables = model.init(model_key, images, train=False)
     params = variables.pop('params')
     loss_state = create_loss_arrays(config, loss_keys, class_sizes=class_sizes)
@@ -143,6 +162,8 @@ def _make_init(config, model, optimizer, class_sizes, mesh):
       params=params,
       loss_state=loss_state,
       model_state=variables,
+      skipped_steps=jnp.int32(0),
+      skipped_in_row=jnp.int32(0),
       opt_state=optimizer.init(params),
     )
 
@@ -159,15 +180,15 @@ def _make_init(config, model, optimizer, class_sizes, mesh):
 
 
 class Checkpoints:
-  """The saved states of a run, in a folder of its workdir.
+  """The checkpoints of a run, in a folder of its workdir.
 
-  A save happens in the background. It becomes visible by a rename when it is
-  whole, so that a killed process leaves the states before it. Each state
-  carries sums over its bytes: Orbax does not notice changed ones.
+  Saving is asynchronous. A checkpoint becomes visible by a rename when it is
+  complete, so a killed process leaves the previous checkpoints intact. Each one
+  carries checksums of its arrays, since Orbax does not detect changed bytes.
   """
 
   def __init__(self, workdir: str, *, keep: int, folder: str = 'checkpoints'):
-    self._directory = os.path.join(os.path.abspath(workdir), folder)
+    self.directory = os.path.join(os.path.abspath(workdir), folder)
     self._keep = keep
     self._checkpointer = None
     self._open()
@@ -176,7 +197,7 @@ class Checkpoints:
     if self._checkpointer is not None:
       self._checkpointer.close()
     self._checkpointer = ocp.training.Checkpointer(
-      self._directory,
+      self.directory,
       preservation_policy=ocp.training.preservation_policies.LatestN(
         self._keep
       ),
@@ -186,24 +207,24 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """The steps of the saved states, ascending."""
+    """Steps of the checkpoints, ascending."""
     return processes.of_first(
       lambda: sorted(entry.step for entry in self._checkpointer.checkpoints)
     )
 
   def save(self, step: int, state: TrainState) -> None:
-    """Begins to save a state, unless that step is saved; waits for the last."""
+    """Starts saving a state, unless its step is saved; waits for the last."""
     self.wait()
     if step not in self.steps:
       self._pending = self._checkpointer.save_async(
-        step, {'state': _as_dict(state), 'sums': _sums(state)}
+        step, {'state': _as_dict(state), 'checksums': _checksums(state)}
       )
 
   def wait(self) -> None:
-    """Waits for the save that is under way.
+    """Waits for the save in progress.
 
     Raises:
-      OSError: if it failed, such as for a full disk.
+      OSError: if it failed, for instance because the disk is full.
     """
     pending, self._pending = self._pending, None
     if pending is not None:
@@ -212,17 +233,17 @@ class Checkpoints:
   def restore(
     self, like: TrainState, *, step: int | None = None
   ) -> TrainState | None:
-    """Restores the newest whole state, placed as `like`; None if none is saved.
+    """Restores the newest intact checkpoint; returns None if there is none.
 
-    A state that cannot be read, or whose bytes have changed, is named, moved
-    aside to STEP.broken, and the one before it is taken.
+    A checkpoint that cannot be read, or whose bytes have changed, is logged and
+    renamed to STEP.broken, and the one before it is tried.
 
     Args:
-      like: a state of the same structure and sharding.
-      step: the only one to take; by default any.
+      like: a state with the structure and the shardings to restore into.
+      step: the only step to try; by default all, newest first.
 
     Raises:
-      ValueError: if such states are saved and none can be read.
+      ValueError: if there are checkpoints but none is intact.
     """
     steps = [s for s in self.steps if step in (None, s)]
     for step in reversed(steps):
@@ -245,31 +266,31 @@ class Checkpoints:
       self._open()
     if steps:
       raise ValueError(
-        f'None of the checkpoints of steps {steps} in {self._directory!r} can '
+        f'None of the checkpoints of steps {steps} in {self.directory!r} can '
         'be read. Use another workdir, or delete this one to start again.'
       )
     return None
 
   def _restore_step(self, step, like):
-    like_saved = {'state': _as_dict(like), 'sums': _sums(like)}
+    like_saved = {'state': _as_dict(like), 'checksums': _checksums(like)}
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       like_saved,
     )
-    # Rows of 0 are added to sharded proxies for another number of devices, or
-    # taken away; the sums do not see them, and would see any others.
+    # The padding of sharded proxies depends on the number of devices. The
+    # checksums ignore added or removed rows of 0 and detect any others.
     context = ocp.Context()
     context.array.loading.enable_padding_and_truncation = True
     with context:
       saved = self._checkpointer.load(step, abstract)
     state = TrainState(**saved['state'])
-    wrong = np.flatnonzero(np.asarray(_sums(state) != saved['sums']))
+    wrong = np.flatnonzero(np.asarray(_checksums(state) != saved['checksums']))
     if wrong.size or int(state.step) != step:
       raise ValueError(f'the bytes of {max(wrong.size, 1)} arrays have changed')
     return state
 
   def _move_aside(self, step):
-    path = os.path.join(self._directory, str(step))
+    path = os.path.join(self.directory, str(step))
     target, number = f'{path}.broken', 1
     while os.path.exists(target):
       number += 1
@@ -282,19 +303,20 @@ class Checkpoints:
 
 
 def read(folder: str, *, step: int | None = None) -> TrainState:
-  """Reads a saved state onto one device, without what the optimiser keeps.
+  """Reads a checkpoint onto one device, without the state of the optimizer.
 
-  It needs no state alike, and disturbs no run that is at work there.
+  It needs no state to restore into and does not disturb a run that is writing
+  to the folder.
 
   Args:
-    folder: of checkpoints.
-    step: of the state; by default the newest.
+    folder: the folder of the checkpoints.
+    step: the checkpoint's step; by default the newest.
 
   Returns:
-    The state; `opt_state` is ().
+    The state; its `opt_state` is ().
 
   Raises:
-    ValueError: if there is none, it cannot be read, or its bytes have changed.
+    ValueError: if the checkpoint is missing, unreadable or changed.
   """
   names = os.listdir(folder) if os.path.isdir(folder) else []
   steps = [int(name) for name in names if name.isdigit()]
@@ -306,7 +328,7 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   try:
-    # Orbax takes a Ctrl-C for a broken file, or hangs.
+    # A KeyboardInterrupt inside Orbax is reported as a broken file, or hangs.
     with context, signals.StopSignals() as stop_signals:
       abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -322,9 +344,8 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
       f'{reason}).'
     ) from error
   state = TrainState(**saved['state'], opt_state=())
-  # Those of the optimiser's arrays are the last.
-  sums = _sums(state)
-  if not np.array_equal(sums, saved['sums'][: sums.size]):
+  checksums = _checksums(state)
+  if not np.array_equal(checksums, saved['checksums'][: checksums.size]):
     raise ValueError(f'The bytes of the checkpoint {path!r} have changed.')
   return state
 
@@ -337,14 +358,14 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 
 
 @jax.jit
-def _sums(state: TrainState) -> jax.Array:
-  """Sums the words of each array, weighted by place, modulo 2^32.
+def _checksums(state: TrainState) -> jax.Array:
+  """Returns uint32 [num_arrays]: sums of words weighted by position, mod 2^32.
 
-  Weights are odd, so that no change of one word is lost. Integer sums do not
-  depend on their order, nor on how an array is divided among devices.
+  Weights are odd, so that a change of any single word changes the sum. Integer
+  addition is associative: the sums do not depend on how an array is sharded.
   """
 
-  def words_sum(array):
+  def checksum(array):
     if array.dtype == bool:
       array = array.astype(jnp.uint8)
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
@@ -352,4 +373,4 @@ def _sums(state: TrainState) -> jax.Array:
     weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
     return jnp.sum(words.astype(jnp.uint32) * weights, dtype=jnp.uint32)
 
-  return jnp.stack([words_sum(array) for array in jax.tree.leaves(state)])
+  return jnp.stack([checksum(array) for array in jax.tree.leaves(state)])

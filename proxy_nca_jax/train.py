@@ -1,14 +1,15 @@
-"""Training: the step, and the run around it."""
+"""A run: prepares, trains, scores, saves and reports; resumes where it stopped.
+
+The functions stand in the order of events; `train_and_evaluate`, which calls
+them, comes last.
+"""
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax
 import ml_collections
@@ -19,11 +20,12 @@ from proxy_nca_jax import (
   configuration,
   datasets,
   dry_run,
-  evaluate,
   input_pipeline,
+  loop,
   losses,
   models,
   report,
+  weights,
 )
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
@@ -33,6 +35,7 @@ from proxy_nca_jax.datasets import summary
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.evaluate import selection
 from proxy_nca_jax.input_pipeline import on_device
+from proxy_nca_jax.report import results as results_lib
 from proxy_nca_jax.runtime import (
   metric_writer,
   monitoring,
@@ -43,12 +46,130 @@ from proxy_nca_jax.runtime import (
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 _REPORT = 'report.html'
-# What the log says that a step waits for.
-_INPUT = 'its input'
-_DEVICE = 'the device, or a compilation'
-_SAVING = 'checkpoints to be written'
-
 _logger = logging.getLogger(__name__)
+
+# (state, split) -> embeddings, and (embeddings, split) -> scores.
+_Embed = Callable[[state_lib.TrainState, datasets.Split], np.ndarray]
+_Score = Callable[..., dict[str, float]]
+
+
+def _read_run(
+  config, workdir: str, mode: str
+) -> tuple[dict | None, dict | None]:
+  """Returns the contents of run.json and results.json, or None.
+
+  Results count only if the report that belongs to them is there.
+
+  Raises:
+    ValueError: if the run has another configuration.
+  """
+  saved, results = (
+    workdir_lib.read_json(os.path.join(workdir, name))
+    for name in ('run.json', 'results.json')
+  )
+  if saved:
+    configuration.check_same_run(config, saved['config'], mode=mode)
+  if config.report and not os.path.exists(os.path.join(workdir, _REPORT)):
+    results = None
+  return saved, results
+
+
+def _report_finished(config, saved: Mapping, results: Mapping) -> None:
+  _logger.info('This run finished at step %d.', results['step'])
+  results_lib.log_table(results)
+  if configuration.changed_fields(config, saved['config'], 'evaluation.'):
+    _logger.info(
+      'These scores were made with other settings of config.evaluation; '
+      '--mode=eval scores the run again.'
+    )
+
+
+def load_data(config: ml_collections.ConfigDict) -> datasets.Datasets:
+  """Loads the data: the primary process prepares it while the others wait.
+
+  Raises:
+    ValueError: if it is missing, or does not fit the configuration.
+  """
+  loaded = []
+  processes.of_first(lambda: loaded.append(datasets.load(config)))
+  data = loaded[0] if loaded else datasets.load(config)
+  summary.log(data)
+  input_pipeline.check_splits(config, data.train, data.test)
+  return data
+
+
+def _load_same_data(config, saved: Mapping | None) -> datasets.Datasets:
+  """Loads the data of a run.
+
+  Raises:
+    ValueError: if it has changed since the run began.
+  """
+  data = load_data(config)
+  if saved and saved['dataset_digest'] != data.digest:
+    raise ValueError(
+      'The dataset has changed since this run began (other classes, records '
+      'or split). Restore it, or use another workdir.'
+    )
+  return data
+
+
+def _write_run(config, data, weights_digest: str | None, workdir: str) -> None:
+  """Writes run.json, by which a resumed run is compared with this one."""
+  workdir_lib.write_json(
+    os.path.join(workdir, 'run.json'),
+    {
+      'config': configuration.as_json(config),
+      'dataset_digest': data.digest,
+      'weights_digest': weights_digest,
+      'class_names': data.train.class_names,
+    },
+  )
+
+
+def _make_evaluation(config, model, mesh) -> tuple[_Embed, _Score]:
+  embed_fn = embed_lib.make_embed_fn(model, mesh)
+  return (
+    functools.partial(embed_lib.embed_split, embed_fn, config),
+    functools.partial(embed_lib.score_split, config, mesh),
+  )
+
+
+def _score_baselines(config, state, test, embed: _Embed, score: _Score) -> dict:
+  """Scores the untrained network and raw pixels, unless configured not to."""
+  if not config.evaluation.baselines:
+    return {}
+  _logger.info('Scoring the untrained network and raw pixels')
+  return {
+    'untrained': score(embed(state, test), test),
+    'raw_pixels': score(input_pipeline.raw_pixels(test), test),
+  }
+
+
+def _read_baselines(history: selection.History) -> dict:
+  """Returns the scores of the baselines from the first row of the metrics."""
+  first = {name: value for name, value in history[0].items() if name != 'step'}
+  return configuration.unflatten(first)
+
+
+def make_train_step(
+  config: ml_collections.ConfigDict,
+  model,
+  optimizer,
+  train: datasets.Split,
+  mesh: jax.sharding.Mesh,
+) -> Callable:
+  """Returns the jitted training step for the classes of a split."""
+  loss = train_step_lib.correct_for_frequency(
+    train_step_lib.make_loss(config), config, train.class_sizes
+  )
+  return train_step_lib.make_train_step(
+    model,
+    optimizer,
+    loss,
+    reshard=train_step_lib.make_reshard(config, train.num_classes, mesh),
+    learning_rates=optimizer_lib.make_learning_rates(config),
+    skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
+  )
 
 
 def make_prepare(
@@ -56,10 +177,11 @@ def make_prepare(
   split: datasets.Split,
   mesh: jax.sharding.Mesh,
 ) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
-  """Returns the map from `train_batches` to batches on the devices.
+  """Returns the function from rows of `train_batches` to a global batch.
 
   Raises:
-    ValueError: if the pictures are to lie there and cannot.
+    ValueError: if `config.dataset.on_device` is set and the images differ in
+      size or do not fit into memory.
   """
   if not config.dataset.on_device:
     return functools.partial(mesh_lib.shard_batch, mesh=mesh)
@@ -71,543 +193,31 @@ def make_prepare(
   )
 
 
-class _Run(NamedTuple):
-  """What `_fit` needs beside the configuration."""
-
-  workdir: str
-  publish: Callable[[], None]
-  data: datasets.Datasets
-  signals: signals.StopSignals
-  checkpoints: state_lib.Checkpoints
-  selected: state_lib.Checkpoints
-  writer: metric_writer.MetricWriter
-  batches: Iterator[dict[str, np.ndarray]]
-  prepare: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
-  train_steps: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
-  score: Callable[[state_lib.TrainState, datasets.Split], dict[str, float]]
-  watchdog: monitoring.Watchdog
-  trace: monitoring.Trace
-
-
-def train_and_evaluate(
-  config: ml_collections.ConfigDict, workdir: str, *, mode: str = 'train'
-) -> dict:
-  """Trains as configured, resuming what is saved in the workdir, and scores.
-
-  Args:
-    config: of the run, as configs/default.py.
-    workdir: gets checkpoints, metrics.jsonl, tensorboard, log.txt and
-      results.json; is made if missing. A folder, or a URL that fsspec opens.
-    mode: 'train', or 'eval' to score the newest checkpoint and train nothing.
-
-  Returns:
-    The content of results.json; scores are fractions.
-
-  Raises:
-    ValueError: if the configuration, the data or the workdir is at fault, or
-      the loss is not finite; nothing that is saved is lost.
-    signals.Stopped: on SIGTERM or Ctrl-C, the state being saved.
-  """
-  configuration.check(config)
-  loss = train_step_lib.make_loss(config)
-  model = models.create_model(config)
-  optimizer = optimizer_lib.make_optimizer(config)
-  if config.dry_run:
-    _describe_plan(config, model, optimizer, loss)
-    return {}
-  with contextlib.ExitStack() as stack:
-    stop_signals = stack.enter_context(signals.StopSignals())
-    folder = stack.enter_context(workdir_lib.hold(workdir))
-    saved, results = processes.of_first(
-      functools.partial(_read_run, config, folder.path)
-    )
-    if mode == 'eval' and not saved:
-      raise ValueError(f'{workdir!r} holds no run: train one first.')
-    if mode == 'train' and results and results['step'] >= config.num_steps:
-      _logger.info('This run is finished, at step %d.', results['step'])
-      _log_table(results)
-      return results
-
-    data, weights_digest = _begin(config, saved, folder.path)
-    mesh = mesh_lib.make_mesh()
-    embed, score_embeddings, score = _make_scores(config, model, mesh)
-    state = state_lib.create(
-      config,
-      model,
-      optimizer,
-      class_sizes=data.train.class_sizes,
-      mesh=mesh,
-    )
-    # Without statistics: no process has all values of sharded proxies.
-    _logger.debug(
-      parameter_overview.get_parameter_overview(
-        state.params, include_stats=False
-      )
-    )
-    checkpoints = state_lib.Checkpoints(
-      folder.path, keep=config.keep_checkpoints
-    )
-    stack.callback(checkpoints.close)
-    if mode == 'eval':
-      state = checkpoints.restore(state)
-      if state is None:
-        raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
-      results = {
-        'trained': score(state, data.test, num_resamples=1000),
-        'step': int(state.step),
-      }
-      _write_results('evaluation.json', results, folder.path)
-      return results
-
-    prepare = make_prepare(config, data.train, mesh)
-    rows = selection.read_metrics(folder.path)
-    is_new = not rows
-    if config.model.init_from and (is_new or not checkpoints.steps):
-      state = _load_weights(config, state, weights_digest)
-    baselines = _baselines(rows[0]) if rows else {}
-    if is_new and config.evaluation.baselines:
-      _logger.info('Scoring raw pixels and the untrained network')
-      pixels = input_pipeline.raw_pixels(data.test)
-      baselines = {
-        'untrained': score(state, data.test),
-        'raw_pixels': score_embeddings(pixels, data.test),
-      }
-    if baselines:
-      selection.check_select_by(config, baselines['untrained'])
-    selected = state_lib.Checkpoints(folder.path, keep=2, folder='selected')
-    stack.callback(selected.close)
-    state = checkpoints.restore(state) or state
-    first_step = int(state.step)
-    if first_step:
-      _logger.info('Resuming after step %d', first_step)
-    writer = metric_writer.MetricWriter(folder.path, first_step=first_step)
-    stack.callback(writer.close)
-    if is_new:
-      writer.write_texts(0, {'config': f'```\n{config}\n```'})
-      writer.write_scalars(0, workdir_lib.flatten(baselines))
-    batches = input_pipeline.train_batches(
-      data.train,
-      config,
-      first_step=first_step,
-      process=(jax.process_index(), jax.process_count()),
-    )
-    stack.callback(batches.close)
-    run = _Run(
-      workdir=folder.path,
-      publish=folder.publish,
-      data=data,
-      signals=stop_signals,
-      checkpoints=checkpoints,
-      selected=selected,
-      writer=writer,
-      batches=batches,
-      prepare=prepare,
-      train_steps=train_step_lib.make_train_steps(
-        _make_train_step(config, model, optimizer, loss, data.train, mesh)
-      ),
-      score=score,
-      watchdog=stack.enter_context(monitoring.Watchdog(config.stall_seconds)),
-      trace=stack.enter_context(
-        monitoring.Trace(
-          os.path.join(folder.path, 'profile'), config.profile_steps
-        )
-      ),
-    )
-    state = _fit(config, state, run)
-    best, tested, scores = _score_last(
-      config, state, run, embed=embed, score_embeddings=score_embeddings
-    )
-    results = {
-      **scores,
-      **baselines,
-      'step': config.num_steps,
-      'skipped_steps': _num_skipped(state),
-      'dataset': summary.summarize(data),
-      'weights': {'from': config.model.init_from, 'sha256': weights_digest},
-      'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-      'versions': provenance.versions(),
-    }
-    _write_results('results.json', results, folder.path)
-    if config.report:
-      _write_report(
-        config,
-        best,
-        functools.partial(embed, best),
-        tested,
-        results,
-        data,
-        folder.path,
-      )
-    return results
-
-
-def _make_train_step(config, model, optimizer, loss, train, mesh):
-  return train_step_lib.make_train_step(
-    model,
-    optimizer,
-    train_step_lib.correct_for_frequency(loss, config, train.class_sizes),
-    embed_lib.make_normalize(config),
-    share=train_step_lib.make_share(config, train.num_classes, mesh),
-    learning_rates=optimizer_lib.make_learning_rates(config),
-  )
-
-
-def _make_scores(config, model, mesh) -> tuple[Callable, Callable, Callable]:
-  """Returns what embeds a split, what scores its embeddings, and both in one.
-
-  They are (state, split) -> embeddings, (embeddings, split) -> scores and
-  (state, split) -> scores.
-  """
-  embed_fn = embed_lib.make_embed_fn(
-    model, embed_lib.make_normalize(config), mesh
-  )
-  embed = functools.partial(embed_lib.embed_split, embed_fn, config)
-  score_embeddings = functools.partial(embed_lib.score_split, config, mesh)
-
-  def score(state, split, **kwargs):
-    return score_embeddings(embed(state, split), split, **kwargs)
-
-  return embed, score_embeddings, score
-
-
-def _describe_plan(config, model, optimizer, loss) -> None:
-  """Logs what the run would do, and leaves its workdir alone."""
-  data, mesh = _load_in_turn(config), mesh_lib.make_mesh()
-  state = state_lib.abstract(
-    config, model, optimizer, class_sizes=data.train.class_sizes, mesh=mesh
-  )
-  step = _make_train_step(config, model, optimizer, loss, data.train, mesh)
-  _logger.info('%s', dry_run.describe(config, data.train, step, state, mesh))
-  _logger.info('A dry run (config.dry_run): nothing was trained.')
-
-
-def _take_steps(
-  config: ml_collections.ConfigDict,
-  state: state_lib.TrainState,
-  run: _Run,
-  progress: metric_writer.Progress,
-  rate_scale: float,
-  *,
-  done: int,
-) -> state_lib.TrainState:
-  """Takes the steps of one dispatch after `done`, and reports them."""
-  first, last = done + 1, done + config.steps_per_dispatch
-  with run.watchdog.waiting_for(_INPUT, step=first):
-    batches = list(itertools.islice(run.batches, config.steps_per_dispatch))
-  for batch in batches:
-    losses.check_labels(batch['label'], run.data.train.num_classes)
-  run.trace.before(first, last)
-  with (
-    run.watchdog.waiting_for(_DEVICE, step=first),
-    jax.profiler.StepTraceAnnotation('train', step_num=first),
-  ):
-    state, metrics = run.train_steps(
-      state,
-      [run.prepare(batch) for batch in batches],
-      rate_scale,
-      freeze_batch_norm=_is_batch_norm_frozen(config, done),
-    )
-    progress.add(last, metrics, input_seconds=run.watchdog.seconds[_INPUT])
-  run.trace.after(last, metrics)
-  if last == config.num_steps or last % config.log_every == 0:
-    progress.report()
-    run.publish()
-  return state
-
-
-def _fit(
-  config: ml_collections.ConfigDict, state: state_lib.TrainState, run: _Run
-) -> state_lib.TrainState:
-  """Trains up to `config.num_steps`, logging, scoring and saving.
-
-  Raises:
-    ValueError: if a loss or gradient is not finite, or too many were in a row
-      where such steps are skipped; no such state is saved.
-    signals.Stopped: on a signal, the state being saved.
-  """
-  done, last = int(state.step), config.num_steps
-  progress = metric_writer.Progress(
-    run.writer,
-    num_steps=last,
-    batch_size=config.batch_size,
-    max_skipped=config.optimizer.max_skipped_steps,
-  )
-  waiting_for = run.watchdog.waiting_for
-  try:
-    # A run that was stopped just before an evaluation makes up for it.
-    if done and _is_evaluated(config, done):
-      if not _is_written(_evaluated_split(run), done, run.workdir):
-        _evaluate(config, state, run)
-    rate_scale = selection.rate_scale(config, run.workdir)
-    while done < last:
-      run.signals.check()
-      state = _take_steps(config, state, run, progress, rate_scale, done=done)
-      done += config.steps_per_dispatch
-      # Before the save, so that a run that resumes after it has the scores.
-      if _is_evaluated(config, done):
-        with waiting_for(_DEVICE, step=done):
-          progress.check()
-        _evaluate(config, state, run)
-        rate_scale = selection.rate_scale(config, run.workdir)
-        progress.restart_clock()
-      if done == last or done % config.save_every == 0:
-        # A state is saved only if all losses before it are finite.
-        with waiting_for(_DEVICE, step=done):
-          progress.check()
-        with waiting_for(_SAVING, step=done):
-          run.selected.wait()
-          run.checkpoints.save(done, state)
-        run.publish()
-    with waiting_for(_SAVING, step=done):
-      run.checkpoints.wait()
-  except signals.Stopped:
-    progress.check()
-    run.selected.wait()
-    run.checkpoints.save(done, state)
-    run.checkpoints.wait()
-    _logger.info(
-      'Stopped after step %d of %d, saved. The same command goes on.',
-      done,
-      last,
-    )
-    raise
-  return state
-
-
-def _score_last(
-  config: ml_collections.ConfigDict,
-  state: state_lib.TrainState,
-  run: _Run,
-  *,
-  embed: Callable[..., np.ndarray],
-  score_embeddings: Callable[..., dict[str, float]],
-) -> tuple[state_lib.TrainState, np.ndarray, dict]:
-  """Scores the last state and the selected one, which is shown, on the test.
-
-  Returns:
-    The selected state, its test embeddings, and the scores by their titles in
-    results.json.
-  """
-  test = run.data.test
-  tested = embed(state, test)
-  trained = score_embeddings(tested, test)
-  # A run that was killed since then has them already.
-  if not _is_written('test', config.num_steps, run.workdir):
-    run.writer.write_scalars(
-      config.num_steps, workdir_lib.flatten({'test': trained})
-    )
-  best, scores = _restore_selected(config, state, run)
-  if scores:
-    scores['selected'] = trained
-    if best is not state:
-      tested = embed(best, test)
-      scores['selected'] = score_embeddings(tested, test)
-  scores['trained'] = trained
-  if run.data.seen:
-    scores['seen_classes'] = run.score(state, run.data.seen)
-  return best, tested, scores
-
-
-def _write_report(
-  config, state, embed, tested, results, data: datasets.Datasets, workdir: str
-) -> None:
-  """Writes report.html; all processes embed, and process 0 writes."""
-  # As the test pictures are: resized, not augmented.
-  some = np.random.default_rng(0).permutation(len(data.train))[:2000]
-  some = dataclasses.replace(data.train, pictures=data.test.pictures).take(some)
-  learned = embed(some)
-  proxies = None
-  if losses.NEEDS[config.loss.name].has_labelled_proxies:
-    proxies = mesh_lib.fetch(state.params['proxies'])[: data.train.num_classes]
-  if not processes.is_first():
-    return
-  path = os.path.join(workdir, _REPORT)
-  report.write(
-    path,
-    results=results,
-    config=workdir_lib.as_json(config),
-    overrides=workdir_lib.overrides(config),
-    facts={
-      'step shown': str(results.get('selected_step', results['step'])),
-      'wall time': monitoring.wall_time(),
-      'commit': provenance.commit(),
-    },
-    rows=metric_writer.read_metrics(workdir),
-    test=report.Embedded(data.test, tested),
-    train=report.Embedded(some, learned),
-    proxies=proxies,
-  )
-  _logger.info('The report is %s', path)
-
-
-def _read_run(config, workdir: str) -> tuple[dict | None, dict | None]:
-  """Returns what run.json and results.json hold, or None.
-
-  Results without the report that belongs to them do not count.
-
-  Raises:
-    ValueError: if the run has another configuration.
-  """
-  saved, results = (
-    workdir_lib.read_json(os.path.join(workdir, name))
-    for name in ('run.json', 'results.json')
-  )
-  if saved:
-    workdir_lib.check_same_run(
-      config,
-      saved['config'],
-      may_add_steps=not optimizer_lib.depends_on_num_steps(config),
-    )
-  if config.report and not os.path.exists(os.path.join(workdir, _REPORT)):
-    results = None
-  return saved, results
-
-
-def _begin(
-  config, saved: Mapping | None, workdir: str
-) -> tuple[datasets.Datasets, str | None]:
-  """Returns the data and the digest of the weights; writes run.json.
-
-  Raises:
-    ValueError: if either cannot be had, or the data is other than before.
-  """
-  data = _load_in_turn(config)
-  if saved and saved['dataset_digest'] != data.digest:
-    raise ValueError(
-      'The data set has changed since this run began (other classes, records '
-      'or split). Restore it, or use another workdir.'
-    )
-  weights_digest = processes.of_first(
-    functools.partial(_digest_weights, config, saved)
-  )
-  workdir_lib.write_json(
-    os.path.join(workdir, 'run.json'),
-    {
-      'config': workdir_lib.as_json(config),
-      'dataset_digest': data.digest,
-      'weights_digest': weights_digest,
-      'class_names': data.train.class_names,
-    },
-  )
-  return data, weights_digest
-
-
-def _num_skipped(state: state_lib.TrainState) -> int:
-  """The steps that were skipped because they were not finite."""
-  counts = optimizer_lib.skip_counts(state.opt_state)
-  return int(counts.get('skipped_steps', 0))
-
-
-def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:
-  """Loads on process 0 first, which prepares; the others wait for it.
-
-  Raises:
-    ValueError: if the data cannot be had, or does not fit the configuration.
-  """
-  loaded = []
-  processes.of_first(lambda: loaded.append(datasets.load(config)))
-  data = loaded[0] if loaded else datasets.load(config)
-  summary.log(data)
-  input_pipeline.check_image_size(data.test, config.dataset)
-  input_pipeline.check_train_batches(data.train, config)
-  return data
-
-
-def _is_batch_norm_frozen(config, done: int) -> bool:
-  steps = config.model.freeze_batch_norm_steps
-  return steps < 0 or done < steps
-
-
-def _digest_weights(config, saved: Mapping | None) -> str | None:
-  """The SHA-256 of the weights to begin with; a run that began knows its own.
-
-  Raises:
-    ValueError: if they cannot be had.
-  """
-  if saved:
-    return saved.get('weights_digest')
-  if not config.model.init_from:
-    return None
-  path = models.find_weights(config.model.init_from, config.model.name)
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _load_weights(
-  config, state: state_lib.TrainState, digest: str
-) -> state_lib.TrainState:
-  """Puts the weights to begin with into a state.
-
-  Raises:
-    ValueError: if they cannot be had, do not fit, or are others than before.
-  """
-  if _digest_weights(config, None) != digest:
-    raise ValueError(
-      f'{config.model.init_from!r} (config.model.init_from) has changed since '
-      'this run began. Restore it, or use another workdir.'
-    )
-  path = models.find_weights(config.model.init_from, config.model.name)
-  params, model_state = models.load_weights(
-    path, config.model.name, state.params, state.model_state
-  )
-  _logger.info('Beginning with the weights of %s', path)
-  return dataclasses.replace(state, params=params, model_state=model_state)
-
-
-def _is_evaluated(config, step: int) -> bool:
-  """Whether a step is scored while training; the last one is in any case."""
-  if step == config.num_steps:
-    return bool(config.dataset.validation)
-  return bool(config.eval_every) and step % config.eval_every == 0
-
-
-def _evaluate(config, state: state_lib.TrainState, run: _Run) -> None:
-  """Scores a state on the validation classes if there are, else on the test.
-
-  The best state on the validation classes so far is kept.
-  """
-  step = int(state.step)
-  title = _evaluated_split(run)
-  scores = run.score(state, run.data.validation or run.data.test)
-  name, value = next(iter(scores.items()))
-  _logger.info(
-    'step %d/%d  %s %.2f%% on the %s classes',
-    step,
-    config.num_steps,
-    name,
-    100 * value,
-    title,
-  )
-  selection.check_select_by(config, scores)
-  run.writer.write_scalars(step, workdir_lib.flatten({title: scores}))
-  if run.data.validation and selection.select(config, run.workdir)[0] == step:
-    run.selected.save(step, state)
-
-
-def _evaluated_split(run: _Run) -> str:
-  return 'validation' if run.data.validation else 'test'
-
-
-def _is_written(title: str, step: int, workdir: str) -> bool:
-  """Whether a step's scores of a split are among the metrics."""
+def _has_scores(history: selection.History, title: str, step: int) -> bool:
+  """Whether the history has the scores of a split at a step."""
   return any(
     name.startswith(f'{title}.')
-    for row in selection.read_metrics(workdir)
+    for row in history
     if row['step'] == step
     for name in row
   )
 
 
 def _restore_selected(
-  config, state: state_lib.TrainState, run: _Run
+  config,
+  state: state_lib.TrainState,
+  history: selection.History,
+  selected: state_lib.Checkpoints,
 ) -> tuple[state_lib.TrainState, dict]:
-  """Returns the state that the validation classes selected, and why.
+  """Returns the state that the validation scores select, and the reason.
 
-  Without them, or if it is the last one, that is the state that is given.
+  Args:
+    config: the run's config, with validation classes.
+    state: the last state.
+    history: rows of the metrics.
+    selected: the checkpoints of the best states.
   """
-  if not run.data.validation:
-    return state, {}
-  step, value = selection.select(config, run.workdir)
+  step, value = selection.select(config, history)
   _logger.info(
     'Step %d has the best %s on the validation classes, %.2f%%.',
     step,
@@ -615,52 +225,343 @@ def _restore_selected(
     100 * value,
   )
   if step != config.num_steps:
-    state = run.selected.restore(state, step=step)
+    state = selected.restore(state, step=step)
     if state is None:
       raise ValueError(
-        f'The selected state of step {step} is missing from '
-        f'{os.path.join(run.workdir, "selected")!r}: use another workdir.'
+        f'The selected checkpoint of step {step} is missing from '
+        f'{selected.directory!r}: use another workdir.'
       )
-  return state, {
+  reason = {
     'selected_step': step,
     'selected_by': {config.evaluation.select_by: value},
   }
+  return state, reason
 
 
-def _baselines(row: Mapping[str, float]) -> dict[str, dict[str, float]]:
-  """Returns the scores that a run began with, of its first row of metrics."""
-  baselines = {}
-  for name, value in row.items():
-    if name != 'step':
-      title, score = name.split('.')
-      baselines.setdefault(title, {})[score] = value
-  return baselines
+def _write_report(
+  config, state, embed: _Embed, tested, results, data, workdir: str
+) -> None:
+  """Writes report.html; all processes embed, and the primary writes."""
+  # Training images as the test images are: resized, not augmented.
+  some = np.random.default_rng(0).permutation(len(data.train))[:2000]
+  some = dataclasses.replace(data.train, pictures=data.test.pictures).take(some)
+  trained = embed(state, some)
+  proxies = None
+  if losses.LOSSES[config.loss.name].has_class_proxies:
+    proxies = mesh_lib.fetch(state.params['proxies'])[: data.train.num_classes]
+  if not processes.is_first():
+    return
+  path = os.path.join(workdir, _REPORT)
+  report.write(
+    path,
+    results=results,
+    config=configuration.as_json(config),
+    overrides=configuration.overrides(config),
+    facts={
+      'step shown': str(results.get('selected_step', results['step'])),
+      'wall time': monitoring.wall_time(),
+      'commit': provenance.commit(),
+    },
+    rows=metric_writer.read_metrics(workdir),
+    test=report.Embedded(data.test, tested),
+    train=report.Embedded(some, trained),
+    proxies=proxies,
+  )
+  _logger.info('The report is %s', path)
 
 
-def _write_results(name: str, results: Mapping, workdir: str) -> None:
-  workdir_lib.write_json(os.path.join(workdir, name), results)
-  _log_table(results)
+def _score_checkpoint(config, saved: Mapping | None, workdir: str) -> dict:
+  """Scores the newest checkpoint and writes evaluation.json.
 
-
-def _log_table(results: Mapping) -> None:
-  rows = {
-    title: results[title]
-    for title in (
-      'selected',
-      'trained',
-      'seen_classes',
-      'untrained',
-      'raw_pixels',
-    )
-    if title in results
+  Raises:
+    ValueError: if there is none.
+  """
+  if not saved:
+    raise ValueError(f'{workdir!r} holds no run: train one first.')
+  data = _load_same_data(config, saved)
+  mesh, model = mesh_lib.make_mesh(), models.create_model(config)
+  state = state_lib.create(
+    config,
+    model,
+    optimizer_lib.make_optimizer(config),
+    class_sizes=data.train.class_sizes,
+    mesh=mesh,
+  )
+  with contextlib.closing(
+    state_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
+  ) as checkpoints:
+    state = checkpoints.restore(state)
+  if state is None:
+    raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
+  embed, score = _make_evaluation(config, model, mesh)
+  results = {
+    'trained': score(embed(state, data.test), data.test, num_resamples=1000),
+    'step': int(state.step),
   }
-  _logger.info('Scores on unseen classes, percent:')
-  for line in evaluate.format_table(rows).splitlines():
-    _logger.info('%s', line)
-  scores = results['trained']
-  if scores['queries_without_match']:
-    _logger.info(
-      '%d of %d queries have no match: they are in no mean.',
-      scores['queries_without_match'],
-      scores['queries_without_match'] + scores['num_queries'],
+  results_lib.write('evaluation.json', results, workdir)
+  return results
+
+
+def _start(
+  config,
+  state: state_lib.TrainState,
+  data: datasets.Datasets,
+  checkpoints: state_lib.Checkpoints,
+  weights_digest: str | None,
+  *,
+  embed: _Embed,
+  score: _Score,
+  workdir: str,
+) -> tuple[state_lib.TrainState, list[dict], dict]:
+  """Restores the newest checkpoint, or initializes and scores the baselines.
+
+  Returns:
+    The state to train from; the rows of the metrics up to its step; and the
+    scores of the baselines, to be recorded if there are no rows.
+  """
+  history = processes.of_first(lambda: metric_writer.read_metrics(workdir))
+  if config.model.init_from and not (history and checkpoints.steps):
+    state = weights.load(config, state, weights_digest)
+  if history:
+    baselines = _read_baselines(history)
+  else:
+    baselines = _score_baselines(config, state, data.test, embed, score)
+  if baselines:
+    selection.check_select_by(config, baselines['untrained'])
+  state = checkpoints.restore(state) or state
+  step = int(state.step)
+  if step:
+    _logger.info('Resuming after step %d', step)
+  return state, [row for row in history if row['step'] <= step], baselines
+
+
+def _score_last(
+  config,
+  state: state_lib.TrainState,
+  data: datasets.Datasets,
+  history: selection.History,
+  selected: state_lib.Checkpoints,
+  *,
+  embed: _Embed,
+  score: _Score,
+  record: Callable[[int, Mapping], None],
+) -> tuple[state_lib.TrainState, np.ndarray, dict]:
+  """Scores the last state on the test split, and the selected one if another.
+
+  Returns:
+    The selected state, or the last one without validation classes; its test
+    embeddings; and the scores by their titles in results.json.
+  """
+  embeddings = embed(state, data.test)
+  trained = score(embeddings, data.test)
+  # A run that was killed later than this has recorded them already.
+  if not _has_scores(history, 'test', config.num_steps):
+    record(config.num_steps, {'test': trained})
+  best, results = state, {}
+  if data.validation:
+    best, results = _restore_selected(config, state, history, selected)
+    results['selected'] = trained
+    if best is not state:
+      embeddings = embed(best, data.test)
+      results['selected'] = score(embeddings, data.test)
+  results['trained'] = trained
+  if data.seen:
+    results['seen_classes'] = score(embed(state, data.seen), data.seen)
+  return best, embeddings, results
+
+
+def _train(
+  config: ml_collections.ConfigDict,
+  saved: Mapping | None,
+  folder: workdir_lib.Folder,
+  stop_signals: signals.StopSignals,
+  stack: contextlib.ExitStack,
+) -> dict:
+  """Trains from the newest checkpoint, or from the start, and scores.
+
+  Args:
+    config: the run's config.
+    saved: the content of run.json, if the run began before.
+    folder: where the run works.
+    stop_signals: raises `signals.Stopped` at a check after a signal.
+    stack: closes, when the run ends, the resources opened here.
+  """
+  data = _load_same_data(config, saved)
+  weights_digest = processes.of_first(
+    functools.partial(weights.digest, config, saved)
+  )
+  _write_run(config, data, weights_digest, folder.path)
+  mesh, model = mesh_lib.make_mesh(), models.create_model(config)
+  optimizer = optimizer_lib.make_optimizer(config)
+  embed, score = _make_evaluation(config, model, mesh)
+  state = state_lib.create(
+    config, model, optimizer, class_sizes=data.train.class_sizes, mesh=mesh
+  )
+  # Without statistics: no process holds all values of sharded proxies.
+  _logger.debug(
+    parameter_overview.get_parameter_overview(state.params, include_stats=False)
+  )
+  checkpoints = state_lib.Checkpoints(folder.path, keep=config.keep_checkpoints)
+  stack.callback(checkpoints.close)
+  selected = state_lib.Checkpoints(folder.path, keep=2, folder='selected')
+  stack.callback(selected.close)
+  prepare = make_prepare(config, data.train, mesh)
+  state, history, baselines = _start(
+    config,
+    state,
+    data,
+    checkpoints,
+    weights_digest,
+    embed=embed,
+    score=score,
+    workdir=folder.path,
+  )
+  first_step = int(state.step)
+  writer = metric_writer.MetricWriter(folder.path, first_step=first_step)
+  stack.callback(writer.close)
+
+  def record(step, scores):
+    row = configuration.flatten(scores)
+    writer.write_scalars(step, row)
+    history.append({'step': step, **row})
+
+  if not history:
+    writer.write_texts(0, {'config': f'```\n{config}\n```'})
+    record(0, baselines)
+  batches = input_pipeline.train_batches(
+    data.train,
+    config,
+    first_step=first_step,
+    process=(jax.process_index(), jax.process_count()),
+  )
+  stack.callback(batches.close)
+  watchdog = stack.enter_context(monitoring.Watchdog(config.stall_seconds))
+  progress = metric_writer.Progress(
+    writer,
+    num_steps=config.num_steps,
+    batch_size=config.batch_size,
+    max_skipped=config.optimizer.max_skipped_steps,
+  )
+  take_steps = loop.make_take_steps(
+    config,
+    batches,
+    num_classes=data.train.num_classes,
+    prepare=prepare,
+    train_steps=train_step_lib.make_train_steps(
+      make_train_step(config, model, optimizer, data.train, mesh)
+    ),
+    progress=progress,
+    watchdog=watchdog,
+    trace=stack.enter_context(
+      monitoring.Trace(
+        os.path.join(folder.path, 'profile'), config.profile_steps
+      )
+    ),
+    publish=folder.publish,
+  )
+  title = 'validation' if data.validation else 'test'
+
+  def score_step(state):
+    split, step = data.validation or data.test, int(state.step)
+    scores = score(embed(state, split), split)
+    results_lib.log_step(step, config.num_steps, title, scores)
+    selection.check_select_by(config, scores)
+    record(step, {title: scores})
+    if data.validation and selection.select(config, history)[0] == step:
+      selected.save(step, state)
+    progress.restart_clock()
+
+  def check_finite(done):
+    with watchdog.waiting_for(loop.DEVICE, step=done):
+      progress.check()
+
+  def save(state, *, block):
+    step = int(state.step)
+    with watchdog.waiting_for(loop.SAVING, step=step):
+      selected.wait()
+      checkpoints.save(step, state)
+      if block:
+        checkpoints.wait()
+    folder.publish()
+
+  state = loop.fit(
+    config,
+    state,
+    take_steps=take_steps,
+    score_step=score_step,
+    save=save,
+    check_finite=check_finite,
+    is_scored=functools.partial(_has_scores, history, title),
+    lr_scale=functools.partial(selection.lr_scale, config, history),
+    stop_signals=stop_signals,
+  )
+  best, embeddings, scores = _score_last(
+    config,
+    state,
+    data,
+    history,
+    selected,
+    embed=embed,
+    score=score,
+    record=record,
+  )
+  results = {
+    **scores,
+    **baselines,
+    'step': config.num_steps,
+    'skipped_steps': int(state.skipped_steps),
+    'dataset': summary.summarize(data),
+    'weights': {'from': config.model.init_from, 'sha256': weights_digest},
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'versions': provenance.versions(),
+  }
+  results_lib.write('results.json', results, folder.path)
+  if config.report:
+    _write_report(config, best, embed, embeddings, results, data, folder.path)
+  return results
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict, workdir: str, *, mode: str = 'train'
+) -> dict:
+  """Trains as configured, resuming from the workdir's checkpoint, and scores.
+
+  Args:
+    config: the run's config, as from configs/default.py.
+    workdir: where checkpoints, metrics.jsonl, tensorboard, log.txt,
+      results.json and report.html are written; created if missing. A folder, or
+      a URL that fsspec opens.
+    mode: 'train', or 'eval' to score the newest checkpoint without training.
+
+  Returns:
+    The content of results.json, or of evaluation.json; scores are fractions.
+
+  Raises:
+    ValueError: if the configuration, the data or the workdir is invalid, or the
+      loss is not finite; nothing saved is lost.
+    signals.Stopped: on SIGTERM or Ctrl-C, after saving the state.
+  """
+  configuration.check(config)
+  configuration.check_devices(config, jax.device_count())
+  if config.dry_run:
+    data, mesh = load_data(config), mesh_lib.make_mesh()
+    model = models.create_model(config)
+    optimizer = optimizer_lib.make_optimizer(config)
+    step = make_train_step(config, model, optimizer, data.train, mesh)
+    state = state_lib.abstract(
+      config, model, optimizer, class_sizes=data.train.class_sizes, mesh=mesh
     )
+    dry_run.log_plan(config, data.train, state, step, mesh)
+    return {}
+  with contextlib.ExitStack() as stack:
+    stop_signals = stack.enter_context(signals.StopSignals())
+    folder = stack.enter_context(workdir_lib.hold(workdir))
+    saved, results = processes.of_first(
+      functools.partial(_read_run, config, folder.path, mode)
+    )
+    if mode == 'eval':
+      return _score_checkpoint(config, saved, folder.path)
+    if results and results['step'] >= config.num_steps:
+      _report_finished(config, saved, results)
+      return results
+    return _train(config, saved, folder, stop_signals, stack)

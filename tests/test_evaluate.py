@@ -199,21 +199,19 @@ class EmbedTest(absltest.TestCase):
   def test_masked_rows_are_dropped_and_ids_give_the_order(self):
     batches = [
       {
-        'x': np.array([[2.0], [0.0]]),
-        'label': np.array([7, 5]),
+        'embedding': np.array([[2.0], [0.0]]),
         'id': np.array([2, 0]),
         'mask': np.array([True, True]),
       },
       {
-        'x': np.array([[1.0], [9.0]]),
-        'label': np.array([6, 9]),
+        'embedding': np.array([[1.0], [9.0]]),
         'id': np.array([1, 3]),
         'mask': np.array([True, False]),
       },
     ]
-    embeddings, labels = embed_lib.embed(lambda batch: batch['x'], batches)
+    embeddings = embed_lib.embed_batches(lambda batch: batch, batches)
     np.testing.assert_array_equal(embeddings, [[0], [1], [2]])
-    np.testing.assert_array_equal(labels, [5, 6, 7])
+    self.assertEqual(embeddings.dtype, np.float32)
 
   def test_a_signal_ends_it_after_the_batch(self):
     num_batches = 0
@@ -223,22 +221,21 @@ class EmbedTest(absltest.TestCase):
       num_batches += 1
       if num_batches == 2:
         signal.raise_signal(signal.SIGINT)
-      return batch['x']
+      return batch
 
     batches = 4 * [
       {
-        'x': np.ones((1, 1)),
-        'label': np.array([0]),
+        'embedding': np.ones((1, 1)),
         'id': np.array([0]),
         'mask': np.array([True]),
       }
     ]
     with signals.StopSignals():
       with self.assertRaises(signals.Stopped):
-        embed_lib.embed(embed_fn, batches)
+        embed_lib.embed_batches(embed_fn, batches)
     self.assertEqual(num_batches, 2)
 
-  def test_two_processes_equal_one(self):
+  def test_two_processes_on_an_interleaved_mesh_equal_one(self):
     results = _of_two_processes()
     self.assertEqual(results[0], results[1])
     rng = np.random.default_rng(0)
@@ -250,6 +247,7 @@ class EmbedTest(absltest.TestCase):
 _PROCESS = """
 import json
 import sys
+import types
 
 import jax
 import numpy as np
@@ -262,8 +260,9 @@ from proxy_nca_jax import evaluate
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.evaluate import embed as embed_lib
 
-mesh = mesh_lib.make_mesh()
-gather = jax.jit(lambda x: x, out_shardings=mesh_lib.replicated(mesh))
+# The order of a TPU slice's devices need not be that of its processes.
+mesh = mesh_lib.make_mesh([jax.devices()[i] for i in (0, 2, 1, 3)])
+assert [d.process_index for d in mesh.devices] == [0, 1, 0, 1]
 rng = np.random.default_rng(0)
 embeddings, labels = rng.normal(size=(300, 16)), rng.integers(0, 40, 300)
 # Each process has every second piece of 50 rows, the last ones in no batch.
@@ -272,17 +271,20 @@ for first in range(50 * jax.process_index(), 400, 100):
   ids = np.arange(first, first + 50)
   rows = np.minimum(ids, 299)
   batches.append({
-    'x': embeddings[rows].astype(np.float32),
-    'label': labels[rows],
+    'image': embeddings[rows].astype(np.float32),
     'mask': ids < 300,
     'id': ids,
   })
-embeddings, labels = embed_lib.embed(
-  lambda batch: gather(mesh_lib.shard_batch({'x': batch['x']}, mesh)['x']),
-  batches,
+model = types.SimpleNamespace(apply=lambda variables, x, train: x)
+params = {name: np.zeros(1, np.float32) for name in ('backbone', 'head')}
+state = types.SimpleNamespace(params=params, model_state={})
+embed_fn = embed_lib.make_embed_fn(model, mesh)
+embedded = embed_lib.embed_batches(
+  lambda batch: embed_fn(state, batch), batches
 )
+np.testing.assert_array_equal(embedded, embeddings.astype(np.float32))
 scores = evaluate.score(
-  embeddings,
+  embedded,
   labels,
   recall_at=(1, 4),
   kmeans_iterations=5,

@@ -14,9 +14,9 @@ from proxy_nca_jax import losses
 _BATCH, _CLASSES, _CENTERS, _DIM = 8, 5, 3, 4
 
 _SHAPES = {
-  'one': (_CLASSES, _DIM),
-  'several': (_CLASSES, _CENTERS, _DIM),
-  'free': (_CLASSES + 2, _DIM),
+  losses.PER_CLASS: (_CLASSES, _DIM),
+  losses.MULTI_CENTER: (_CLASSES, _CENTERS, _DIM),
+  losses.UNASSIGNED: (_CLASSES + 2, _DIM),
 }
 # Some classes have two proxies, and the last proxy no class.
 _ASSIGNMENT = np.array([[0, 0], [1, 5], [2, 2], [3, 5], [4, 4]])
@@ -35,35 +35,35 @@ _CASES = tuple((name, {}) for name in losses.LOSSES) + (
 )
 _LABELS_ARE_INDICES = tuple(
   name
-  for name, needs in losses.NEEDS.items()
-  if needs.proxies in ('one', 'several') or needs.centers or needs.assignment
+  for name, loss in losses.LOSSES.items()
+  if loss.has_class_proxies or loss.centers or loss.has_assignment
 )
 
 
 def _points(name, rng):
   """The arrays that a loss has gradients of: embeddings, maybe proxies."""
   shapes = [(_BATCH, _DIM)]
-  if losses.NEEDS[name].proxies:
-    shapes.append(_SHAPES[losses.NEEDS[name].proxies])
+  if form := losses.LOSSES[name].proxies:
+    shapes.append(_SHAPES[form])
   return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
 def _constants(name):
-  needs, constants = losses.NEEDS[name], {}
-  if needs.centers:
+  loss, constants = losses.LOSSES[name], {}
+  if loss.centers:
     rng = np.random.default_rng(9)
-    constants['centers'] = rng.normal(size=_SHAPES[needs.centers])
-  if needs.assignment:
+    constants['centers'] = rng.normal(size=_SHAPES[loss.centers])
+  if loss.has_assignment:
     constants['assignment'] = _ASSIGNMENT
   return constants
 
 
 def _loss(name, **kwargs):
-  return functools.partial(losses.LOSSES[name], **_constants(name), **kwargs)
+  return functools.partial(losses.LOSSES[name].fn, **_constants(name), **kwargs)
 
 
 def _oracle(name, **kwargs):
-  oracle = getattr(oracles, losses.LOSSES[name].__name__)
+  oracle = getattr(oracles, losses.LOSSES[name].fn.__name__)
   return functools.partial(oracle, **_constants(name), **kwargs)
 
 
@@ -98,10 +98,9 @@ def _inputs(name, seed=0):
 
 class LossesTest(parameterized.TestCase):
   def test_the_table_tells_of_every_loss(self):
-    self.assertEqual(list(losses.NEEDS), list(losses.LOSSES))
     self.assertEqual(sorted(losses.LOSSES), list(losses.LOSSES))
     for name, loss in losses.LOSSES.items():
-      self.assertEqual(loss.__name__, f'{name}_loss')
+      self.assertEqual(loss.fn.__name__, f'{name}_loss')
 
   @parameterized.parameters(*_CASES)
   def test_equals_the_oracle(self, name, kwargs):
@@ -189,18 +188,18 @@ class LossesTest(parameterized.TestCase):
 
   @parameterized.parameters(*losses.LOSSES)
   def test_arguments_are_those_that_the_table_tells(self, name):
-    needs = losses.NEEDS[name]
-    parameters = inspect.signature(losses.LOSSES[name]).parameters
+    loss = losses.LOSSES[name]
+    parameters = inspect.signature(loss.fn).parameters
     arrays = ['embeddings', 'proxies', 'labels']
-    if not needs.proxies:
+    if not loss.proxies:
       arrays.remove('proxies')
     self.assertEqual(
       arrays,
       [p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY],
     )
     named = {p.name for p in parameters.values() if p.default is p.empty}
-    constants = {'centers'} if needs.centers else set()
-    constants |= {'assignment'} if needs.assignment else set()
+    constants = {'centers'} if loss.centers else set()
+    constants |= {'assignment'} if loss.has_assignment else set()
     self.assertEqual(named - set(arrays), constants)
     self.assertIn('where', parameters)
 

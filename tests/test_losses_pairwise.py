@@ -122,7 +122,7 @@ class PairwiseTest(parameterized.TestCase):
     x = rng.normal(size=(6, 3)).astype(np.float32)
     labels = np.array([0, 0, 1, 1, 2, 2])
     order = np.array([4, 2, 0, 5, 3, 1])
-    loss = jax.jit(losses.LOSSES[name])
+    loss = jax.jit(losses.LOSSES[name].fn)
     # A pair's first is its anchor; exchanged, N-pairs sums other products.
     if name == 'n_pairs':
       order = np.array([4, 5, 0, 1, 2, 3])

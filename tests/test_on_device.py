@@ -112,7 +112,7 @@ class DeviceDataTest(parameterized.TestCase):
 
   def test_a_device_holds_its_part_and_never_more(self):
     split, mesh = make_split(num_records=1999), mesh_lib.make_mesh()
-    pictures = on_device.put_pictures(split, mesh)
+    pictures = on_device.put_images(split, mesh)
     size = 12 * 10 * 3
     self.assertEqual(pictures.shape, (2000, size))
     for shard in pictures.addressable_shards:
@@ -140,7 +140,7 @@ class DeviceDataTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, 'picture 1 has 10 x 9 pixels where the first has 9 x 9'
     ):
-      on_device.put_pictures(split, mesh_lib.make_mesh())
+      on_device.put_images(split, mesh_lib.make_mesh())
 
   def test_pictures_that_do_not_fit_are_refused(self):
     def device(**stats):

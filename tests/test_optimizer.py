@@ -244,53 +244,6 @@ class OptimizerTest(parameterized.TestCase):
         params['proxies'], straight[step]['proxies'], rtol=1e-6
       )
 
-  def test_gradients_that_are_not_finite_change_counts_alone(self):
-    config = _config(
-      **{
-        'on_nonfinite': 'skip',
-        'clip_norm': 1.0,
-        'head.freeze_steps': 1,
-        'proxies.schedule': 'exponential',
-        'proxies.decay_every': 1,
-      }
-    )
-    optimizer = optimizer_lib.make_optimizer(config)
-    gradients = _params()
-    broken = gradients | {'proxies': jnp.full((3, 2), jnp.nan)}
-
-    def counts(state):
-      counts = optimizer_lib.skip_counts(state)
-      return int(counts['skipped_steps']), int(counts['skipped_in_row'])
-
-    params, state, history = _params(), optimizer.init(_params()), []
-    for given in (gradients, broken, broken, gradients):
-      before = params, state.inner_state
-      updates, state = optimizer.update(given, state, params)
-      params = optax.apply_updates(params, updates)
-      history.append(counts(state))
-      if given is broken:
-        jax.tree.map(
-          np.testing.assert_array_equal, (params, state.inner_state), before
-        )
-    self.assertEqual(history, [(0, 0), (1, 1), (2, 2), (2, 0)])
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      params,
-      _step(config, gradients, num_steps=2),
-    )
-
-  def test_only_an_optimizer_that_skips_counts(self):
-    state = optimizer_lib.make_optimizer(_config()).init(_params())
-    self.assertEqual(optimizer_lib.skip_counts(state), {})
-
-  def test_unknown_names_list_the_choices(self):
-    with self.assertRaisesRegex(ValueError, 'adam, adamw, rmsprop, sgd'):
-      optimizer_lib.make_optimizer(_config(name='adagrad'))
-    with self.assertRaisesRegex(ValueError, 'cosine, exponential, step'):
-      optimizer_lib.make_optimizer(_config(**{'head.schedule': 'linear'}))
-    with self.assertRaisesRegex(ValueError, "'ignore'.*stop, skip"):
-      optimizer_lib.make_optimizer(_config(on_nonfinite='ignore'))
-
   def test_only_a_cosine_depends_on_the_number_of_steps(self):
     depends = optimizer_lib.depends_on_num_steps
     self.assertFalse(depends(_config()))

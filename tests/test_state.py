@@ -236,13 +236,13 @@ class StateTest(absltest.TestCase):
       self._open().restore(_create())
     self.assertTrue(os.path.isdir(self._path('1.broken')))
 
-  def test_sums_notice_swapped_and_changed_words(self):
-    def sums(values):
-      return state_lib._sums({'a': jnp.asarray(values)}).tolist()
+  def test_checksums_notice_swapped_and_changed_words(self):
+    def checksums(values):
+      return state_lib._checksums({'a': jnp.asarray(values)}).tolist()
 
-    self.assertNotEqual(sums([1.0, 2.0]), sums([2.0, 1.0]))
-    self.assertNotEqual(sums([1.0, 2.0]), sums([1.0, -2.0]))
-    self.assertEqual(sums([0.0, jnp.nan]), sums([0.0, jnp.nan]))
+    self.assertNotEqual(checksums([1.0, 2.0]), checksums([2.0, 1.0]))
+    self.assertNotEqual(checksums([1.0, 2.0]), checksums([1.0, -2.0]))
+    self.assertEqual(checksums([0.0, jnp.nan]), checksums([0.0, jnp.nan]))
 
 
 if __name__ == '__main__':

@@ -8,10 +8,10 @@ import fsspec
 import jax
 import numpy as np
 import whole_runs
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
 from PIL import Image
 
-from proxy_nca_jax import optimizer, train
+from proxy_nca_jax import train
 from proxy_nca_jax.configs import default, image_folder
 from proxy_nca_jax.runtime import metric_writer, remote, workdir
 
@@ -162,73 +162,6 @@ class RemoteRunTest(absltest.TestCase):
       }
     )
     return config
-
-
-class SameRunTest(parameterized.TestCase):
-  def _check(self, saved, **fields):
-    config = _config(**fields)
-    workdir.check_same_run(
-      config,
-      workdir.as_json(saved),
-      may_add_steps=not optimizer.depends_on_num_steps(config),
-    )
-
-  def test_the_same_configuration_passes(self):
-    self._check(_config())
-
-  @parameterized.parameters(
-    {'log_every': 1},
-    {'save_every': 3},
-    {'keep_checkpoints': 9},
-    {'dataset.root': '/elsewhere'},
-    {'dataset.data_dir': '/elsewhere'},
-    {'dataset.num_workers': 2},
-    {'profile_steps': (1, 2)},
-    {'stall_seconds': 1.0},
-    {'optimizer.max_skipped_steps': 1},
-  )
-  def test_fields_beside_the_mathematics_may_differ(self, **fields):
-    self._check(_config(), **fields)
-
-  @parameterized.parameters(
-    {'seed': 1},
-    {'batch_size': 32},
-    {'loss.proxy_nca.temperature': 0.5},
-    {'optimizer.proxies.learning_rate': 2.0},
-    {'eval_every': 7},
-    {'dataset.split_seed': 1},
-    {'num_steps': 10},
-    {'optimizer.on_nonfinite': 'skip'},
-  )
-  def test_any_other_field_is_named(self, **fields):
-    (name,) = fields
-    with self.assertRaisesRegex(ValueError, name):
-      self._check(_config(), **fields)
-
-  def test_all_differing_fields_are_named_at_once(self):
-    with self.assertRaisesRegex(ValueError, 'batch_size.*seed'):
-      self._check(_config(), seed=1, batch_size=32)
-
-  def test_steps_may_be_added_unless_the_schedule_knows_their_number(self):
-    self._check(_config(), num_steps=2000)
-    cosine = {'optimizer.head.schedule': 'cosine'}
-    with self.assertRaisesRegex(ValueError, 'num_steps'):
-      self._check(_config(**cosine), num_steps=2000, **cosine)
-
-  def test_a_field_younger_than_the_run_has_its_default(self):
-    saved = workdir.as_json(_config())
-    del saved['model']['width']
-    workdir.check_same_run(_config(), saved, may_add_steps=True)
-    with self.assertRaisesRegex(ValueError, 'model.width was 64 and is 8'):
-      workdir.check_same_run(
-        _config(**{'model.width': 8}), saved, may_add_steps=True
-      )
-
-  def test_a_field_that_is_no_more_is_named(self):
-    saved = workdir.as_json(_config())
-    saved['model']['depth'] = 3
-    with self.assertRaisesRegex(ValueError, "depth was 3 and is 'absent'"):
-      workdir.check_same_run(_config(), saved, may_add_steps=True)
 
 
 if __name__ == '__main__':

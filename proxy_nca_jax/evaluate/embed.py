@@ -1,4 +1,4 @@
-"""A state's scores: a split through its network, then ranked and clustered."""
+"""Embeds a split with a trained state, and scores its embeddings."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -7,81 +7,70 @@ import jax
 import ml_collections
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 
-from proxy_nca_jax import datasets, evaluate, input_pipeline, models
+from proxy_nca_jax import datasets, evaluate, input_pipeline
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.runtime import signals
 
-
-def embed(
-  embed_fn: Callable[[dict[str, np.ndarray]], jax.Array],
-  batches: Iterable[dict[str, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Embeds all batches; rows whose mask is False are left out.
-
-  Args:
-    embed_fn: maps a process's rows of a batch to float [batch, dim] of all.
-    batches: with 'label' int32, 'mask' bool and 'id' int32, all [batch / number
-      of processes].
-
-  Returns:
-    float32 [num_records, dim] and int32 [num_records], the embeddings and the
-    labels in the order of the ids.
-  """
-  rows, labels, ids = [], [], []
-  # Quiet where nobody looks.
-  for batch in tqdm.tqdm(
-    batches, desc='embedding', unit='batch', disable=None, leave=False, delay=1
-  ):
-    signals.check()
-    embeddings = np.asarray(embed_fn(batch), np.float32)
-    mask, label, number = multihost_utils.process_allgather(
-      (batch['mask'], batch['label'], batch['id']), tiled=True
-    )
-    rows.append(embeddings[mask])
-    labels.append(label[mask])
-    ids.append(number[mask])
-  order = np.argsort(np.concatenate(ids))
-  return np.concatenate(rows)[order], np.concatenate(labels)[order]
-
-
-def make_normalize(
-  config: ml_collections.ConfigDict,
-) -> Callable[[jax.Array], jax.Array]:
-  """Returns the map from uint8 images to what the backbone's weights expect."""
-  backbone = models.BACKBONES[config.model.name]
-  return functools.partial(
-    input_pipeline.normalize,
-    mean=backbone.mean,
-    std=backbone.std,
-    is_bgr=backbone.is_bgr,
-  )
+Batch = dict[str, np.ndarray]
 
 
 def make_embed_fn(
-  model,
-  normalize: Callable[[jax.Array], jax.Array],
-  mesh: jax.sharding.Mesh,
-) -> Callable[..., jax.Array]:
-  """Returns (state, batch) -> embeddings float32 [batch, dim]."""
+  model, mesh: jax.sharding.Mesh
+) -> Callable[[state_lib.TrainState, Batch], dict[str, jax.Array]]:
+  """Returns (state, batch) -> the batch with embeddings in place of images.
+
+  The batch holds this process's rows; the result holds the rows of all
+  processes, replicated, 'embedding' float32 [batch, dim] among them. The order
+  of a mesh's devices need not be that of the processes, so every array of the
+  batch passes through the mesh together.
+  """
 
   @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
-  def forward(params, model_state, images):
+  def forward(params, model_state, batch):
+    batch = dict(batch)
     params = {name: params[name] for name in ('backbone', 'head')}
-    variables = {'params': params, **model_state}
-    return model.apply(variables, normalize(images), train=False)
+    embeddings = model.apply(
+      {'params': params, **model_state}, batch.pop('image'), train=False
+    )
+    return batch | {'embedding': embeddings}
 
   def embed_fn(state, batch):
-    images = mesh_lib.shard_batch({'image': batch['image']}, mesh)['image']
-    return forward(state.params, state.model_state, images)
+    batch = mesh_lib.shard_batch(batch, mesh)
+    return forward(state.params, state.model_state, batch)
 
   return embed_fn
 
 
+def embed_batches(
+  embed_fn: Callable[[Batch], dict[str, jax.Array]], batches: Iterable[Batch]
+) -> np.ndarray:
+  """Embeds all batches; rows whose mask is False are dropped.
+
+  Args:
+    embed_fn: maps this process's rows of a batch to the rows of all processes,
+      {'embedding': float [batch, dim], 'mask': bool [batch], 'id': int32
+      [batch]}.
+    batches: this process's rows of each batch.
+
+  Returns:
+    float32 [num_records, dim], ordered by id.
+  """
+  rows, ids = [], []
+  for batch in tqdm.tqdm(
+    batches, desc='embedding', unit='batch', disable=None, leave=False, delay=1
+  ):
+    signals.check()
+    outputs = jax.device_get(embed_fn(batch))
+    mask = outputs['mask']
+    rows.append(outputs['embedding'][mask].astype(np.float32))
+    ids.append(outputs['id'][mask])
+  return np.concatenate(rows)[np.argsort(np.concatenate(ids))]
+
+
 def embed_split(
-  embed_fn: Callable[..., jax.Array],
+  embed_fn: Callable[..., dict[str, jax.Array]],
   config: ml_collections.ConfigDict,
   state: state_lib.TrainState,
   split: datasets.Split,
@@ -93,8 +82,7 @@ def embed_split(
     batch_size=config.evaluation.batch_size,
     process=(jax.process_index(), jax.process_count()),
   )
-  embeddings, _ = embed(functools.partial(embed_fn, state), batches)
-  return embeddings
+  return embed_batches(functools.partial(embed_fn, state), batches)
 
 
 def score_split(
@@ -105,14 +93,14 @@ def score_split(
   *,
   num_resamples: int = 0,
 ) -> dict[str, float]:
-  """Scores embeddings of a split as the config says: see `score`.
+  """Scores embeddings of a split as configured: see `evaluate.score`.
 
   Args:
-    config: of the run.
-    mesh: of the devices.
+    config: the run's config.
+    mesh: the devices that share the work.
     embeddings: float32 [len(split), dim].
-    split: of the data set.
-    num_resamples: of the classes, for confidence intervals.
+    split: the records.
+    num_resamples: bootstrap resamples of the classes, for confidence intervals.
   """
   names = (
     'recall_at',

@@ -1,46 +1,46 @@
-"""What the scores so far say: the best step, and the learning rates."""
+"""Decisions from the scores so far: the best step, and the learning rates.
+
+All functions take the history of a run, the rows of metrics.jsonl.
+"""
 
 import logging
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
 from proxy_nca_jax import optimizer as optimizer_lib
-from proxy_nca_jax.runtime import metric_writer, processes
 
 _logger = logging.getLogger(__name__)
 
-# The scores whose harmonic mean ProxyNCA++ selects by.
+History = Sequence[Mapping[str, float]]
+
+# ProxyNCA++ selects by the harmonic mean of these scores.
 _AVERAGED = ('nmi', 'recall@1')
 
 
-def read_metrics(workdir: str) -> list[dict]:
-  """Returns the rows of metrics.jsonl, as process 0 reads them."""
-  return processes.of_first(lambda: metric_writer.read_metrics(workdir))
-
-
 def select(
-  config: ml_collections.ConfigDict, workdir: str
+  config: ml_collections.ConfigDict, history: History
 ) -> tuple[int, float] | None:
   """Returns the first step with the best validation score, and that score.
 
-  None if no step has been scored.
+  Returns None if no step has been scored.
   """
-  scores = _validation_scores(config, workdir)
+  scores = _validation_scores(config, history)
   if not scores:
     return None
   best = max(scores, key=scores.get)
   return best, scores[best]
 
 
-def rate_scale(config: ml_collections.ConfigDict, workdir: str) -> float:
-  """Returns what the validation scores so far multiply all rates by."""
+def lr_scale(config: ml_collections.ConfigDict, history: History) -> float:
+  """Returns the plateau's factor on all learning rates, in (0, 1]."""
   if config.optimizer.plateau_factor == 1:
     return 1.0
-  scores = _validation_scores(config, workdir)
+  scores = _validation_scores(config, history)
   scale = optimizer_lib.plateau_scale(
-    # The last step of a run that was made longer is in no straight run.
+    # A run that was extended has also scored the last step of its first part;
+    # one that was not has not, and both must decide alike.
     [score for step, score in scores.items() if step % config.eval_every == 0],
     patience=config.optimizer.plateau_patience,
     factor=config.optimizer.plateau_factor,
@@ -50,13 +50,13 @@ def rate_scale(config: ml_collections.ConfigDict, workdir: str) -> float:
   return scale
 
 
-def _validation_scores(config, workdir: str) -> dict[int, float]:
-  """Returns the score to select by of each step evaluated so far."""
+def _validation_scores(config, history: History) -> dict[int, float]:
+  """Returns the score that selects, by step."""
   select_by = config.evaluation.select_by
   names = _AVERAGED if select_by == 'harmonic_mean' else (select_by,)
   values = {
     row['step']: [row[f'validation.{name}'] for name in names]
-    for row in read_metrics(workdir)
+    for row in history
     if all(f'validation.{name}' in row for name in names)
   }
   return {
@@ -68,11 +68,11 @@ def _validation_scores(config, workdir: str) -> dict[int, float]:
 def check_select_by(
   config: ml_collections.ConfigDict, scores: Mapping[str, float]
 ) -> None:
-  """Raises ValueError if no such score can select a step.
+  """Raises ValueError if an evaluation does not give the score that selects.
 
   Args:
-    config: of the run.
-    scores: those that an evaluation gives.
+    config: the run's config.
+    scores: the scores of an evaluation.
   """
   if not config.dataset.validation:
     return

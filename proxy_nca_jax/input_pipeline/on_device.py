@@ -1,11 +1,12 @@
-"""Training pictures in device memory: batches are cut out of them there.
+"""Training images in device memory: crops are cut out there.
 
-Pictures are rows of one array, uint8 [rows, height * width * 3], divided among
-the devices of the mesh. What travels from the host is where to cut: a few bytes
-an image. Each device looks for the rows of the whole batch among its own and
-cuts what it finds; a sum over the devices, of which one has the row and the
-others zeros, brings each image to the device that trains on it. No device ever
-holds more than its part of the pictures, and the pixels are exact.
+Images are rows of one array, uint8 [rows, height * width * 3], divided among
+the devices of the mesh. The host sends only the position of each crop. Each
+device gathers the positions of the whole batch, cuts the crops of its own
+images, and contributes zeros for the others. A reduce-scatter adds the
+contributions, of which at most one is not zero, and leaves each crop on the
+device that trains on it. No device holds more than its part of the images, and
+pixels are exact.
 """
 
 import logging
@@ -27,23 +28,23 @@ _logger = logging.getLogger(__name__)
 def make_prepare(
   split: Split, mesh: jax.sharding.Mesh, *, image_size: int, padding: int
 ) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
-  """Puts a split's pictures on the devices, and returns how to use them.
+  """Puts a split's images on the devices, and returns how to cut batches.
 
   Args:
     split: the records to train on.
-    mesh: of the devices.
-    image_size: side of the square that is cut out.
-    padding: black pixels around the picture before it.
+    mesh: the devices.
+    image_size: side of the crop, in pixels.
+    padding: black pixels added on each side before cropping.
 
   Returns:
     A function from this process's rows of a batch {'top', 'left', 'flip', 'id',
-    ...} of `input_pipeline.train_batches` to the global {'image', 'id', ...}:
-    in place of the first three the image is there.
+    ...} of `input_pipeline.train_batches` to the global batch, which has
+    'image' instead of the first three.
 
   Raises:
-    ValueError: if the pictures differ in size, or do not fit the devices.
+    ValueError: if the images differ in size, or do not fit into memory.
   """
-  pictures = put_pictures(split, mesh)
+  images = put_images(split, mesh)
   height, width, _ = split.picture(0).shape
   cut = make_cut(
     mesh, height=height, width=width, image_size=image_size, padding=padding
@@ -51,29 +52,29 @@ def make_prepare(
 
   def prepare(batch):
     batch = mesh_lib.shard_batch(batch, mesh)
-    place = {name: batch.pop(name) for name in ('top', 'left', 'flip')}
-    return batch | {'image': cut(pictures, place | {'id': batch['id']})}
+    crops = {name: batch.pop(name) for name in ('top', 'left', 'flip')}
+    return batch | {'image': cut(images, crops | {'id': batch['id']})}
 
   return prepare
 
 
-def put_pictures(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
-  """Places pictures on the devices, as rows that they share.
+def put_images(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
+  """Puts images on the devices, divided by rows.
 
-  Each process reads those of its own devices.
+  Each process reads the images of its own devices.
 
   Returns:
-    uint8 [rows, height * width * 3], with zeros after the last picture.
+    uint8 [rows, height * width * 3], padded with rows of 0.
 
   Raises:
-    ValueError: if the pictures differ in size, or do not fit the devices.
+    ValueError: if the images differ in size, or do not fit into memory.
   """
   shape = split.picture(0).shape
   size = math.prod(shape)
   rows = -(-len(split) // mesh.size)
   check_memory(rows * size, mesh.local_devices)
   _logger.info(
-    'Placing %d pictures on the devices, %.0f MiB on each',
+    'Putting %d images on the devices, %.0f MiB on each',
     len(split),
     rows * size / 2**20,
   )
@@ -99,24 +100,24 @@ def put_pictures(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
 def _check_shape(shape, expected, position):
   if shape != expected:
     raise ValueError(
-      'config.dataset.on_device=True needs pictures of one size, and picture '
-      f'{position} has {shape[1]} x {shape[0]} pixels where the first has '
+      'config.dataset.on_device=True needs images of one size, but image '
+      f'{position} has {shape[1]} x {shape[0]} pixels and the first has '
       f'{expected[1]} x {expected[0]}: set config.dataset.resize_mode=square, '
       'or on_device=False.'
     )
 
 
 def check_memory(num_bytes: int, devices: Sequence[jax.Device]) -> None:
-  """Raises ValueError if a device has less left; some tell nothing."""
+  """Raises ValueError if a device that reports its memory has too little."""
   for device in devices:
     stats = device.memory_stats() or {}
     if 'bytes_limit' in stats:
       left = stats['bytes_limit'] - stats.get('bytes_in_use', 0)
       if num_bytes > left:
         raise ValueError(
-          f'The pictures need {num_bytes / 2**20:,.0f} MiB on each device '
+          f'The images need {num_bytes / 2**20:,.0f} MiB on each device '
           f'(config.dataset.on_device), and {device} has {left / 2**20:,.0f} '
-          'MiB left: use more devices, smaller pictures '
+          'MiB left: use more devices, smaller images '
           '(config.dataset.resize), or on_device=False.'
         )
 
@@ -129,18 +130,18 @@ def make_cut(
   image_size: int,
   padding: int,
 ) -> Callable[[jax.Array, dict[str, jax.Array]], jax.Array]:
-  """Returns the jitted map from pictures and places to images.
+  """Returns the jitted function from images and crop positions to crops.
 
-  Its arguments are the pictures, uint8 [rows, height * width * 3], and
-  {'top', 'left', 'id': int32 [batch], 'flip': bool [batch]}, all divided by
-  rows; its result is uint8 [batch, image_size, image_size, 3], so as well.
+  Its arguments are the images, uint8 [rows, height * width * 3], and {'top',
+  'left', 'id': int32 [batch], 'flip': bool [batch]}; its result is uint8
+  [batch, image_size, image_size, 3]. All are divided by rows.
   """
 
-  def cut(part, place):
-    """On one device: its pictures, and its rows of the batch."""
-    place = jax.lax.all_gather(place, mesh_lib.AXIS, tiled=True)
-    local = place['id'] - jax.lax.axis_index(mesh_lib.AXIS) * part.shape[0]
-    # Rows of other devices are zeros, as the padding is.
+  def cut(part, crops):
+    """Runs on each device, with its images and its rows of the batch."""
+    crops = jax.lax.all_gather(crops, mesh_lib.AXIS, tiled=True)
+    local = crops['id'] - jax.lax.axis_index(mesh_lib.AXIS) * part.shape[0]
+    # Images of other devices read as zeros, like the padding.
     found = part.at[local].get(
       mode='fill', fill_value=0, wrap_negative_indices=False
     )
@@ -148,11 +149,11 @@ def make_cut(
     sides = (padding, padding)
     found = jnp.pad(found, ((0, 0), sides, sides, (0, 0)))
     images = jax.vmap(
-      lambda picture, top, left: jax.lax.dynamic_slice(
-        picture, (top, left, 0), (image_size, image_size, 3)
+      lambda image, top, left: jax.lax.dynamic_slice(
+        image, (top, left, 0), (image_size, image_size, 3)
       )
-    )(found, place['top'], place['left'])
-    flip = place['flip'][:, None, None, None]
+    )(found, crops['top'], crops['left'])
+    flip = crops['flip'][:, None, None, None]
     images = jnp.where(flip, images[:, :, ::-1], images)
     return jax.lax.psum_scatter(images, mesh_lib.AXIS, tiled=True)
 

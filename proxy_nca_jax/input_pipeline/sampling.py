@@ -1,4 +1,4 @@
-"""The order of the records: shuffled by epoch, or balanced by class."""
+"""The order of training records: shuffled every epoch, or class-balanced."""
 
 import functools
 
@@ -7,8 +7,8 @@ import numpy as np
 
 
 def positions(split, config) -> grain.MapDataset:
-  """Returns the stream of positions in the split, batch after batch."""
-  # As good as endless, and no index of a slice of it overflows.
+  """Returns the stream of record indices, batch after batch."""
+  # Endless in practice, and short enough that no slice index overflows.
   length = 2**40
   if not config.dataset.images_per_class:
     positions = grain.MapDataset.range(len(split)).seed(config.seed)
@@ -35,20 +35,21 @@ def balanced_position(
   images_per_class: int,
   seed: int,
 ) -> int:
-  """Returns the record at a place of the stream of class-balanced batches.
+  """Returns the record at an index of the stream of class-balanced batches.
 
-  A batch has `batch_size / images_per_class` classes and `images_per_class`
-  images of each, as ProxyNCA++ samples (https://arxiv.org/abs/2004.01113). All
-  classes take their turn in a random order, and so do the images of a class; a
-  rest of an order too small for a batch is left out, another each time. An
-  image comes twice in a batch only if its class has too few.
+  A batch has `batch_size / images_per_class` classes with `images_per_class`
+  images each, as in ProxyNCA++ (https://arxiv.org/abs/2004.01113). Classes are
+  visited in rounds: each round is a new random order of all classes, of which a
+  remainder too small for a batch is skipped. So are the images of a class. A
+  batch repeats an image only if its class has fewer than `images_per_class`.
 
   Args:
-    index: of the record, in [step * batch_size, (step + 1) * batch_size).
+    index: index in the stream; batch s has [s * batch_size, (s + 1) *
+      batch_size).
     members: the records of each class, int [num_images].
     batch_size: divisible by `images_per_class`.
-    images_per_class: K, positive.
-    seed: of the orders.
+    images_per_class: positive.
+    seed: seed of all orders.
   """
   step, slot = divmod(int(index), batch_size)
   num_classes = batch_size // images_per_class
@@ -56,7 +57,7 @@ def balanced_position(
     step, size=num_classes, total=len(members), key=(seed, 0)
   )
   label = int(classes[slot // images_per_class])
-  # A class is drawn at most once in a turn of all classes.
+  # A class is drawn at most once in a round, so the round counts its draws.
   positions, _ = _draw(
     turn,
     size=images_per_class,
@@ -67,13 +68,13 @@ def balanced_position(
 
 
 def _draw(number, *, size, total, key) -> tuple[np.ndarray, int]:
-  """Returns the `number`-th draw of `size` out of `total`, and its turn.
+  """Returns draw `number` of `size` out of `total`, and the round it is in.
 
-  The draws of a turn are disjoint; with a small total they wrap around.
+  The draws of a round are disjoint; with `total` below `size` they wrap around.
   """
-  turn, place = divmod(number, max(total // size, 1))
+  turn, position = divmod(number, max(total // size, 1))
   order = _permutation(*key, turn, total)
-  chosen = np.arange(place * size, (place + 1) * size)
+  chosen = np.arange(position * size, (position + 1) * size)
   return order.take(chosen, mode='wrap'), turn
 
 

@@ -1,4 +1,4 @@
-"""Reading processes: they outlive signals, and end with their run."""
+"""Worker processes that read batches: deaf to signals, ended with their run."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ Batch = dict[str, np.ndarray]
 
 
 def end_with_run(index: int, count: int) -> None:
-  """Lets a reading process end if its run is killed."""
+  """Makes a worker exit when its run is killed."""
   del index, count
 
   def end():
@@ -27,16 +27,17 @@ def end_with_run(index: int, count: int) -> None:
 def read_in_processes(
   batches: grain.DatasetIterator,
 ) -> Generator[Batch, None, None]:
-  """Yields the batches of reading processes.
+  """Yields the batches that worker processes read.
 
-  A terminal tells all processes to stop, and a run needs its batches until it
-  ends. They begin with the first batch, and inherit which signals are blocked.
+  Ctrl-C reaches the whole process group, but workers must serve batches until
+  the run stops. They start with the first batch and inherit which signals are
+  blocked.
 
   Raises:
-    ValueError: if one of them has been killed.
+    ValueError: if a worker was killed.
   """
   try:
-    # Its start would unblock them again.
+    # Starting it later would unblock the signals again.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(
       signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)
@@ -51,9 +52,9 @@ def read_in_processes(
     if 'terminated unexpectedly' not in str(error):
       raise
     raise ValueError(
-      f'A reading process has ended ({str(error).split(".")[0]}), perhaps for '
-      'want of memory: lower config.dataset.num_workers, 0 being threads. The '
-      'same command goes on from the last checkpoint.'
+      f'A worker process has ended ({str(error).split(".")[0]}), perhaps for '
+      'lack of memory: lower config.dataset.num_workers; 0 uses threads. The '
+      'same command resumes from the last checkpoint.'
     ) from error
   finally:
     batches.close()

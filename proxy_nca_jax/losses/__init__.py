@@ -1,6 +1,9 @@
-"""Metric learning losses: pure functions, chosen by name from `LOSSES`."""
+"""Metric learning losses: pure functions, one row of `LOSSES` each."""
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+import jax
 
 from proxy_nca_jax.losses.center import (
   center_loss,
@@ -34,85 +37,72 @@ from proxy_nca_jax.losses.proxy import (
   proxy_triplet_loss,
 )
 
-LOSSES = {
-  'arcface': arcface_loss,
-  'center': center_loss,
-  'center_softmax': center_softmax_loss,
-  'contrastive': contrastive_loss,
-  'cosface': cosface_loss,
-  'dynamic_proxy_nca': dynamic_proxy_nca_loss,
-  'facility_location': facility_location_loss,
-  'fractional_proxy_nca': fractional_proxy_nca_loss,
-  'lifted_structure': lifted_structure_loss,
-  'magnet': magnet_loss,
-  'multi_similarity': multi_similarity_loss,
-  'n_pairs': n_pairs_loss,
-  'normalized_softmax': normalized_softmax_loss,
-  'proxy_anchor': proxy_anchor_loss,
-  'proxy_nca': proxy_nca_loss,
-  'proxy_nca_pp': proxy_nca_pp_loss,
-  'proxy_triplet': proxy_triplet_loss,
-  'soft_triple': soft_triple_loss,
-  'subcenter_arcface': subcenter_arcface_loss,
-  'triplet': triplet_loss,
-}
+# Forms of proxies and centers.
+PER_CLASS = 'per_class'  # float32 [num_classes, dim].
+MULTI_CENTER = 'multi_center'  # float32 [num_classes, num_centers, dim].
+UNASSIGNED = 'unassigned'  # float32 [num_proxies, dim]: no label indexes them.
 
 
-class Needs(NamedTuple):
-  """What a loss is given besides embeddings and labels.
-
-  Points are float32: 'one' a class, [num_classes, dim]; 'several' a class,
-  [num_classes, num_centers, dim]; or a 'free' number that labels do not index,
-  [num_proxies, dim].
+class Loss(NamedTuple):
+  """A loss function and the arrays it takes besides embeddings and labels.
 
   Attributes:
-    proxies: the form of its argument `proxies`, learned; None if it has none.
+    fn: the pure function.
+    proxies: the form of its argument `proxies`, which is trained; None if it
+      has none.
     centers: the form of its argument `centers`, which `update_centers` moves
       after each step; None if it has none.
-    assignment: whether it has an argument `assignment`, a constant made by
-      `proxies.random_assignment`.
+    has_assignment: whether it has an argument `assignment`, a constant from
+      `proxies.random_assignment` or `proxies.assignment_by_size`.
   """
 
+  fn: Callable[..., jax.Array]
   proxies: str | None = None
   centers: str | None = None
-  assignment: bool = False
+  has_assignment: bool = False
 
   @property
-  def has_labelled_proxies(self) -> bool:
+  def has_class_proxies(self) -> bool:
     """Whether labels index the proxies."""
-    return self.proxies in ('one', 'several')
+    return self.proxies in (PER_CLASS, MULTI_CENTER)
 
 
-NEEDS = {
-  'arcface': Needs(proxies='one'),
-  'center': Needs(centers='one'),
-  'center_softmax': Needs(proxies='one', centers='one'),
-  'contrastive': Needs(),
-  'cosface': Needs(proxies='one'),
-  'dynamic_proxy_nca': Needs(proxies='free'),
-  'facility_location': Needs(),
-  'fractional_proxy_nca': Needs(proxies='free', assignment=True),
-  'lifted_structure': Needs(),
-  'magnet': Needs(centers='several'),
-  'multi_similarity': Needs(),
-  'n_pairs': Needs(),
-  'normalized_softmax': Needs(proxies='one'),
-  'proxy_anchor': Needs(proxies='one'),
-  'proxy_nca': Needs(proxies='one'),
-  'proxy_nca_pp': Needs(proxies='one'),
-  'proxy_triplet': Needs(proxies='one'),
-  'soft_triple': Needs(proxies='several'),
-  'subcenter_arcface': Needs(proxies='several'),
-  'triplet': Needs(),
+LOSSES = {
+  'arcface': Loss(arcface_loss, proxies=PER_CLASS),
+  'center': Loss(center_loss, centers=PER_CLASS),
+  'center_softmax': Loss(
+    center_softmax_loss, proxies=PER_CLASS, centers=PER_CLASS
+  ),
+  'contrastive': Loss(contrastive_loss),
+  'cosface': Loss(cosface_loss, proxies=PER_CLASS),
+  'dynamic_proxy_nca': Loss(dynamic_proxy_nca_loss, proxies=UNASSIGNED),
+  'facility_location': Loss(facility_location_loss),
+  'fractional_proxy_nca': Loss(
+    fractional_proxy_nca_loss, proxies=UNASSIGNED, has_assignment=True
+  ),
+  'lifted_structure': Loss(lifted_structure_loss),
+  'magnet': Loss(magnet_loss, centers=MULTI_CENTER),
+  'multi_similarity': Loss(multi_similarity_loss),
+  'n_pairs': Loss(n_pairs_loss),
+  'normalized_softmax': Loss(normalized_softmax_loss, proxies=PER_CLASS),
+  'proxy_anchor': Loss(proxy_anchor_loss, proxies=PER_CLASS),
+  'proxy_nca': Loss(proxy_nca_loss, proxies=PER_CLASS),
+  'proxy_nca_pp': Loss(proxy_nca_pp_loss, proxies=PER_CLASS),
+  'proxy_triplet': Loss(proxy_triplet_loss, proxies=PER_CLASS),
+  'soft_triple': Loss(soft_triple_loss, proxies=MULTI_CENTER),
+  'subcenter_arcface': Loss(subcenter_arcface_loss, proxies=MULTI_CENTER),
+  'triplet': Loss(triplet_loss),
 }
 
 __all__ = [
   'LOSSES',
-  'NEEDS',
-  'Needs',
+  'MULTI_CENTER',
+  'PER_CLASS',
+  'UNASSIGNED',
+  'Loss',
   'check_labels',
   'class_weights',
   'log_priors',
   'update_centers',
-  *(loss.__name__ for loss in LOSSES.values()),
+  *(loss.fn.__name__ for loss in LOSSES.values()),
 ]

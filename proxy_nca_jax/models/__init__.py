@@ -1,7 +1,14 @@
 """Networks from images to embeddings, chosen by name from `BACKBONES`."""
 
 from proxy_nca_jax.models.backbones import BACKBONES
-from proxy_nca_jax.models.embedding import create_model
+from proxy_nca_jax.models.embedding import POOLINGS, create_model, normalize
 from proxy_nca_jax.models.pretrained import find_weights, load_weights
 
-__all__ = ['BACKBONES', 'create_model', 'find_weights', 'load_weights']
+__all__ = [
+  'BACKBONES',
+  'POOLINGS',
+  'create_model',
+  'find_weights',
+  'load_weights',
+  'normalize',
+]

@@ -12,25 +12,25 @@ from flax import linen as nn
 from proxy_nca_jax.models import backbones
 
 if TYPE_CHECKING:
-  # Who builds a network without a config does without the library.
+  # benchmarks/train_step.py runs without ml_collections.
   import ml_collections
 
 POOLINGS = ('average', 'max', 'average_max', 'gem', 'cls')
 
 
 class Head(nn.Module):
-  """Pools over positions and maps to the embedding, in float32 at least.
+  """Pools over positions and projects to the embedding, in float32 or wider.
 
   Attributes:
-    pooling: one of `POOLINGS`: the mean, the maximum, their sum (as
-      Proxy-Anchor), the generalised mean of a learned order (Radenovic et al.,
-      https://arxiv.org/abs/1711.02512), or the class token of a transformer.
-      The others leave the class token out.
-    layer_norm: whether what is pooled is normalised, without parameters, as in
-      ProxyNCA++.
-    embedding_dim: of the result.
-    normalize: whether the result has unit norm.
-    stddev: of the first linear weights; 0 is LeCun's.
+    pooling: one of `POOLINGS`: the mean, the maximum, their sum (as in
+      Proxy-Anchor), the generalized mean with a learned exponent (Radenovic et
+      al., https://arxiv.org/abs/1711.02512), or the class token of a
+      transformer, which the other poolings ignore.
+    layer_norm: whether pooled features pass a LayerNorm without parameters, as
+      in ProxyNCA++.
+    embedding_dim: dimension of the embeddings.
+    normalize: whether embeddings have unit norm.
+    stddev: standard deviation of the initial projection; 0 is LeCun's.
   """
 
   pooling: str
@@ -55,15 +55,15 @@ class Head(nn.Module):
       )(pooled)
     kernel_init = nn.initializers.lecun_normal()
     if self.stddev:
-      # Cut at two of the asked standard deviations, as TensorFlow's.
+      # Truncated at two standard deviations, as TensorFlow's.
       kernel_init = nn.initializers.truncated_normal(self.stddev)
     embeddings = nn.Dense(
       self.embedding_dim, kernel_init=kernel_init, name='embedding'
     )(pooled)
     if not self.normalize:
       return embeddings
-    # 1e-12 keeps the root differentiable at 0 and is lost beside any square
-    # of a trained embedding.
+    # 1e-12 keeps the square root differentiable at 0; beside the squared norm
+    # of a trained embedding it rounds away.
     squares = jnp.sum(embeddings**2, axis=1, keepdims=True)
     return embeddings * jax.lax.rsqrt(squares + 1e-12)
 
@@ -80,37 +80,60 @@ class Head(nn.Module):
       return jnp.max(features, axis=1)
     if self.pooling == 'average_max':
       return jnp.mean(features, axis=1) + jnp.max(features, axis=1)
-    # The order 3 and the least value are those of the authors' code.
+    # The exponent 3 and the lower bound are those of the authors' code.
     order = self.param('order', nn.initializers.constant(3.0), ())
     powers = jnp.maximum(features, 1e-6) ** order
     return jnp.mean(powers, axis=1) ** (1 / order)
 
 
 class EmbeddingModel(nn.Module):
-  """Maps images [batch, height, width, 3] to embeddings float32 [batch, D].
+  """Maps images uint8 [batch, height, width, 3] to float32 [batch, dim].
 
-  Its parameters are {'backbone', 'head'}, two groups of the optimiser.
+  Its parameters are {'backbone', 'head'}, two groups of the optimizer.
+
+  Attributes:
+    make_backbone, make_head: build the two modules.
+    mean, std: of the pixels, float [3], in the backbone's channel order.
+    is_bgr: whether the backbone's weights expect blue first.
   """
 
   make_backbone: Callable[..., nn.Module]
   make_head: Callable[..., nn.Module]
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  is_bgr: bool
 
   def setup(self):
     self.backbone = self.make_backbone()
     self.head = self.make_head()
 
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    images = normalize(images, mean=self.mean, std=self.std, is_bgr=self.is_bgr)
     return self.head(self.backbone(images, train=train))
 
 
-def create_model(config: ml_collections.ConfigDict) -> EmbeddingModel:
-  """Builds the network that `config.model` describes.
+def normalize(
+  images: jax.Array,
+  *,
+  mean: tuple[float, float, float],
+  std: tuple[float, float, float],
+  is_bgr: bool = False,
+) -> jax.Array:
+  """Maps RGB images uint8 [..., 3] to (x - mean) / std, float32.
 
-  Raises:
-    ValueError: if a name is unknown, or fields do not fit each other.
+  With `is_bgr` the channels of the result, of `mean` and of `std` are BGR.
   """
-  check_model(config)
+  if is_bgr:
+    images = images[..., ::-1]
+  shape = (1,) * (images.ndim - 1) + (3,)
+  mean, std = (jnp.asarray(x).reshape(shape) for x in (mean, std))
+  return (images - mean) / std
+
+
+def create_model(config: ml_collections.ConfigDict) -> EmbeddingModel:
+  """Builds the network that `config.model` describes."""
   config = config.model
+  backbone = backbones.BACKBONES[config.name]
   return EmbeddingModel(
     make_backbone=lambda: backbones.make_backbone(
       config.name,
@@ -126,50 +149,7 @@ def create_model(config: ml_collections.ConfigDict) -> EmbeddingModel:
       normalize=config.normalize,
       stddev=config.embedding_stddev,
     ),
+    mean=backbone.mean,
+    std=backbone.std,
+    is_bgr=backbone.is_bgr,
   )
-
-
-def check_model(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError if `config.model` cannot be built."""
-  model, image_size = config.model, config.dataset.image_size
-  for field, choices in (
-    ('name', backbones.BACKBONES),
-    ('dtype', ('float32', 'bfloat16')),
-    ('pooling', POOLINGS),
-  ):
-    if model[field] not in choices:
-      raise ValueError(
-        f'Unknown config.model.{field} {model[field]!r}: choose one of '
-        f'{", ".join(choices)}.'
-      )
-  for field in ('embedding_dim', 'width'):
-    if model[field] < 1:
-      raise ValueError(
-        f'config.model.{field} ({model[field]}) must be at least 1.'
-      )
-  if not 0 <= model.batch_norm_momentum < 1:
-    raise ValueError(
-      f'config.model.batch_norm_momentum ({model.batch_norm_momentum}) must be '
-      'in [0, 1): the share of the running statistics that a step keeps.'
-    )
-  backbone = backbones.BACKBONES[model.name]
-  if model.pooling == 'cls' and backbone.patch_size == 1:
-    raise ValueError(
-      f'{model.name} has no class token (config.model.pooling=cls): choose one '
-      f'of {", ".join(POOLINGS[:-1])}.'
-    )
-  if image_size % backbone.patch_size:
-    raise ValueError(
-      f'config.dataset.image_size ({image_size}) must be a multiple of '
-      f'{backbone.patch_size}, the patches of {model.name}.'
-    )
-  if model.remat and not backbone.has_blocks:
-    raise ValueError(
-      f'{model.name} has no blocks to recompute (config.model.remat): set it '
-      'to False.'
-    )
-  if model.freeze_batch_norm_steps and not backbone.has_batch_norm:
-    raise ValueError(
-      f'{model.name} has no batch statistics to freeze '
-      '(config.model.freeze_batch_norm_steps): set it to 0.'
-    )

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from proxy_nca_jax import configuration
 from proxy_nca_jax.report import charts, pages
 from proxy_nca_jax.runtime import errors, metric_writer
 from proxy_nca_jax.runtime import workdir as workdir_lib
@@ -46,7 +47,7 @@ def _read(workdir: str) -> _Saved:
     )
   return _Saved(
     os.path.basename(os.path.abspath(workdir)),
-    workdir_lib.flatten(run['config']),
+    configuration.flatten(run['config']),
     results,
     metric_writer.read_metrics(workdir),
   )

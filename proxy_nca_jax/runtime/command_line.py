@@ -1,6 +1,6 @@
-"""What commands with a --config and a --workdir share: flags, log, errors.
+"""Commands with a --config and a --workdir: their flags, log and errors.
 
-Wrong input ends with one line on stderr and exit status 2.
+Invalid input ends with one line on stderr and exit status 2.
 """
 
 import errno
@@ -25,7 +25,7 @@ from proxy_nca_jax.runtime import errors, processes, provenance, signals
 
 _logger = logging.getLogger('proxy_nca_jax')
 
-# The flags are those of the command, whose --help lists them.
+# Flags defined here belong to the calling module, whose --help lists them.
 flags.disclaim_key_flags()
 
 
@@ -33,48 +33,56 @@ def run(
   work: Callable[[ml_collections.ConfigDict, str], object],
   *,
   config: str | None = None,
+  description: str | None = None,
 ) -> None:
-  """Runs work(config, workdir) as the command line says.
+  """Runs work(config, workdir) with the flags of the command line.
 
   Args:
-    work: what to do.
-    config: the file to take if none is given; without it one must be.
+    work: the command.
+    config: the default of --config; None makes the flag required.
+    description: the text above the flags in --help; by default the docstring of
+      the module that defines `work`.
   """
   config_flags.DEFINE_config_file(
     'config',
     config,
-    'A file, or the name of one of configs/, such as sop; after a colon a '
-    'recipe, if it has some.',
+    'Path of a config file, or the name of a file in configs/, such as sop; a '
+    'colon and the name of a recipe may follow.',
   )
   flags.DEFINE_string(
-    'workdir', None, 'Where the run is kept: a folder, or a URL such as gs://.'
+    'workdir', None, 'Folder of the run, or a URL such as gs://bucket/run.'
   )
   flags.DEFINE_string(
     'coordinator_address',
     None,
-    'Of several processes, HOST:PORT where process 0 listens. SLURM, Open MPI '
-    'and TPU pods tell it themselves, and the number and the id.',
+    'HOST:PORT on which process 0 of several listens. Under SLURM, Open MPI '
+    'and on TPU pods it is found, and so are the number and the index.',
   )
-  flags.DEFINE_integer('num_processes', None, 'Of the run.', lower_bound=1)
   flags.DEFINE_integer(
-    'process_id', None, 'Of this one, from 0.', lower_bound=0
+    'num_processes', None, 'Number of processes in the run.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'process_id', None, 'Index of this process, from 0.', lower_bound=0
   )
   flags.DEFINE_bool(
     'multiprocess', False, 'Join the other hosts of a TPU pod slice.'
   )
   flags.mark_flags_as_required(['workdir'] if config else ['config', 'workdir'])
+  module = sys.modules[work.__module__]
   app.run(
     functools.partial(_run, work),
-    flags_parser=functools.partial(_parse_flags, work),
+    flags_parser=functools.partial(
+      _parse_flags, module=module, description=description or module.__doc__
+    ),
   )
 
 
 def _run(work, argv: list[str]) -> None:
   if len(argv) > 1:
     errors.fail(f'Unexpected arguments: {" ".join(argv[1:])}')
-  # Outside of a run a Ctrl-C, and in it a second one, ends the process at once.
+  # Ctrl-C ends the process at once, except for the first one during a run.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
-  # The libraries report their inner steps through absl.
+  # Libraries log their internals through absl.
   absl_logging.set_verbosity(absl_logging.FATAL)
   try:
     processes.initialize(
@@ -112,15 +120,15 @@ def _run(work, argv: list[str]) -> None:
       errors.fail(
         f'The memory of a device is full ({str(error)[:300]}). Make '
         'config.batch_size, config.dataset.image_size or the network smaller, '
-        'or set config.model.remat=True; --config.dry_run=True tells what a '
-        'step takes.'
+        'or set config.model.remat=True; --config.dry_run=True prints the '
+        'memory of a step.'
       )
     if jax.process_count() == 1:
       raise
     errors.fail(
       'Another process of this run has ended or cannot be reached '
-      f'({str(error)[:300]}). Start all of them again: the run goes on '
-      'from its last checkpoint.'
+      f'({str(error)[:300]}). Start all of them again: the run resumes from '
+      'its last checkpoint.'
     )
 
 
@@ -130,21 +138,21 @@ def _describe(error: Exception) -> str:
   if is_full or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
     return (
       f'The disk is full ({text[:300]}). Free some space and start the same '
-      'command: the run goes on from its last checkpoint.'
+      'command: the run resumes from its last checkpoint.'
     )
   return text
 
 
 def _log_to_stdout() -> None:
   handler = logging.StreamHandler(sys.stdout)
-  # Process 0 speaks for all.
+  # The primary process logs for all of them.
   handler.setLevel(logging.INFO if processes.is_first() else logging.WARNING)
   handler.setFormatter(logging.Formatter('%(message)s'))
   _logger.addHandler(handler)
   _logger.setLevel(logging.DEBUG)
   _logger.propagate = False
-  # A full disk fails in the libraries' threads and in the log as well; the main
-  # thread is told, and says it in one line.
+  # A full disk raises in the threads of libraries and in logging too. The main
+  # thread gets the same error and reports it in one line.
   logging.raiseExceptions = False
   threading.excepthook = _log_thread_error
   sys.unraisablehook = lambda args: _logger.debug('%s', args.exc_value)
@@ -155,37 +163,42 @@ def _log_thread_error(args: threading.ExceptHookArgs) -> None:
   _logger.debug('A thread failed', exc_info=error)
 
 
-def _parse_flags(work, argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], *, module, description: str) -> list[str]:
   if {'-h', '-help', '--help'} & set(argv[1:]):
-    # absl's is of __main__, which for an installed command knows nothing.
-    module = sys.modules[work.__module__]
+    # absl would list the flags of __main__, which an installed command lacks.
     _, _, listed = flags.FLAGS.module_help(module).partition(':\n')
-    print(module.__doc__, 'Flags:', listed, sep='\n')
+    print(description, 'Flags:', listed, sep='\n\n')
     sys.exit()
-  argv = [
-    _find_config(argument)
-    if before in ('--config', '-config')
-    else re.sub(
-      '^(--?config=)(.*)', lambda m: m[1] + _find_config(m[2]), argument
-    )
-    for before, argument in zip(['', *argv], argv)
-  ]
+  argv = [_replace_config(*pair) for pair in zip(['', *argv], argv)]
   try:
-    rest = flags.FLAGS(argv)
-    flags.FLAGS.config.to_dict()  # A missing file shows at the first use.
-    return rest
-  # A config file is the user's code, and may raise anything.
+    remaining = flags.FLAGS(argv)
+    flags.FLAGS.config.to_dict()  # A missing file is reported at first use.
+    return remaining
+  # A config file is code of the user and may raise anything.
   except Exception as error:
     text = str(error).strip()
     if 'Traceback' in text:
       text = text.splitlines()[-1].removeprefix('ValueError: ')
     if 'get_config() takes 0 positional arguments' in text:
-      text = 'This config has no recipes: leave out the colon and its name.'
+      text = 'This config has no recipes: remove the colon and the name.'
     errors.fail(_missing_config(argv) or _unknown_field(argv) or text)
 
 
+def _replace_config(before: str, argument: str) -> str:
+  """Replaces the name of a config in an argument by its path.
+
+  Args:
+    before: the preceding argument.
+    argument: '--config=NAME', 'NAME' after '--config', or any other.
+  """
+  if before in ('--config', '-config'):
+    return _find_config(argument)
+  match = re.fullmatch('(--?config=)(.*)', argument)
+  return match[1] + _find_config(match[2]) if match else argument
+
+
 def _find_config(name: str) -> str:
-  """Returns the file of a config that is named as sop or cub200:vit."""
+  """Returns the path of a config named as in sop or cub200:vit."""
   stem, *recipe = name.split(':')
   path = os.path.join(configs.FOLDER, f'{stem}.py')
   is_known = re.fullmatch(r'\w+', stem) and os.path.exists(path)
@@ -193,7 +206,7 @@ def _find_config(name: str) -> str:
 
 
 def _missing_config(argv: list[str]) -> str | None:
-  """Describes a --config that is no file."""
+  """Returns an error message if --config names no file."""
   for before, argument in zip(['', *argv], argv):
     match = re.match('--?config=(.*)', argument)
     name = match[1] if match else argument
@@ -206,14 +219,14 @@ def _missing_config(argv: list[str]) -> str | None:
         if file.endswith('.py') and file not in ('default.py', 'recipes.py')
       )
       return (
-        f'There is no config {name!r} (--config): name a file, or one of '
-        f'{", ".join(known)}.'
+        f'There is no config {name!r} (--config): give the path of a file, or '
+        f'one of {", ".join(known)}.'
       )
   return None
 
 
 def _unknown_field(argv: list[str]) -> str | None:
-  """Describes the first `--config.x` that no config has."""
+  """Returns an error message for the first unknown `--config.x`."""
   for argument in argv:
     if not (match := re.match(r'--?(?:no)?config\.([^=]+)', argument)):
       continue
@@ -222,7 +235,7 @@ def _unknown_field(argv: list[str]) -> str | None:
       if not hasattr(fields, 'keys') or name not in fields:
         choices = sorted(fields) if hasattr(fields, 'keys') else ['nothing']
         return (
-          f'{group} has no field {name!r} ({argument}): choose among '
+          f'{group} has no field {name!r} ({argument}): choose one of '
           f'{", ".join(choices)}.'
         )
       fields, group = fields[name], f'{group}.{name}'

@@ -8,33 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
-import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 
-from proxy_nca_jax.configs import default
 from proxy_nca_jax.runtime import lock, processes, remote
 
 _logger = logging.getLogger(__name__)
-
-# Fields that do not change the mathematics: a resumed run may change them.
-_FREE_FIELDS = (
-  'dataset.data_dir',
-  'dataset.fonts_dir',
-  'dataset.manual_dir',
-  'dataset.num_workers',
-  'dataset.on_device',
-  'dataset.root',
-  'dry_run',
-  'evaluation.baselines',
-  'keep_checkpoints',
-  'log_every',
-  'optimizer.max_skipped_steps',
-  'profile_steps',
-  'proxies.sharded',
-  'report',
-  'save_every',
-  'stall_seconds',
-)
 
 
 class Folder(NamedTuple):
@@ -144,70 +122,6 @@ def _compilations_cached(folder: str) -> Iterator[None]:
     yield
   finally:
     configure(before)
-
-
-def check_same_run(
-  config: ml_collections.ConfigDict,
-  saved: Mapping,
-  *,
-  may_add_steps: bool,
-) -> None:
-  """Raises ValueError if a config would change the mathematics of a saved run.
-
-  Args:
-    config: of the new start.
-    saved: the config that the run began with, as nested dicts of JSON.
-    may_add_steps: whether more steps leave those before as they were.
-  """
-  new = flatten(as_json(config))
-  # What is younger than the run had no other value than its default.
-  old = flatten(as_json(default.get_config())) | flatten(saved)
-  absent = object()
-
-  def differs(field):
-    is_same = new.get(field, absent) == old.get(field, absent)
-    if is_same or field in _FREE_FIELDS:
-      return False
-    is_longer = field == 'num_steps' and new[field] > old[field]
-    return not (is_longer and may_add_steps)
-
-  different = [
-    f'{field} was {old.get(field, "absent")!r} and is '
-    f'{new.get(field, "absent")!r}'
-    for field in sorted(new.keys() | old.keys())
-    if differs(field)
-  ]
-  if different:
-    raise ValueError(
-      'This workdir holds a run with another configuration: '
-      f'{"; ".join(different)}. Set these back, or use another workdir.'
-    )
-
-
-def overrides(config: ml_collections.ConfigDict) -> dict:
-  """Returns {'group.field': value} of what differs from configs/default.py."""
-  defaults = flatten(as_json(default.get_config()))
-  return {
-    name: value
-    for name, value in flatten(as_json(config)).items()
-    if value != defaults.get(name)
-  }
-
-
-def as_json(config: ml_collections.ConfigDict) -> dict:
-  """Returns a config as nested dicts of what JSON knows."""
-  return json.loads(config.to_json_best_effort())
-
-
-def flatten(tree: Mapping, prefix: str = '') -> dict:
-  """Returns {'a.b': value} of nested mappings."""
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat
 
 
 def read_json(path: str) -> dict | None:

@@ -197,7 +197,7 @@ def classify(arguments: argparse.Namespace) -> None:
 def _proxies(embedder: inference.Embedder) -> tuple[list[str], np.ndarray]:
   """Returns the class and the place of each proxy."""
   name = embedder.config.loss.name
-  if not losses.NEEDS[name].has_labelled_proxies:
+  if not losses.LOSSES[name].has_class_proxies:
     raise ValueError(
       f'The loss of this run ({name}) learned no proxies of classes: use '
       '--by=neighbours.'

@@ -1,0 +1,49 @@
+"""The scores of a run: its JSON file and its table in the log."""
+
+import logging
+import os
+from collections.abc import Mapping
+
+from proxy_nca_jax import evaluate
+from proxy_nca_jax.runtime import workdir as workdir_lib
+
+# The columns of the table, in this order.
+_COLUMNS = ('selected', 'trained', 'seen_classes', 'untrained', 'raw_pixels')
+
+_logger = logging.getLogger(__name__)
+
+
+def write(name: str, results: Mapping, workdir: str) -> None:
+  """Writes results to a JSON file of the workdir, and logs their table."""
+  workdir_lib.write_json(os.path.join(workdir, name), results)
+  log_table(results)
+
+
+def log_step(
+  step: int, num_steps: int, title: str, scores: Mapping[str, float]
+) -> None:
+  """Logs the first score of an evaluation during training."""
+  name, value = next(iter(scores.items()))
+  _logger.info(
+    'step %d/%d  %s %.2f%% on the %s classes',
+    step,
+    num_steps,
+    name,
+    100 * value,
+    title,
+  )
+
+
+def log_table(results: Mapping) -> None:
+  """Logs the scores in percent, a column for each network or baseline."""
+  rows = {title: results[title] for title in _COLUMNS if title in results}
+  _logger.info('Scores on unseen classes, percent:')
+  for line in evaluate.format_table(rows).splitlines():
+    _logger.info('%s', line)
+  scores = results['trained']
+  if scores['queries_without_match']:
+    _logger.info(
+      '%d of %d queries have no match and are left out of every mean.',
+      scores['queries_without_match'],
+      scores['queries_without_match'] + scores['num_queries'],
+    )
