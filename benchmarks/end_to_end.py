@@ -14,7 +14,7 @@ one process and in turn:
   host        the trainer's loop, from data: images are cropped by the host
   on_device   the same with config.dataset.on_device=True
 
-The trainer's loop is train._fit with logging and TensorBoard, no evaluation and
+The trainer's loop is loop.fit with logging and TensorBoard, no evaluation and
 no checkpoints. Prints medians over the rounds, in milliseconds a step, of the
 clock and of processor time, which other work on the machine disturbs less; and
 the median over the rounds of each one's ratio to the bare step of the same
@@ -28,7 +28,6 @@ import pathlib
 import sys
 import tempfile
 import time
-import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -37,12 +36,18 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from proxy_nca_jax import datasets, input_pipeline, models, train, train_step
+from proxy_nca_jax import (
+  datasets,
+  input_pipeline,
+  loop,
+  models,
+  train,
+  train_step,
+)
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.configs import default, glyphs
-from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.runtime import metric_writer, monitoring, signals
 
 flags.FLAGS.mark_as_parsed()
@@ -85,7 +90,7 @@ class Contest:
   def __init__(self, config, split, workdir, stop_signals):
     self._config, self._split = config, split
     self._mesh = mesh_lib.make_mesh()
-    self._signals = signals
+    self._signals = stop_signals
     self._writer = metric_writer.MetricWriter(workdir, first_step=0)
     model = models.create_model(config)
     optimizer = optimizer_lib.make_optimizer(config)
@@ -93,7 +98,6 @@ class Contest:
       model,
       optimizer,
       train_step.make_loss(config),
-      embed_lib.make_normalize(config),
     )
     self._start = jax.device_get(
       state_lib.create(
@@ -142,26 +146,37 @@ class Contest:
         batches = self._batches(is_on_device)
         stack.callback(batches.close)
         next(batches)
-      nothing = types.SimpleNamespace(
-        wait=lambda: None, save=lambda step, state: None
+      progress = metric_writer.Progress(
+        self._writer,
+        num_steps=self._config.num_steps,
+        batch_size=self._config.batch_size,
+        max_skipped=self._config.optimizer.max_skipped_steps,
       )
-      run = train._Run(
-        workdir='',
-        publish=lambda: None,
-        data=types.SimpleNamespace(train=self._split),
-        signals=self._signals,
-        checkpoints=nothing,
-        selected=nothing,
-        writer=self._writer,
-        batches=batches,
+      take_steps = loop.make_take_steps(
+        self._config,
+        batches,
+        num_classes=self._split.num_classes,
         prepare=self._prepare[is_on_device],
         train_steps=train_step.make_train_steps(self._step),
-        score=None,
+        progress=progress,
         watchdog=stack.enter_context(monitoring.Watchdog(0)),
         trace=stack.enter_context(monitoring.Trace('', ())),
+        publish=lambda: None,
       )
       start = read_clocks()
-      jax.block_until_ready(train._fit(self._config, state, run))
+      jax.block_until_ready(
+        loop.fit(
+          self._config,
+          state,
+          take_steps=take_steps,
+          score_step=lambda state: None,
+          save=lambda state, *, block: None,
+          check_finite=lambda done: progress.check(),
+          is_scored=lambda step: True,
+          lr_scale=lambda: 1.0,
+          stop_signals=self._signals,
+        )
+      )
       return read_clocks() - start
 
 

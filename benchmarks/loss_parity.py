@@ -89,7 +89,7 @@ def rows():
   squared = distances.LpDistance(power=2, normalize_embeddings=False)
   plain = distances.LpDistance(normalize_embeddings=False)
   dot = distances.DotProductSimilarity(normalize_embeddings=False)
-  own = losses.LOSSES
+  own = {name: loss.fn for name, loss in losses.LOSSES.items()}
   proxy_nca = with_proxies(peer_losses.ProxyNCALoss, 'proxies', softmax_scale=9)
   degrees = math.degrees(0.5)
   yield (
@@ -197,10 +197,10 @@ def make_inputs(name, size, seed):
   batch, num_classes, dim = size
   rng = np.random.default_rng(seed)
   points = [rng.normal(size=(batch, dim))]
-  form = losses.NEEDS[name].proxies
+  form = losses.LOSSES[name].proxies
   if form:
     shape = (num_classes, dim)
-    if form == 'several':
+    if form == losses.MULTI_CENTER:
       shape = (num_classes, _CENTERS, dim)
     points.append(rng.normal(size=shape))
   labels = rng.permutation(num_classes)[: max(batch // 4, 2)]

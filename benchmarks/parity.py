@@ -474,9 +474,8 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   for tensor in nudged.parameters():
     _nudge(tensor)
 
-  normalize = embed_lib.make_normalize(config)
   step = train_step.make_train_step(
-    model, optimizer, train_step.make_loss(config), normalize
+    model, optimizer, train_step.make_loss(config)
   )
   batches = list(_make_batches(steps, size))
   losses = []
@@ -484,13 +483,15 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
     batch = {
       'image': images,
       'label': labels.astype(np.int32),
-      'mask': np.ones(len(labels), bool),
     }
     state, metrics = step(state, mesh_lib.shard_batch(batch, mesh))
     losses.append(float(metrics['loss']))
 
   def to_torch(images):
-    return torch.tensor(np.asarray(normalize(images)).transpose(0, 3, 1, 2))
+    images = models.normalize(
+      images, mean=model.mean, std=model.std, is_bgr=model.is_bgr
+    )
+    return torch.tensor(np.asarray(images).transpose(0, 3, 1, 2))
 
   theirs = _train_original(original, points, config, batches, to_torch)
   control = _train_original(nudged, nudged_points, config, batches, to_torch)
@@ -503,9 +504,10 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
       jnp.asarray(rows), jnp.asarray(points.detach().numpy())
     )
 
-  embed = embed_lib.make_embed_fn(model, normalize, mesh)
+  embed = embed_lib.make_embed_fn(model, mesh)
   ours = proxies.nearest_proxies(
-    embed(state, {'image': batches[-1][0]}), state.params['proxies']
+    embed(state, {'image': batches[-1][0]})['embedding'],
+    state.params['proxies'],
   )
   expected = nearest(original, points)
   losses = np.array(losses)

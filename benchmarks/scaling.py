@@ -60,15 +60,13 @@ def compile_step(num_devices, num_classes, dim, batch_size, *, sharded):
   mesh = mesh_lib.make_mesh(jax.devices()[:num_devices])
   config = default.get_config()
   config.proxies.sharded = sharded
-  share = train_step.make_reshard(config, num_classes, mesh)
+  reshard = train_step.make_reshard(config, num_classes, mesh)
   adam = optax.adam(1e-3)
 
   def step(points, moments, embeddings, labels):
-    mask = jnp.ones(labels.shape, bool)
-
     def mean_loss(points, embeddings):
-      x, p, y, where = share(embeddings, points, labels, mask)
-      return jnp.mean(losses.proxy_nca_pp_loss(x, p, y, where=where))
+      x, p, y = reshard(embeddings, points, labels)
+      return jnp.mean(losses.proxy_nca_pp_loss(x, p, y))
 
     gradients, of_embeddings = jax.grad(mean_loss, (0, 1))(points, embeddings)
     updates, moments = adam.update(gradients, moments)

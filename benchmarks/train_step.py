@@ -111,6 +111,8 @@ def make_state(model, optimizer, size, *, num_proxies, dim):
       params=params,
       loss_state={},
       model_state=variables,
+      skipped_steps=jnp.int32(0),
+      skipped_in_row=jnp.int32(0),
       opt_state=optimizer.init(params),
     )
 
@@ -138,6 +140,9 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
       normalize=True,
       stddev=0.0,
     ),
+    mean=(127.5,) * 3,
+    std=(127.5,) * 3,
+    is_bgr=False,
   )
   optimizer = optax.adam(1e-5)
   fn = functools.partial(
@@ -148,14 +153,11 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
   step = train_step.make_train_step(
     model,
     optimizer,
-    train_step.Loss(fn, losses.NEEDS['proxy_nca_pp']),
-    lambda images: (images - 127.5) / 127.5,
+    losses.LOSSES['proxy_nca_pp']._replace(fn=fn),
   )
   state = make_state(model, optimizer, size, num_proxies=num_proxies, dim=dim)
   images, labels = make_batch(batch_size, size, num_proxies)
-  batch = jax.device_put(
-    {'image': images, 'label': labels, 'mask': np.ones(batch_size, bool)}
-  )
+  batch = jax.device_put({'image': images, 'label': labels})
   start = time.perf_counter()
   lowered = step.lower(state, batch)
   compiled = lowered.compile()

@@ -111,9 +111,9 @@ class InferenceTest(parameterized.TestCase):
     broken = self.root / 'broken.png'
     broken.write_bytes(self.paths[0].read_bytes()[:60])
     for picture, message in (
-      (broken, f'Picture .{broken}. cannot be read: '),
-      ('/nowhere.png', 'Picture ./nowhere.png. cannot be read: .*No such file'),
-      (b'text', 'Picture number 1 cannot be read: not a picture'),
+      (broken, f'Image .{broken}. cannot be read: '),
+      ('/nowhere.png', 'Image ./nowhere.png. cannot be read: .*No such file'),
+      (b'text', 'Image number 1 cannot be read: not a'),
       (np.zeros((4, 4, 3)), r'number 1 .* float64 \(4, 4, 3\); expected uint8'),
       (np.zeros((4, 4, 4), np.uint8), r'uint8 \(4, 4, 4\)'),
     ):
@@ -180,6 +180,13 @@ class InferenceTest(parameterized.TestCase):
     self.addCleanup(being_written.rmdir)
     inference.load(self.workdir)
     self.assertTrue(being_written.exists())
+
+  def test_its_text_is_two_lines(self):
+    self.assertRegex(
+      repr(self.embedder),
+      r'^Embedder: small_cnn, 16 x 16 pixels to 5 dimensions,\n'
+      r'trained with proxy_nca on 2 classes of image_folder$',
+    )
 
   def test_what_is_no_run_is_said(self):
     with self.assertRaisesRegex(ValueError, 'neither the workdir of a run nor'):

@@ -152,7 +152,7 @@ class TrainBatchesTest(parameterized.TestCase):
       _assert_equal(next(batches), expected)
     teller.join()
     os.kill(begun[0].pid, signal.SIGKILL)
-    with self.assertRaisesRegex(ValueError, 'reading process has ended'):
+    with self.assertRaisesRegex(ValueError, 'worker process has ended'):
       for _ in range(9):
         next(batches)
 

@@ -16,7 +16,8 @@ _PACKAGE = _ROOT / 'proxy_nca_jax'
 # folder or a module; modules of `runtime` that need others of the package have
 # a place of their own.
 _LAYERS = (
-  ('main', 'commands'),
+  ('main',),
+  ('commands',),
   ('search',),
   ('train', 'inference'),
   ('report', 'dry_run', 'loop'),
@@ -57,7 +58,7 @@ _FENCES = {
   'grain': ('input_pipeline',),
   'orbax': ('state',),
   'sklearn': ('report',),
-  'absl': ('main', 'runtime'),
+  'absl': ('commands', 'runtime'),
   'tensorboardX': ('runtime',),
   'matplotlib': ('datasets',),
   'tensorflow': (),
