@@ -25,6 +25,7 @@ from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.configs import default
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.evaluate import selection
+from proxy_nca_jax.runtime import files
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 # What a picture may be: the name of a file, its bytes, a Pillow image, or
@@ -193,7 +194,8 @@ class Embedder:
       )
     tree = {'params': self.params, 'model_state': self.model_state}
     arrays = safetensors.save(workdir_lib.flatten(tree))
-    with open(os.path.join(folder, _ARRAYS), 'wb') as file:
+    path = os.path.join(folder, _ARRAYS)
+    with files.write_atomically(path, 'wb') as file:
       file.write(arrays)
     workdir_lib.write_json(
       os.path.join(folder, _DESCRIPTION),

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from proxy_nca_jax import losses, proxies
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax.runtime import processes, signals
+from proxy_nca_jax.runtime import errors, processes, signals
 
 if TYPE_CHECKING:
   # Who trains without a config does without the library.
@@ -230,13 +230,12 @@ class Checkpoints:
       try:
         state = self._restore_step(step, like)
       except Exception as error:  # Orbax lets the types of its readers through.
-        reason = (str(error).splitlines() or [''])[0][:200]
         _logger.warning(
           'The checkpoint of step %d cannot be used (%s: %s). It is moved to '
           '%d.broken.',
           step,
           type(error).__name__,
-          reason,
+          errors.one_line(error),
           step,
         )
       if processes.all_of(state is not None):
@@ -316,10 +315,9 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
       saved = ocp.load(path, abstract)
     stop_signals.check()
   except Exception as error:  # Orbax lets the types of its readers through.
-    reason = (str(error).splitlines() or [''])[0][:200]
     raise ValueError(
       f'The checkpoint {path!r} cannot be read ({type(error).__name__}: '
-      f'{reason}).'
+      f'{errors.one_line(error)}).'
     ) from error
   state = TrainState(**saved['state'], opt_state=())
   # Those of the optimiser's arrays are the last.

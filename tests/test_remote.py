@@ -207,7 +207,7 @@ class MirrorTest(absltest.TestCase):
     self.assertEmpty(os.listdir(self.copies))
 
   def test_what_is_cut_short_on_a_disk_leaves_what_was_there(self):
-    remote = self.create_tempdir().full_path
+    storage = self.create_tempdir().full_path
     for content in ('before', 'after'):
       with contextlib.ExitStack() as stack:
         if content == 'after':
@@ -216,9 +216,9 @@ class MirrorTest(absltest.TestCase):
             mock.patch.object(os, 'replace', side_effect=OSError('killed'))
           )
           stack.enter_context(self.assertRaisesRegex(OSError, 'killed'))
-        with remote.hold(f'file://{remote}', lease_seconds=60) as run:
+        with remote.hold(f'file://{storage}', lease_seconds=60) as run:
           self._write(run[0], 'log.txt', content)
-    files = self._read(remote)
+    files = self._read(storage)
     self.assertEqual(files['log.txt'], 'before')
     self.assertEqual(json.loads(files['manifest.json']), ['log.txt'])
 

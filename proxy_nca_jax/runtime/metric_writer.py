@@ -11,7 +11,7 @@ import numpy as np
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from proxy_nca_jax.runtime import monitoring, processes
+from proxy_nca_jax.runtime import files, monitoring, processes
 
 _logger = logging.getLogger(__name__)
 
@@ -43,9 +43,8 @@ class MetricWriter:
       return
     path = os.path.join(workdir, 'metrics.jsonl')
     kept = [row for row in read_metrics(workdir) if row['step'] <= first_step]
-    with open(path + '.tmp', 'w') as file:
+    with files.write_atomically(path) as file:
       file.writelines(json.dumps(row) + '\n' for row in kept)
-    os.replace(path + '.tmp', path)
     self._file = open(path, 'a')
     self._board = _Board(
       os.path.join(workdir, 'tensorboard'), first_step=first_step

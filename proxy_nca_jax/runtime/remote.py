@@ -23,6 +23,8 @@ from concurrent import futures
 import fsspec
 from fsspec.implementations import local
 
+from proxy_nca_jax.runtime import errors, files
+
 # A killed run keeps others out for two minutes; one that cannot reach the
 # storage for as long may lose its lease.
 LEASE_SECONDS = 120.0
@@ -191,8 +193,7 @@ def _open(url):
   except (ImportError, ValueError) as error:  # Of the package, of the scheme.
     raise ValueError(f'{url!r} cannot be opened: {error}.') from error
   if isinstance(storage, local.LocalFileSystem):
-    # As fsspec.open does: it makes folders.
-    storage = _Disk(auto_mkdir=True)
+    storage = _Disk()
   return storage, root.rstrip('/')
 
 
@@ -204,7 +205,7 @@ def _failures_named(url):
   except (BlockingIOError, ValueError):
     raise
   except Exception as error:  # The clients let many types through.
-    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    text = errors.one_line(f'{type(error).__name__}: {error}')
     raise OSError(f'The storage of {url!r} failed ({text}).') from error
 
 
@@ -212,12 +213,20 @@ class _Disk(local.LocalFileSystem):
   """A local folder where a file appears whole, as on object storage."""
 
   def pipe_file(self, path, value, **kwargs):
-    super().pipe_file(path + '.tmp', value, **kwargs)
-    os.replace(path + '.tmp', path)
+    with self._write_atomically(path) as file:
+      file.write(value)
 
   def cp_file(self, path1, path2, **kwargs):
-    super().cp_file(path1, path2 + '.tmp', **kwargs)
-    os.replace(path2 + '.tmp', path2)
+    with (
+      open(self._strip_protocol(path1), 'rb') as source,
+      self._write_atomically(path2) as file,
+    ):
+      shutil.copyfileobj(source, file)
+
+  def _write_atomically(self, path):
+    path = self._strip_protocol(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return files.write_atomically(path, 'wb')
 
 
 class _Mirror:

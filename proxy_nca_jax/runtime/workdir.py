@@ -12,7 +12,7 @@ import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 
 from proxy_nca_jax.configs import default
-from proxy_nca_jax.runtime import lock, processes, remote
+from proxy_nca_jax.runtime import files, lock, processes, remote
 
 _logger = logging.getLogger(__name__)
 
@@ -222,9 +222,6 @@ def write_json(path: str, content: Mapping) -> None:
   """Writes a file as a whole or not at all; process 0 does."""
   if not processes.is_first():
     return
-  with open(path + '.tmp', 'w') as file:
+  with files.write_atomically(path) as file:
     json.dump(content, file, indent=2)
     file.write('\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(path + '.tmp', path)
