@@ -67,7 +67,7 @@ def make_photos(arguments) -> tuple[ml_collections.ConfigDict, datasets.Split]:
     picture.reshape(-1)[:] = noise[index : index + picture.size]
   split = datasets.Split(
     source=(),
-    pictures=pixels.__getitem__,
+    images=pixels.__getitem__,
     rows=np.arange(len(pixels)),
     labels=(np.arange(len(pixels)) % 100).astype(np.int32),
     class_names=tuple(map(str, range(100))),

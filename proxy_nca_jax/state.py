@@ -187,7 +187,7 @@ class Checkpoints:
   @property
   def steps(self) -> list[int]:
     """The steps of the saved states, ascending."""
-    return processes.of_first(
+    return processes.run_on_primary(
       lambda: sorted(entry.step for entry in self._checkpointer.checkpoints)
     )
 
@@ -238,9 +238,9 @@ class Checkpoints:
           errors.one_line(error),
           step,
         )
-      if processes.all_of(state is not None):
+      if processes.true_on_all(state is not None):
         return state
-      processes.of_first(functools.partial(self._move_aside, step))
+      processes.run_on_primary(functools.partial(self._move_aside, step))
       self._open()
     if steps:
       raise ValueError(

@@ -117,8 +117,8 @@ def train_and_evaluate(
     return {}
   with contextlib.ExitStack() as stack:
     stop_signals = stack.enter_context(signals.StopSignals())
-    folder = stack.enter_context(workdir_lib.hold(workdir))
-    saved, results = processes.of_first(
+    folder = stack.enter_context(workdir_lib.opened(workdir))
+    saved, results = processes.run_on_primary(
       functools.partial(_read_run, config, folder.path)
     )
     if mode == 'eval' and not saved:
@@ -414,12 +414,12 @@ def _write_report(
   """Writes report.html; all processes embed, and process 0 writes."""
   # As the test pictures are: resized, not augmented.
   some = np.random.default_rng(0).permutation(len(data.train))[:2000]
-  some = dataclasses.replace(data.train, pictures=data.test.pictures).take(some)
+  some = dataclasses.replace(data.train, images=data.test.images).subset(some)
   learned = embed(some)
   proxies = None
   if losses.NEEDS[config.loss.name].has_labelled_proxies:
     proxies = mesh_lib.fetch(state.params['proxies'])[: data.train.num_classes]
-  if not processes.is_first():
+  if not processes.is_primary():
     return
   path = os.path.join(workdir, _REPORT)
   report.write(
@@ -477,7 +477,7 @@ def _begin(
       'The data set has changed since this run began (other classes, records '
       'or split). Restore it, or use another workdir.'
     )
-  weights_digest = processes.of_first(
+  weights_digest = processes.run_on_primary(
     functools.partial(_digest_weights, config, saved)
   )
   workdir_lib.write_json(
@@ -505,7 +505,7 @@ def _load_in_turn(config: ml_collections.ConfigDict) -> datasets.Datasets:
     ValueError: if the data cannot be had, or does not fit the configuration.
   """
   loaded = []
-  processes.of_first(lambda: loaded.append(datasets.load(config)))
+  processes.run_on_primary(lambda: loaded.append(datasets.load(config)))
   data = loaded[0] if loaded else datasets.load(config)
   summary.log(data)
   input_pipeline.check_image_size(data.test, config.dataset)

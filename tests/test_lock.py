@@ -15,7 +15,7 @@ from proxy_nca_jax.runtime import lock, remote, signals
 _HOLD = """
 import os, sys, time
 from proxy_nca_jax.runtime import lock
-with lock.hold(sys.argv[1]):
+with lock.locked(sys.argv[1]):
   if len(sys.argv) > 2 and os.fork() == 0:
     time.sleep(60)
   print('held', os.getpid(), flush=True)
@@ -51,11 +51,11 @@ class LocksTest(absltest.TestCase):
   def test_a_second_process_is_refused_until_the_first_is_killed(self):
     holder = self._start_holder()
     with self.assertRaises(BlockingIOError):
-      with lock.hold(self.path, wait=False):
+      with lock.locked(self.path, wait=False):
         pass
     holder.kill()
     holder.wait()
-    with lock.hold(self.path, wait=False):
+    with lock.locked(self.path, wait=False):
       pass
 
   def test_who_waits_can_be_told_to_stop(self):
@@ -64,19 +64,19 @@ class LocksTest(absltest.TestCase):
     with signals.StopSignals():
       kill.start()
       with self.assertRaises(signals.Stopped):
-        with lock.hold(self.path):
+        with lock.locked(self.path):
           self.fail('Two hold it.')
 
   def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(self):
     holder = self._start_holder('fork')
     holder.kill()
     holder.wait()
-    with lock.hold(self.path, wait=False):
+    with lock.locked(self.path, wait=False):
       pass
 
   def test_a_released_lock_can_be_taken_again(self):
     for _ in range(2):
-      with lock.hold(self.path, wait=False):
+      with lock.locked(self.path, wait=False):
         pass
 
 

@@ -239,7 +239,7 @@ class MainTest(parameterized.TestCase):
 
   def test_a_second_run_in_the_workdir_is_refused(self):
     workdir = self._workdir()
-    with lock.hold(os.path.join(workdir, 'lock')):
+    with lock.locked(os.path.join(workdir, 'lock')):
       code, output = _run(workdir)
     self._assert_refused(code, output, 'Another run is at work')
 

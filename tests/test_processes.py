@@ -186,9 +186,9 @@ class InitializeTest(parameterized.TestCase):
       processes.initialize(**arguments, environment={})
 
   def test_one_process_is_told_what_it_says(self):
-    self.assertEqual(processes.of_first(lambda: (1, None)), (1, None))
-    self.assertTrue(processes.all_of(True))
-    self.assertFalse(processes.all_of(False))
+    self.assertEqual(processes.run_on_primary(lambda: (1, None)), (1, None))
+    self.assertTrue(processes.true_on_all(True))
+    self.assertFalse(processes.true_on_all(False))
 
 
 if __name__ == '__main__':

@@ -22,8 +22,8 @@ class MirrorTest(absltest.TestCase):
     self.enter_context(mock.patch.object(tempfile, 'tempdir', copies))
     self.copies = copies
 
-  def _hold(self):
-    return remote.hold(self.url, lease_seconds=0.4)
+  def _mirrored(self):
+    return remote.mirrored(self.url, lease_seconds=0.4)
 
   def _write(self, folder, name, content='x'):
     path = os.path.join(folder, name)
@@ -33,7 +33,7 @@ class MirrorTest(absltest.TestCase):
 
   def _run(self, *names):
     """Starts and ends a run that writes these files; returns what it found."""
-    with self._hold() as (folder, _, _):
+    with self._mirrored() as (folder, _, _):
       found = self._read(folder)
       for name in names:
         self._write(folder, name)
@@ -69,7 +69,7 @@ class MirrorTest(absltest.TestCase):
     self.assertEmpty(os.listdir(self.copies))
 
   def test_what_changed_is_uploaded_while_the_run_lives(self):
-    with self._hold() as (folder, publish, _):
+    with self._mirrored() as (folder, publish, _):
       self._write(folder, 'log.txt', 'one')
       self._write(folder, 'checkpoints/1.orbax-checkpoint-tmp/a')
       self._write(folder, 'results.json.tmp')
@@ -93,7 +93,7 @@ class MirrorTest(absltest.TestCase):
 
   def test_what_the_run_removes_is_removed(self):
     self._run('checkpoints/1/a', 'checkpoints/2/a')
-    with self._hold() as (folder, _, _):
+    with self._mirrored() as (folder, _, _):
       os.remove(os.path.join(folder, 'checkpoints/1/a'))
     self.assertEqual(self._remote(), {'checkpoints/2/a', 'manifest.json'})
 
@@ -103,7 +103,7 @@ class MirrorTest(absltest.TestCase):
     new = ['checkpoints/2/a', 'checkpoints/2/b']
     for number_that_arrive in range(3):
       with self.assertRaisesRegex(OSError, 'machine is gone.*copy that'):
-        with self._hold() as (folder, _, _):
+        with self._mirrored() as (folder, _, _):
           for name in new:
             self._write(folder, name)
           self._break_after(number_that_arrive)
@@ -136,7 +136,7 @@ class MirrorTest(absltest.TestCase):
     mock.patch.object(storage_type, 'pipe_file', pipe_lease_alone).start()
 
   def test_a_failed_upload_is_tried_again_and_the_run_goes_on(self):
-    with self._hold() as (folder, publish, _):
+    with self._mirrored() as (folder, publish, _):
       self._write(folder, 'log.txt')
       with contextlib.ExitStack() as stack:
         logs = stack.enter_context(self.assertLogs('proxy_nca_jax', 'WARNING'))
@@ -184,14 +184,14 @@ class MirrorTest(absltest.TestCase):
     self.assertIn('checkpoints/1/a', logs.output[0])
 
   def test_a_second_run_is_refused(self):
-    with self._hold():
+    with self._mirrored():
       with self.assertRaisesRegex(BlockingIOError, 'lease ends in'):
         self._run()
 
   def test_a_run_whose_lease_is_taken_stops_and_writes_nothing_more(self):
     told = []
     with self.assertRaisesRegex(remote.LeaseLost, 'taken by another'):
-      with self._hold() as (folder, publish, _):
+      with self._mirrored() as (folder, publish, _):
         lease = {'owner': 'another', 'renewed': time.time(), 'seconds': 60}
         self.storage.pipe_file(
           f'{self.url}/lease.json', json.dumps(lease).encode()
@@ -216,7 +216,7 @@ class MirrorTest(absltest.TestCase):
             mock.patch.object(os, 'replace', side_effect=OSError('killed'))
           )
           stack.enter_context(self.assertRaisesRegex(OSError, 'killed'))
-        with remote.hold(f'file://{storage}', lease_seconds=60) as run:
+        with remote.mirrored(f'file://{storage}', lease_seconds=60) as run:
           self._write(run[0], 'log.txt', content)
     files = self._read(storage)
     self.assertEqual(files['log.txt'], 'before')
@@ -224,13 +224,13 @@ class MirrorTest(absltest.TestCase):
 
   def test_storage_that_cannot_be_opened_is_named(self):
     with self.assertRaisesRegex(ValueError, 'nonsense'):
-      with remote.hold('nonsense://bucket/run', lease_seconds=1):
+      with remote.mirrored('nonsense://bucket/run', lease_seconds=1):
         pass
     with mock.patch.object(
       fsspec, 'url_to_fs', side_effect=ImportError('Please install gcsfs')
     ):
       with self.assertRaisesRegex(ValueError, 'gs://b/r.*install gcsfs'):
-        with remote.hold('gs://b/r', lease_seconds=1):
+        with remote.mirrored('gs://b/r', lease_seconds=1):
           pass
 
 

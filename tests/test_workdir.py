@@ -59,7 +59,7 @@ class RemoteTest(absltest.TestCase):
     self.addCleanup(logger.setLevel, logger.level)
     logger.setLevel(logging.INFO)  # It forgets what it knew of levels.
     for word in ('first', 'second'):
-      with workdir.hold(self.url) as folder:
+      with workdir.opened(self.url) as folder:
         logger.info(word)
         workdir.write_json(os.path.join(folder.path, 'a.json'), {'a': word})
     self.assertRegex(self._read('log.txt'), 'first\n.*second\n')
@@ -72,12 +72,12 @@ class RemoteTest(absltest.TestCase):
       'Another run is at work in .memory://bucket/run. .host:1, whose lease '
       'ends in 20 s if not renewed.: wait for it, or use another workdir.',
     ):
-      with workdir.hold(self.url):
+      with workdir.opened(self.url):
         pass
 
   def test_an_expired_lease_is_taken_over_and_the_log_says_whose_it_was(self):
     self._write_lease(age=130)
-    with workdir.hold(self.url):
+    with workdir.opened(self.url):
       pass
     self.assertIn(
       'over from host:1, whose lease ended 10 s ago', self._read('log.txt')
@@ -86,12 +86,12 @@ class RemoteTest(absltest.TestCase):
   def test_several_processes_are_refused(self):
     with mock.patch.object(jax, 'process_count', return_value=4):
       with self.assertRaisesRegex(ValueError, '4 processes cannot share.*that'):
-        with workdir.hold(self.url):
+        with workdir.opened(self.url):
           pass
 
   def test_a_local_folder_has_no_lease_and_publishes_nothing(self):
     path = self.create_tempdir().full_path
-    with workdir.hold(path) as folder:
+    with workdir.opened(path) as folder:
       self.assertEqual(folder.path, path)
       folder.publish()
     self.assertEqual(sorted(os.listdir(path)), ['lock', 'log.txt'])
@@ -127,7 +127,7 @@ class RemoteRunTest(absltest.TestCase):
       names,
     )
     self.assertNotIn('lease.json', names)
-    with workdir.hold(url) as folder:
+    with workdir.opened(url) as folder:
       paths = (folder.path, straight)
       whole_runs.assert_same_state(*paths)
       rows = [metric_writer.read_metrics(path) for path in paths]

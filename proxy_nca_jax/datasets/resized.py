@@ -84,7 +84,7 @@ def prepare(
   key = hashlib.sha256(inputs.encode()).hexdigest()[:16]
   path = os.path.join(folder, key)
   os.makedirs(folder, exist_ok=True)
-  with lock.hold(os.path.join(folder, 'lock')):
+  with lock.locked(os.path.join(folder, 'lock')):
     if not os.path.exists(path):
       _logger.info('Writing resized pictures to %s', path)
       with files.create_folder_atomically(path) as part:

@@ -18,7 +18,7 @@ _AVERAGED = ('nmi', 'recall@1')
 
 def read_metrics(workdir: str) -> list[dict]:
   """Returns the rows of metrics.jsonl, as process 0 reads them."""
-  return processes.of_first(lambda: metric_writer.read_metrics(workdir))
+  return processes.run_on_primary(lambda: metric_writer.read_metrics(workdir))
 
 
 def select(

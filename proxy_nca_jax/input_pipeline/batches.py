@@ -48,7 +48,7 @@ def train_batches(
   """
   index, count = process
   if config.dataset.on_device:
-    height, width = split.picture(0).shape[:2]
+    height, width = split.image(0).shape[:2]
     read = functools.partial(_read_place, split, height, width, config.dataset)
   else:
     read = functools.partial(_read_train, split, config.dataset)
@@ -130,7 +130,7 @@ def evaluation_batches(
   def read(position):
     is_record = position < len(split)
     index = position if is_record else len(split) - 1
-    image = images.center_crop(split.picture(index), image_size)
+    image = images.center_crop(split.image(index), image_size)
     return _row(image, split.labels[index], position, is_record)
 
   num_batches = -(-len(split) // batch_size)
@@ -141,7 +141,7 @@ def evaluation_batches(
 
 
 def _read_train(split, config, position, rng) -> Batch:
-  image = split.picture(position)
+  image = split.image(position)
   if config.crop == 'random':
     top, left, is_flipped = _draw_place(*image.shape[:2], config, rng)
     image = images.crop(image, top, left, config.image_size, config.padding)
@@ -206,7 +206,7 @@ def _row(image, label, position, mask) -> Batch:
 
 def check_image_size(split: Split, config: ml_collections.ConfigDict) -> None:
   """Raises ValueError if the crop is larger than the stored pictures."""
-  height, width = split.picture(0).shape[:2]
+  height, width = split.image(0).shape[:2]
   if not 1 <= config.image_size <= min(width, height):
     raise ValueError(
       f'config.dataset.image_size ({config.image_size}) must be in [1, '
@@ -250,7 +250,7 @@ def raw_pixels(split: Split, *, size: int = 32) -> np.ndarray:
   for position in tqdm.trange(
     len(split), desc='raw pixels', disable=None, leave=False, delay=1
   ):
-    image = Image.fromarray(split.picture(position))
+    image = Image.fromarray(split.image(position))
     if image.size != (size, size):
       image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels[position] = np.asarray(image, np.float32).reshape(-1)

@@ -44,7 +44,7 @@ def make_prepare(
     ValueError: if the pictures differ in size, or do not fit the devices.
   """
   pictures = put_pictures(split, mesh)
-  height, width, _ = split.picture(0).shape
+  height, width, _ = split.image(0).shape
   cut = make_cut(
     mesh, height=height, width=width, image_size=image_size, padding=padding
   )
@@ -68,7 +68,7 @@ def put_pictures(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
   Raises:
     ValueError: if the pictures differ in size, or do not fit the devices.
   """
-  shape = split.picture(0).shape
+  shape = split.image(0).shape
   size = math.prod(shape)
   rows = -(-len(split) // mesh.size)
   check_memory(rows * size, mesh.local_devices)
@@ -83,7 +83,7 @@ def put_pictures(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
     part = np.zeros((stop - start, size), np.uint8)
 
     def fill(position):
-      picture = split.picture(position)
+      picture = split.image(position)
       _check_shape(picture.shape, shape, position)
       part[position - start] = picture.reshape(-1)
 

@@ -33,7 +33,7 @@ class Embedded(NamedTuple):
   embeddings: np.ndarray
 
   def image(self, index: int) -> Image.Image:
-    return Image.fromarray(self.split.picture(index))
+    return Image.fromarray(self.split.image(index))
 
   def name(self, index: int) -> str:
     return self.split.class_names[self.split.labels[index]]

@@ -10,7 +10,7 @@ from proxy_nca_jax.runtime import signals
 
 
 @contextlib.contextmanager
-def hold(path: str, *, wait: bool = True) -> Iterator[None]:
+def locked(path: str, *, wait: bool = True) -> Iterator[None]:
   """Holds an exclusive lock on a file, which is made if it is missing.
 
   Record locks belong to the process: its children do not inherit them, so that

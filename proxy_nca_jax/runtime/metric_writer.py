@@ -39,7 +39,7 @@ class MetricWriter:
 
   def __init__(self, workdir: str, *, first_step: int):
     self._file = self._board = None
-    if not processes.is_first():
+    if not processes.is_primary():
       return
     path = os.path.join(workdir, 'metrics.jsonl')
     kept = [row for row in read_metrics(workdir) if row['step'] <= first_step]

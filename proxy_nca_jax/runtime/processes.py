@@ -83,12 +83,12 @@ def _has_cluster(environment: Mapping[str, str]) -> bool:
   )
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
   """Whether this process writes for all."""
   return jax.process_index() == 0
 
 
-def of_first(fn: Callable[[], _T]) -> _T:
+def run_on_primary(fn: Callable[[], _T]) -> _T:
   """Calls fn() on process 0, and returns the outcome in all processes.
 
   All must call it at the same place. What several read from a disk while one
@@ -104,7 +104,7 @@ def of_first(fn: Callable[[], _T]) -> _T:
   if jax.process_count() == 1:
     return fn()
   outcome, error = {}, None
-  if is_first():
+  if is_primary():
     try:
       outcome = {'value': fn()}
     except (ValueError, OSError) as raised:
@@ -121,11 +121,11 @@ def _broadcast(content: bytes) -> bytes:
   """Returns the content of process 0."""
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
   row = np.zeros(size, np.uint8)
-  if is_first():
+  if is_primary():
     row[:] = np.frombuffer(content, np.uint8)
   return np.asarray(multihost_utils.broadcast_one_to_all(row)).tobytes()
 
 
-def all_of(value: bool) -> bool:
+def true_on_all(value: bool) -> bool:
   """Whether it holds in all processes."""
   return bool(np.all(multihost_utils.process_allgather(np.bool_(value))))

@@ -149,7 +149,7 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(
+def mirrored(
   url: str, *, lease_seconds: float
 ) -> Iterator[tuple[str, Callable[[], None], str]]:
   """Holds the lease of a remote folder, and mirrors it.

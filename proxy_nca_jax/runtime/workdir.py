@@ -53,7 +53,7 @@ class Folder(NamedTuple):
 
 
 @contextlib.contextmanager
-def hold(workdir: str) -> Iterator[Folder]:
+def opened(workdir: str) -> Iterator[Folder]:
   """Makes and locks a workdir, and logs and caches compilations in it.
 
   Process 0 holds the lock and writes the log for all processes of a run. A URL,
@@ -70,12 +70,12 @@ def hold(workdir: str) -> Iterator[Folder]:
     )
   with contextlib.ExitStack() as stack:
     folders = []
-    processes.of_first(lambda: folders.append(_take(workdir, stack)))
+    processes.run_on_primary(lambda: folders.append(_take(workdir, stack)))
     folder = folders[0] if folders else Folder(workdir, publish=lambda: None)
     stack.enter_context(
       _compilations_cached(os.path.join(folder.path, 'compilation_cache'))
     )
-    if processes.is_first():
+    if processes.is_primary():
       handler = logging.FileHandler(os.path.join(folder.path, 'log.txt'))
       handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
       package = logging.getLogger('proxy_nca_jax')
@@ -109,13 +109,13 @@ def _take(workdir: str, stack: contextlib.ExitStack) -> Folder:
 @contextlib.contextmanager
 def _locked(workdir: str) -> Iterator[Folder]:
   os.makedirs(workdir, exist_ok=True)
-  with lock.hold(os.path.join(workdir, 'lock'), wait=False):
+  with lock.locked(os.path.join(workdir, 'lock'), wait=False):
     yield Folder(workdir, publish=lambda: None)
 
 
 @contextlib.contextmanager
 def _mirrored(url: str) -> Iterator[Folder]:
-  with remote.hold(url, lease_seconds=remote.LEASE_SECONDS) as mirrored:
+  with remote.mirrored(url, lease_seconds=remote.LEASE_SECONDS) as mirrored:
     yield Folder(*mirrored)
 
 
@@ -220,7 +220,7 @@ def read_json(path: str) -> dict | None:
 
 def write_json(path: str, content: Mapping) -> None:
   """Writes a file as a whole or not at all; process 0 does."""
-  if not processes.is_first():
+  if not processes.is_primary():
     return
   with files.write_atomically(path) as file:
     json.dump(content, file, indent=2)
