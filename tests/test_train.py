@@ -613,8 +613,8 @@ class RunTest(absltest.TestCase):
       **skip,
     )
     self.assertRegex(self.logs, 'Step 5 has waited .* for its input')
-    self.assertRegex(self.logs, 'Step 5 goes on: it waited .* for its input')
-    self.assertIn('A trace of steps 6 to 7 is in', self.logs)
+    self.assertRegex(self.logs, 'Step 5 resumes after waiting .* for its input')
+    self.assertIn('a profiler trace of steps 6 to 7 to', self.logs)
     self.assertLen(list((straight / 'profile').rglob('*.xplane.pb')), 1)
     self.assertRegex(self.logs, 'Skipped, .* step 9; 2 in all')
     self.assertEqual(results['skipped_steps'], 3)
