@@ -40,6 +40,7 @@ from proxy_nca_jax.runtime import (
   provenance,
   signals,
 )
+from proxy_nca_jax.runtime import progress as progress_lib
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 _REPORT = 'report.html'
@@ -285,7 +286,7 @@ def _take_steps(
   config: ml_collections.ConfigDict,
   state: state_lib.TrainState,
   run: _Run,
-  progress: metric_writer.Progress,
+  progress: progress_lib.Progress,
   rate_scale: float,
   *,
   done: int,
@@ -326,7 +327,7 @@ def _fit(
     signals.Stopped: on a signal, the state being saved.
   """
   done, last = int(state.step), config.num_steps
-  progress = metric_writer.Progress(
+  progress = progress_lib.Progress(
     run.writer,
     num_steps=last,
     batch_size=config.batch_size,
