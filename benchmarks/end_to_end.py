@@ -49,6 +49,7 @@ from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.configs import default, glyphs
 from proxy_nca_jax.runtime import metric_writer, monitoring, signals
+from proxy_nca_jax.runtime import progress as progress_lib
 
 flags.FLAGS.mark_as_parsed()
 _WAYS = ('step', 'loop', 'host', 'on_device')
@@ -72,7 +73,7 @@ def make_photos(arguments) -> tuple[ml_collections.ConfigDict, datasets.Split]:
     picture.reshape(-1)[:] = noise[index : index + picture.size]
   split = datasets.Split(
     source=(),
-    pictures=pixels.__getitem__,
+    images=pixels.__getitem__,
     rows=np.arange(len(pixels)),
     labels=(np.arange(len(pixels)) % 100).astype(np.int32),
     class_names=tuple(map(str, range(100))),
@@ -146,7 +147,7 @@ class Contest:
         batches = self._batches(is_on_device)
         stack.callback(batches.close)
         next(batches)
-      progress = metric_writer.Progress(
+      progress = progress_lib.Progress(
         self._writer,
         num_steps=self._config.num_steps,
         batch_size=self._config.batch_size,

@@ -8,8 +8,8 @@ alternate in one process, each with as many threads as there are processors:
 
   PIL           plain Pillow: decode, nothing else
   PIL + resize  plain Pillow: decode and resize to 256 x 256
-  decoded       Split.picture with cache_size=0: the same through the records
-  stored        Split.picture with cache_size=256
+  decoded       Split.image with cache_size=0: the same through the records
+  stored        Split.image with cache_size=256
   batches, ...  train_batches of 32 with random crops and flips, of the two
 
 Prints medians over the rounds, the ratio to plain decoding, the bytes of a
@@ -107,8 +107,8 @@ def main() -> None:
     stored, _ = load(folder, cache_size=256)
     files = [plain[index]['image'] for index in range(len(plain))]
     equal = all(
-      np.array_equal(plain.picture(i), stored.picture(i))
-      and np.array_equal(plain.picture(i), decode_and_resize(files[i]))
+      np.array_equal(plain.image(i), stored.image(i))
+      and np.array_equal(plain.image(i), decode_and_resize(files[i]))
       for i in range(len(plain))
     )
     rows = range(len(plain))

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from proxy_nca_jax import train
-from proxy_nca_jax.runtime import command_line, metric_writer
+from proxy_nca_jax.runtime import command_line, files, metric_writer
 
 NUM_SEEDS = flags.DEFINE_integer(
   'num_seeds',
@@ -148,13 +148,13 @@ def _write_table(
   rows: Sequence[Mapping[str, str]], path: str, text: str
 ) -> None:
   """Writes PATH.csv and PATH.md with a caption, and logs the latter."""
-  with open(path + '.csv', 'w', newline='') as file:
+  with files.write_atomically(path + '.csv', newline='') as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
     writer.writerows(rows)
   lines = [list(rows[0]), ['---'] * len(rows[0]), *(r.values() for r in rows)]
   table = '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
-  with open(path + '.md', 'w') as file:
+  with files.write_atomically(path + '.md') as file:
     file.write(f'{table}\n\n{text}\n')
   _logger.info('%s\n\n%s', table, text)
 
@@ -218,11 +218,13 @@ class Figure:
     self.axes[-1].legend(frameon=False)
     self._figure.supxlabel(text, fontsize=6.5, wrap=True, x=0.01, ha='left')
     for suffix in ('png', 'svg'):
-      self._figure.savefig(
-        f'{path}.{suffix}',
-        dpi=150,
-        metadata={'Date': None} if suffix == 'svg' else {'Software': None},
-      )
+      with files.write_atomically(f'{path}.{suffix}', 'wb') as file:
+        self._figure.savefig(
+          file,
+          format=suffix,
+          dpi=150,
+          metadata={'Date': None} if suffix == 'svg' else {'Software': None},
+        )
 
 
 def publish(

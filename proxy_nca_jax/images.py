@@ -9,6 +9,8 @@ import io
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from proxy_nca_jax.runtime import errors
+
 FILTERS = {
   'bilinear': Image.Resampling.BILINEAR,
   'bicubic': Image.Resampling.BICUBIC,
@@ -56,8 +58,7 @@ def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
   ) as error:
     if isinstance(error, Image.UnidentifiedImageError):
       raise ValueError('not a picture') from error
-    reason = ' '.join(str(error).split()) or type(error).__name__
-    raise ValueError(reason) from error
+    raise ValueError(errors.one_line(error)) from error
 
 
 def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:

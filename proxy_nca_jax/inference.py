@@ -23,7 +23,7 @@ from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.evaluate import selection
-from proxy_nca_jax.runtime import metric_writer
+from proxy_nca_jax.runtime import files, metric_writer
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 # A path, the bytes of a file, a Pillow image, or uint8 [height, width, 3] or
@@ -210,7 +210,8 @@ class Embedder:
       )
     tree = {'params': self.params, 'model_state': self.model_state}
     arrays = safetensors.save(configuration.flatten(tree))
-    with open(os.path.join(folder, _ARRAYS), 'wb') as file:
+    path = os.path.join(folder, _ARRAYS)
+    with files.write_atomically(path, 'wb') as file:
       file.write(arrays)
     workdir_lib.write_json(
       os.path.join(folder, _DESCRIPTION),

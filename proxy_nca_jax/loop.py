@@ -10,7 +10,8 @@ import numpy as np
 
 from proxy_nca_jax import losses
 from proxy_nca_jax import state as state_lib
-from proxy_nca_jax.runtime import metric_writer, monitoring, signals
+from proxy_nca_jax.runtime import monitoring, signals
+from proxy_nca_jax.runtime import progress as progress_lib
 
 # What the watchdog reports that a step is waiting for.
 INPUT = 'its input'
@@ -39,7 +40,7 @@ def make_take_steps(
   num_classes: int,
   prepare: Callable,
   train_steps: Callable,
-  progress: metric_writer.Progress,
+  progress: progress_lib.Progress,
   watchdog: monitoring.Watchdog,
   trace: monitoring.Trace,
   publish: Callable[[], None],

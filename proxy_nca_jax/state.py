@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from proxy_nca_jax import losses, proxies
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax.runtime import processes, signals
+from proxy_nca_jax.runtime import errors, processes, signals
 
 if TYPE_CHECKING:
   # benchmarks/train_step.py runs without ml_collections.
@@ -208,7 +208,7 @@ class Checkpoints:
   @property
   def steps(self) -> list[int]:
     """Steps of the checkpoints, ascending."""
-    return processes.of_first(
+    return processes.run_on_primary(
       lambda: sorted(entry.step for entry in self._checkpointer.checkpoints)
     )
 
@@ -251,18 +251,17 @@ class Checkpoints:
       try:
         state = self._restore_step(step, like)
       except Exception as error:  # Orbax lets the types of its readers through.
-        reason = (str(error).splitlines() or [''])[0][:200]
         _logger.warning(
           'The checkpoint of step %d cannot be used (%s: %s). It is moved to '
           '%d.broken.',
           step,
           type(error).__name__,
-          reason,
+          errors.one_line(error),
           step,
         )
-      if processes.all_of(state is not None):
+      if processes.true_on_all(state is not None):
         return state
-      processes.of_first(functools.partial(self._move_aside, step))
+      processes.run_on_primary(functools.partial(self._move_aside, step))
       self._open()
     if steps:
       raise ValueError(
@@ -338,10 +337,9 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
       saved = ocp.load(path, abstract)
     stop_signals.check()
   except Exception as error:  # Orbax lets the types of its readers through.
-    reason = (str(error).splitlines() or [''])[0][:200]
     raise ValueError(
       f'The checkpoint {path!r} cannot be read ({type(error).__name__}: '
-      f'{reason}).'
+      f'{errors.one_line(error)}).'
     ) from error
   state = TrainState(**saved['state'], opt_state=())
   checksums = _checksums(state)

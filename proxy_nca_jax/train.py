@@ -43,6 +43,7 @@ from proxy_nca_jax.runtime import (
   provenance,
   signals,
 )
+from proxy_nca_jax.runtime import progress as progress_lib
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 _REPORT = 'report.html'
@@ -91,7 +92,7 @@ def load_data(config: ml_collections.ConfigDict) -> datasets.Datasets:
     ValueError: if it is missing, or does not fit the configuration.
   """
   loaded = []
-  processes.of_first(lambda: loaded.append(datasets.load(config)))
+  processes.run_on_primary(lambda: loaded.append(datasets.load(config)))
   data = loaded[0] if loaded else datasets.load(config)
   summary.log(data)
   input_pipeline.check_splits(config, data.train, data.test)
@@ -244,12 +245,12 @@ def _write_report(
   """Writes report.html; all processes embed, and the primary writes."""
   # Training images as the test images are: resized, not augmented.
   some = np.random.default_rng(0).permutation(len(data.train))[:2000]
-  some = dataclasses.replace(data.train, pictures=data.test.pictures).take(some)
+  some = dataclasses.replace(data.train, images=data.test.images).subset(some)
   trained = embed(state, some)
   proxies = None
   if losses.LOSSES[config.loss.name].has_class_proxies:
     proxies = mesh_lib.fetch(state.params['proxies'])[: data.train.num_classes]
-  if not processes.is_first():
+  if not processes.is_primary():
     return
   path = os.path.join(workdir, _REPORT)
   report.write(
@@ -319,7 +320,9 @@ def _start(
     The state to train from; the rows of the metrics up to its step; and the
     scores of the baselines, to be recorded if there are no rows.
   """
-  history = processes.of_first(lambda: metric_writer.read_metrics(workdir))
+  history = processes.run_on_primary(
+    lambda: metric_writer.read_metrics(workdir)
+  )
   if config.model.init_from and not (history and checkpoints.steps):
     state = weights.load(config, state, weights_digest)
   if history:
@@ -387,7 +390,7 @@ def _train(
     stack: closes, when the run ends, the resources opened here.
   """
   data = _load_same_data(config, saved)
-  weights_digest = processes.of_first(
+  weights_digest = processes.run_on_primary(
     functools.partial(weights.digest, config, saved)
   )
   _write_run(config, data, weights_digest, folder.path)
@@ -436,7 +439,7 @@ def _train(
   )
   stack.callback(batches.close)
   watchdog = stack.enter_context(monitoring.Watchdog(config.stall_seconds))
-  progress = metric_writer.Progress(
+  progress = progress_lib.Progress(
     writer,
     num_steps=config.num_steps,
     batch_size=config.batch_size,
@@ -555,8 +558,8 @@ def train_and_evaluate(
     return {}
   with contextlib.ExitStack() as stack:
     stop_signals = stack.enter_context(signals.StopSignals())
-    folder = stack.enter_context(workdir_lib.hold(workdir))
-    saved, results = processes.of_first(
+    folder = stack.enter_context(workdir_lib.opened(workdir))
+    saved, results = processes.run_on_primary(
       functools.partial(_read_run, config, folder.path, mode)
     )
     if mode == 'eval':

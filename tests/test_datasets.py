@@ -164,7 +164,7 @@ class GlyphsTest(absltest.TestCase):
       self.assertLen(counts, split.num_classes)
       for index in range(len(split)):
         record = split[index]
-        pixels = split.picture(index).tobytes()
+        pixels = split.image(index).tobytes()
         self.assertNotIn(pixels, seen, record['name'])
         seen[pixels] = record['name']
     names = data.train.class_names + data.test.class_names
@@ -268,16 +268,16 @@ class ImageFolderTest(absltest.TestCase):
 
   def test_who_waited_for_another_to_prepare_reads_what_it_prepared(self):
     self._write_classes('abcd')
-    hold = lock.hold
+    locked = lock.locked
 
     @contextlib.contextmanager
-    def hold_later(path):
-      with mock.patch.object(lock, 'hold', hold):
+    def locked_later(path):
+      with mock.patch.object(lock, 'locked', locked):
         self._load()  # The other one.
-      with hold(path):
+      with locked(path):
         yield
 
-    with mock.patch.object(lock, 'hold', hold_later):
+    with mock.patch.object(lock, 'locked', locked_later):
       data = self._load()
     self.assertEqual((len(data.train), len(data.test)), (6, 6))
 

@@ -1,7 +1,7 @@
 """Whole runs, as real processes, whose disk, data or machine fails.
 
-Each ends with one line that says what to do, and then the same command goes on
-to the parameters and metrics of a run without the fault, to the last bit.
+Each ends with a one-line error that says what to do. The same command then
+resumes and reaches, bit for bit, the parameters and metrics of a straight run.
 """
 
 import json
@@ -29,7 +29,7 @@ _FIELDS = {
   'dataset.image_size': 32,
   'model.width': 4,
 }
-# A folder of mounts of its own, where a user may make a small disk.
+# A mount namespace of its own, in which a user may mount a small disk.
 _UNSHARE = ('unshare', '--map-root-user', '--mount')
 
 
@@ -42,8 +42,8 @@ def _can_unshare():
   )
 
 
-def _write_pictures(root):
-  """Twenty classes of ten pictures of noise, 64 x 64: a file of megabytes."""
+def _write_images(root):
+  """Writes 20 classes of 10 noise images, 64 x 64: megabytes of records."""
   rng = np.random.default_rng(0)
   for label in range(20):
     folder = root / f'class{label}'
@@ -59,7 +59,7 @@ class FaultsTest(absltest.TestCase):
     super().setUpClass()
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
-    _write_pictures(cls.root / 'pictures')
+    _write_images(cls.root / 'images')
     cls.straight = cls.root / 'straight'
     cls.data_dir = cls.root / 'data'
     code, output = cls._run(cls.straight)
@@ -68,7 +68,7 @@ class FaultsTest(absltest.TestCase):
   @classmethod
   def _command(cls, workdir):
     fields = {
-      'dataset.root': cls.root / 'pictures',
+      'dataset.root': cls.root / 'images',
       'dataset.data_dir': cls.data_dir,
     }
     return whole_runs.command('image_folder.py', workdir, **fields, **_FIELDS)
@@ -78,7 +78,11 @@ class FaultsTest(absltest.TestCase):
     return whole_runs.finish(whole_runs.Fork(cls._command(workdir)))
 
   def _break(self, do, line_start, workdir):
-    """Starts a run, breaks something when a line begins so; returns its end."""
+    """Starts a run and calls do(process) when a line starts with `line_start`.
+
+    Returns:
+      (exit status, output).
+    """
     process = whole_runs.Fork(self._command(workdir))
     begun = whole_runs.wait_for(process, line_start)
     do(process)
@@ -95,7 +99,7 @@ class FaultsTest(absltest.TestCase):
     )
     whole_runs.assert_same_state(workdir, self.straight)
 
-  def test_a_full_and_a_read_only_disk_are_one_line_and_the_run_goes_on(self):
+  def test_a_run_resumes_after_a_full_and_a_read_only_disk(self):
     if not _can_unshare():
       self.skipTest('Needs unshare(1) with user namespaces for a small disk.')
     disk = self.root / 'disk'
@@ -138,7 +142,7 @@ class FaultsTest(absltest.TestCase):
     self.assertRegex(on, r'Resuming after step \d+')
     self._assert_equals_straight(copied)
 
-  def test_data_that_is_cut_short_is_named_and_restored_the_run_goes_on(self):
+  def test_a_run_resumes_once_truncated_data_is_restored(self):
     workdir = self.root / 'cut_short'
     (file,) = self.data_dir.glob('image_folder/*/*/*.array_record*')
     content = file.read_bytes()
@@ -150,7 +154,7 @@ class FaultsTest(absltest.TestCase):
 
     code, output = self._break(cut, 'step 25/60', workdir)
     self._assert_one_line(code, output, message)
-    # Nor does it start with such data.
+    # It does not start with truncated data either.
     code, output = self._run(workdir)
     self._assert_one_line(code, output, message)
     file.unlink()
@@ -162,12 +166,12 @@ class FaultsTest(absltest.TestCase):
     self.assertRegex(output, 'Resuming after step [23]0')
     self._assert_equals_straight(workdir)
 
-  def test_a_killed_run_on_remote_storage_goes_on_elsewhere(self):
+  def test_a_killed_run_on_remote_storage_resumes_elsewhere(self):
     remote = self.root / 'remote'
     url = f'file://{remote}'
 
     def kill(process):
-      # As soon as a checkpoint has arrived, whatever is under way.
+      # As soon as a checkpoint has been uploaded.
       manifest = remote / 'manifest.json'
       while 'checkpoints/' not in manifest.read_text():
         time.sleep(0.01)
@@ -177,9 +181,9 @@ class FaultsTest(absltest.TestCase):
     self.assertEqual(code, -signal.SIGKILL, output)
     code, output = self._run(url)
     self._assert_one_line(
-      code, output, f'Another run is at work in .{url}.*wait for it'
+      code, output, f'Another run is using .{url}.*wait for it'
     )
-    # Two minutes later.
+    # As if two minutes had passed.
     lease = json.loads((remote / 'lease.json').read_text())
     lease['renewed'] -= 120
     (remote / 'lease.json').write_text(json.dumps(lease))

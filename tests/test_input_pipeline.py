@@ -56,7 +56,7 @@ def _split(**kwargs):
   source = _source(**kwargs)
   return datasets.Split(
     source=source,
-    pictures=functools.partial(_picture, source),
+    images=functools.partial(_picture, source),
     rows=np.arange(_NUM_RECORDS),
     labels=np.arange(_NUM_RECORDS, dtype=np.int32) // 2,
     class_names=tuple('abcdefg'),

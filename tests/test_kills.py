@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped again and again end as one that was not."""
+"""Runs that are killed or stopped repeatedly end like an undisturbed run."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ import time
 import whole_runs
 from absl.testing import absltest
 
-# As a share of the duration of a straight run: a run may be quicker than that.
+# Latest signal, as a fraction of a straight run's duration: runs vary in speed.
 _LATEST = 0.85
 
 
@@ -36,7 +36,7 @@ def _start(workdir):
 
 
 def _is_saving(workdir) -> bool:
-  """Whether a checkpoint is being written: it has no name yet."""
+  """Whether a checkpoint is being written, under a temporary name."""
   folders = (
     pathlib.Path(workdir, name) for name in ('checkpoints', 'selected')
   )
@@ -54,7 +54,7 @@ class KillsTest(absltest.TestCase):
     super().setUpClass()
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
-    # The second has what is prepared and compiled, as those after it.
+    # Like all later runs, the second finds data and compiled programs cached.
     cls.straight = cls.root / 'straight'
     for workdir in (cls.root / 'first', cls.straight):
       begun = time.monotonic()
@@ -63,14 +63,17 @@ class KillsTest(absltest.TestCase):
       cls.duration = time.monotonic() - begun
 
   def _interrupt(self, number, moments, *, in_save=()):
-    """Signals runs at moments after their start; asserts what they end with.
+    """Sends a signal to runs at given moments and compares their final results.
 
-    A run that has ended before its moment is compared, and another begins.
+    A run that ends before its moment is compared, and a new one is started.
 
     Args:
       number: the signal.
-      moments: as shares of the duration of a straight run.
-      in_save: indices of moments after which a save is waited for.
+      moments: fractions of the duration of a straight run.
+      in_save: indices of moments after which the signal waits for a save.
+
+    Returns:
+      The number of signals that were sent during a save.
     """
     num_in_saves, index = 0, 0
     workdir = self.root / f'run{number}'
@@ -87,7 +90,7 @@ class KillsTest(absltest.TestCase):
           process.send_signal(number)
       code, output = whole_runs.finish(process)
       if code:
-        # Who is told to stop says so, or, while it starts or ends, is gone.
+        # Without a handler, while starting or ending, the signal kills.
         self.assertIn(code, (128 + number, -number), output)
         self.assertLess(index, len(moments))
         index += 1
@@ -101,7 +104,7 @@ class KillsTest(absltest.TestCase):
       )
       shutil.rmtree(workdir)
       if index < len(moments):
-        # It was quicker than the straight one: nobody shall wait for ever.
+        # Faster than the straight run: try earlier, so that the loop ends.
         moments[index] *= 0.8
     return num_in_saves
 

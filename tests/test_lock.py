@@ -15,7 +15,7 @@ from proxy_nca_jax.runtime import lock, remote, signals
 _HOLD = """
 import os, sys, time
 from proxy_nca_jax.runtime import lock
-with lock.hold(sys.argv[1]):
+with lock.locked(sys.argv[1]):
   if len(sys.argv) > 2 and os.fork() == 0:
     time.sleep(60)
   print('held', os.getpid(), flush=True)
@@ -51,32 +51,32 @@ class LocksTest(absltest.TestCase):
   def test_a_second_process_is_refused_until_the_first_is_killed(self):
     holder = self._start_holder()
     with self.assertRaises(BlockingIOError):
-      with lock.hold(self.path, wait=False):
+      with lock.locked(self.path, wait=False):
         pass
     holder.kill()
     holder.wait()
-    with lock.hold(self.path, wait=False):
+    with lock.locked(self.path, wait=False):
       pass
 
-  def test_who_waits_can_be_told_to_stop(self):
+  def test_a_stop_signal_ends_the_wait(self):
     self._start_holder()
     kill = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
     with signals.StopSignals():
       kill.start()
       with self.assertRaises(signals.Stopped):
-        with lock.hold(self.path):
-          self.fail('Two hold it.')
+        with lock.locked(self.path):
+          self.fail('Two processes hold the lock.')
 
   def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(self):
     holder = self._start_holder('fork')
     holder.kill()
     holder.wait()
-    with lock.hold(self.path, wait=False):
+    with lock.locked(self.path, wait=False):
       pass
 
   def test_a_released_lock_can_be_taken_again(self):
     for _ in range(2):
-      with lock.hold(self.path, wait=False):
+      with lock.locked(self.path, wait=False):
         pass
 
 
@@ -96,7 +96,7 @@ class LeaseTest(absltest.TestCase):
     content = {'owner': owner, 'renewed': time.time() - age, 'seconds': seconds}
     self.storage.pipe_file(self.path, json.dumps(content).encode())
 
-  def test_a_second_holder_is_refused_and_told_of_the_first(self):
+  def test_a_second_holder_is_refused_and_the_first_named(self):
     with self._lease() as first:
       with self.assertRaisesRegex(BlockingIOError, first.owner):
         with self._lease():
@@ -109,10 +109,10 @@ class LeaseTest(absltest.TestCase):
         pass
     self.assertFalse(self.storage.exists(self.path))
 
-  def test_it_is_renewed_for_longer_than_it_lasts(self):
+  def test_it_is_renewed_beyond_its_duration(self):
     with self._lease():
       begun = self._content()['renewed']
-      time.sleep(1.0)  # Two and a half of its lengths.
+      time.sleep(1.0)  # 2.5 times its duration.
       self.assertGreater(self._content()['renewed'], begun + 0.5)
       with self.assertRaises(BlockingIOError):
         with self._lease():
@@ -120,21 +120,23 @@ class LeaseTest(absltest.TestCase):
 
   def test_an_expired_lease_is_taken_over_and_its_owner_named(self):
     self._write(age=9)
-    with self.assertRaisesRegex(BlockingIOError, 'another.*ends in 1 s'):
+    with self.assertRaisesRegex(BlockingIOError, 'another.*expires in 1 s'):
       with self._lease():
         pass
     self._write(age=11)
     with self._lease() as lease:
       self.assertEqual(self._content()['owner'], lease.owner)
-      self.assertIn('over from another, whose lease ended 1 s ago', lease.note)
+      self.assertIn(
+        'over from another, whose lease expired 1 s ago', lease.note
+      )
 
-  def test_a_holder_whose_lease_is_taken_is_told_and_leaves_it(self):
+  def test_a_holder_whose_lease_was_taken_fails_and_leaves_it(self):
     with self._lease() as lease:
       lease.renew()
       self._write(age=0)
-      with self.assertRaisesRegex(remote.LeaseLost, 'taken by another'):
+      with self.assertRaisesRegex(remote.LeaseLost, 'taken over by another'):
         lease.renew()
-      time.sleep(0.3)  # Nor does it renew in the background.
+      time.sleep(0.3)  # It is not renewed in the background either.
       self.assertEqual(self._content()['owner'], 'another')
     self.assertEqual(self._content()['owner'], 'another')
 
@@ -144,8 +146,8 @@ class LeaseTest(absltest.TestCase):
       with self.assertRaisesRegex(remote.LeaseLost, 'removed'):
         lease.renew()
 
-  def test_of_two_that_start_at_once_the_first_to_write_is_refused(self):
-    # The other has read that there is no lease, and writes in the pause.
+  def test_of_two_simultaneous_starts_the_first_to_write_is_refused(self):
+    # The other has seen no lease either, and writes during the pause.
     with mock.patch.object(
       time, 'sleep', side_effect=lambda _: self._write(age=0)
     ):
@@ -154,7 +156,7 @@ class LeaseTest(absltest.TestCase):
           pass
     self.assertEqual(self._content()['owner'], 'another')
 
-  def test_a_renewal_that_fails_is_tried_again(self):
+  def test_a_failed_renewal_is_retried(self):
     with self._lease():
       with self.assertLogs('proxy_nca_jax', 'WARNING') as logs:
         with mock.patch.object(
@@ -168,7 +170,7 @@ class LeaseTest(absltest.TestCase):
 
   def test_another_file_in_its_place_is_named(self):
     self.storage.pipe_file(self.path, b'?')
-    with self.assertRaisesRegex(ValueError, 'is no lease: delete it'):
+    with self.assertRaisesRegex(ValueError, 'is not a lease: delete it'):
       with self._lease():
         pass
 

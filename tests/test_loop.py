@@ -12,6 +12,7 @@ from absl.testing import absltest
 from proxy_nca_jax import loop
 from proxy_nca_jax.configs import default
 from proxy_nca_jax.runtime import metric_writer, monitoring, signals
+from proxy_nca_jax.runtime import progress as progress_lib
 
 
 def _config(**fields):
@@ -59,7 +60,7 @@ class LoopTest(absltest.TestCase):
 
     writer = mock.create_autospec(metric_writer.MetricWriter)
     config = _config(num_steps=8, log_every=4)
-    progress = metric_writer.Progress(
+    progress = progress_lib.Progress(
       writer, num_steps=8, batch_size=4, max_skipped=1
     )
     take_steps = loop.make_take_steps(

@@ -125,7 +125,7 @@ class MainTest(parameterized.TestCase):
     workdir = self._workdir()
     code, output = _signal_at(number, f'step {step}/20', workdir)
     self.assertEqual(code, 128 + number, output)
-    self.assertIn('a second one ends at once', output)
+    self.assertIn('a second signal stops immediately', output)
     self.assertRegex(output, r'Stopped after step 1\d of 20, saved')
     self.assertNotIn('Traceback', output)
     code, output = _run(workdir)
@@ -239,9 +239,9 @@ class MainTest(parameterized.TestCase):
 
   def test_a_second_run_in_the_workdir_is_refused(self):
     workdir = self._workdir()
-    with lock.hold(os.path.join(workdir, 'lock')):
+    with lock.locked(os.path.join(workdir, 'lock')):
       code, output = _run(workdir)
-    self._assert_refused(code, output, 'Another run is at work')
+    self._assert_refused(code, output, 'Another run is using')
 
   def test_a_loss_that_is_not_finite_stops_the_run(self):
     workdir = self._workdir()

@@ -17,7 +17,7 @@ def _wait_until(condition):
 
 
 class WatchdogTest(absltest.TestCase):
-  def test_a_long_wait_is_told_and_its_end(self):
+  def test_a_long_wait_is_logged_and_so_is_its_end(self):
     with (
       self.assertLogs('proxy_nca_jax', 'WARNING') as logs,
       monitoring.Watchdog(0.05) as watchdog,
@@ -28,17 +28,17 @@ class WatchdogTest(absltest.TestCase):
         logs.output[0], r'Step 7 has waited [\d.]+ s for its input'
       )
       self.assertRegex(
-        logs.output[-1], r'Step 7 goes on: it waited [\d.]+ s for its input'
+        logs.output[-1], r'Step 7 resumes after waiting [\d.]+ s for its input'
       )
-      # A short one after it is not; the next long one is told anew.
-      told = len(logs.output)
+      # A short wait after it is not logged; the next long one is.
+      num_logged = len(logs.output)
       with watchdog.waiting_for('its input', step=8):
         pass
-      self.assertLen(logs.output, told)
+      self.assertLen(logs.output, num_logged)
       with watchdog.waiting_for('the device', step=8):
-        _wait_until(lambda: len(logs.output) > told)
+        _wait_until(lambda: len(logs.output) > num_logged)
       self.assertRegex(
-        logs.output[told], r'Step 8 has waited [\d.]+ s for the device'
+        logs.output[num_logged], r'Step 8 has waited [\d.]+ s for the device'
       )
 
   def test_warnings_of_one_wait_become_rare(self):
@@ -51,7 +51,7 @@ class WatchdogTest(absltest.TestCase):
     # At 0.01, 0.02, 0.04, ..., 0.64 s at the most, and the end.
     self.assertBetween(len(logs.output), 2, 8)
 
-  def test_what_is_short_or_no_wait_is_not_told(self):
+  def test_short_waits_and_other_code_are_not_logged(self):
     with (
       self.assertNoLogs('proxy_nca_jax', 'WARNING'),
       monitoring.Watchdog(60) as watchdog,
@@ -64,9 +64,9 @@ class WatchdogTest(absltest.TestCase):
     ):
       with watchdog.waiting_for('the device', step=7):
         pass
-      time.sleep(0.5)  # As evaluation.
+      time.sleep(0.5)  # Such as evaluation.
 
-  def test_zero_is_no_watchdog_but_seconds_are_counted(self):
+  def test_a_limit_of_zero_only_counts_seconds(self):
     with (
       self.assertNoLogs('proxy_nca_jax', 'WARNING'),
       monitoring.Watchdog(0) as watchdog,
@@ -93,14 +93,14 @@ class TraceTest(parameterized.TestCase):
     return list(pathlib.Path(folder).rglob('*.xplane.pb')), logs.output[1:]
 
   @parameterized.parameters(
-    ((2, 3), range(1, 6), 'steps 2 to 3 is in'),
-    ((2, 2), range(1, 6), 'steps 2 to 2 is in'),
-    ((2, 9), range(1, 6), 'steps 2 to 5 is in'),  # Was stopped.
-    ((2, 9), range(4, 12), 'steps 4 to 9 is in'),  # Went on.
-    ((6, 7), range(1, 21, 5), 'steps 6 to 10 is in', 5),  # In dispatches of 5.
-    ((3, 6), range(1, 21, 5), 'steps 1 to 10 is in', 5),
+    ((2, 3), range(1, 6), 'steps 2 to 3 to'),
+    ((2, 2), range(1, 6), 'steps 2 to 2 to'),
+    ((2, 9), range(1, 6), 'steps 2 to 5 to'),  # Stopped early.
+    ((2, 9), range(4, 12), 'steps 4 to 9 to'),  # Resumed.
+    ((6, 7), range(1, 21, 5), 'steps 6 to 10 to', 5),  # In dispatches of 5.
+    ((3, 6), range(1, 21, 5), 'steps 1 to 10 to', 5),
   )
-  def test_the_steps_are_traced_and_the_log_tells_where(
+  def test_the_steps_are_traced_and_the_log_says_where(
     self, steps, done, line, size=1
   ):
     files, logs = self._traced(steps, done, size)
@@ -114,7 +114,7 @@ class TraceTest(parameterized.TestCase):
 
 
 class DeviceMemoryTest(absltest.TestCase):
-  def test_what_the_device_tells_is_given(self):
+  def test_statistics_of_the_device_are_returned(self):
     stats = {'bytes_in_use': 3, 'peak_bytes_in_use': 5, 'num_allocs': 7}
     device = mock.Mock(memory_stats=lambda: stats)
     with mock.patch.object(jax, 'local_devices', return_value=[device]):
@@ -123,7 +123,7 @@ class DeviceMemoryTest(absltest.TestCase):
         {'device_bytes_in_use': 3, 'device_bytes_peak': 5},
       )
 
-  def test_a_device_that_does_not_tell_gives_nothing(self):
+  def test_a_device_without_statistics_gives_nothing(self):
     device = mock.Mock(memory_stats=lambda: None)
     with mock.patch.object(jax, 'local_devices', return_value=[device]):
       self.assertEqual(monitoring.device_memory(), {})

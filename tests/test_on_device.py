@@ -23,7 +23,7 @@ def make_split(num_records=13, height=12, width=10):
   labels = np.arange(num_records, dtype=np.int32) // 2
   return datasets.Split(
     source=(),
-    pictures=pixels.__getitem__,
+    images=pixels.__getitem__,
     rows=np.arange(num_records),
     labels=labels,
     class_names=tuple(map(str, range(labels[-1] + 1))),
@@ -132,7 +132,7 @@ class DeviceDataTest(parameterized.TestCase):
     pixels = [np.zeros((9, 9, 3), np.uint8), np.zeros((9, 10, 3), np.uint8)]
     split = datasets.Split(
       source=(),
-      pictures=pixels.__getitem__,
+      images=pixels.__getitem__,
       rows=np.arange(2),
       labels=np.arange(2, dtype=np.int32),
       class_names=('a', 'b'),
@@ -174,9 +174,9 @@ reads = set()
 
 def read(row):
   reads.add(row)
-  return split.pictures(row)
+  return split.images(row)
 
-prepare = here.make_prepare(dataclasses.replace(split, pictures=read), config)
+prepare = here.make_prepare(dataclasses.replace(split, images=read), config)
 # 13 pictures on 4 devices: 4 on each. The first tells the size.
 assert reads == {0} | set(range(13)[8 * process[0] :][:8]), reads
 take = lambda on_device: here.take(

@@ -22,16 +22,16 @@ _SMALL = {
   'eval_every': 50,
   'report': False,
   'evaluation.kmeans_iterations': 0,
-  'dataset.num_classes': 41,  # Train classes that 2 and 4 do not divide.
+  'dataset.num_classes': 41,  # Not divisible by 2 or 4.
   'dataset.validation': '2/2',
   'model.width': 4,
 }
-# Of runs whose scores nobody reads: less to compile.
+# For runs whose scores are not tested: less to compile.
 _UNSCORED = {'evaluation.baselines': False, 'evaluation.nearest_only': True}
 
 
 def _start(workdir, number, **fields):
-  """Starts a run of so many processes, of one device each."""
+  """Starts a run of `number` processes with one device each."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
@@ -87,12 +87,12 @@ class RunTest(parameterized.TestCase):
     for row, other in zip(rows, expected):
       self.assertEqual(row['step'], other['step'])
       for name in ('loss', 'proxy_error', 'gradient_norm'):
-        # Losses cross 0, where nothing is relative.
+        # Losses cross 0, where relative tolerance is void.
         np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=1e-5)
 
   def test_two_processes_train_as_one_does(self):
     self._assert_steps_are_of_one_process(self.two, num_steps=50)
-    # Nothing was trained: the embeddings are the same.
+    # Raw pixels do not depend on the training.
     results, expected = map(whole_runs.results, (self.two, self.one))
     self.assertEqual(results['raw_pixels'], expected['raw_pixels'])
     recall, expected = (
@@ -106,7 +106,7 @@ class RunTest(parameterized.TestCase):
     np.testing.assert_allclose(recall, expected, atol=0.002)
     self.assertLen(recall, 1)
 
-  def test_process_0_speaks_for_all(self):
+  def test_only_the_primary_process_logs_steps(self):
     self.assertIn('step 100/100', self.outputs[0])
     self.assertNotIn('step', self.outputs[1])
 
@@ -124,7 +124,7 @@ class RunTest(parameterized.TestCase):
       self.assertEqual(set(codes), {0}, outputs)
     self._assert_steps_are_of_one_process(workdir, num_steps=70)
 
-  def test_when_one_is_killed_or_told_to_stop_all_end_and_go_on(self):
+  def test_a_kill_or_stop_of_one_process_ends_all_and_they_resume(self):
     workdir = self._workdir()
     for killed, step in ((0, 7), (1, 47)):
       started = _start(workdir, 2, **_UNSCORED)
@@ -138,7 +138,7 @@ class RunTest(parameterized.TestCase):
         'Another process of this run has ended', outputs[1 - killed]
       )
     started = _start(workdir, 2, **_UNSCORED)
-    # JAX looks for signals once a second: before the first step is compiled.
+    # JAX polls for signals every second, sooner than the first step compiles.
     whole_runs.wait_for(started[0], 'Resuming after step')
     started[1].send_signal(signal.SIGTERM)
     codes, outputs = _finish(started)
@@ -148,7 +148,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(codes, (0, 0), outputs)
     whole_runs.assert_same_state(workdir, self.two)
 
-  def test_all_end_with_the_error_of_process_0(self):
+  def test_all_processes_end_with_the_error_of_the_primary(self):
     codes, outputs = _finish(_start(self.two, 2, **{'batch_size': 64}))
     self.assertEqual(codes, (2, 2))
     for output in outputs:
@@ -161,7 +161,7 @@ class InitializeTest(parameterized.TestCase):
     ({'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'},),
     ({'TPU_WORKER_HOSTNAMES': 'localhost'},),
   )
-  def test_one_process_alone_joins_nothing(self, environment):
+  def test_a_single_process_joins_nothing(self, environment):
     processes.initialize(environment=environment)
     self.assertEqual(jax.process_count(), 1)
 
@@ -171,24 +171,26 @@ class InitializeTest(parameterized.TestCase):
     ({'TPU_WORKER_HOSTNAMES': 'host-0,host-1'},),
     ({'JAX_COORDINATOR_ADDRESS': 'host:1234'},),
   )
-  def test_clusters_tell_of_several_processes(self, environment):
+  def test_clusters_are_detected_by_their_environment(self, environment):
     self.assertTrue(processes._has_cluster(environment))
 
   @parameterized.parameters(
-    (dict(num_processes=2, process_id=0), 'need --coordinator_address'),
+    (dict(num_processes=2, process_id=0), 'require --coordinator_address'),
     (
       dict(coordinator_address='h:1', num_processes=2, process_id=2),
       r'--process_id \(2\) must be in \[0, 2\)',
     ),
   )
-  def test_what_does_not_fit_is_said(self, arguments, message):
+  def test_incomplete_or_invalid_arguments_are_explained(
+    self, arguments, message
+  ):
     with self.assertRaisesRegex(ValueError, message):
       processes.initialize(**arguments, environment={})
 
-  def test_one_process_is_told_what_it_says(self):
-    self.assertEqual(processes.of_first(lambda: (1, None)), (1, None))
-    self.assertTrue(processes.all_of(True))
-    self.assertFalse(processes.all_of(False))
+  def test_a_single_process_is_its_own_primary(self):
+    self.assertEqual(processes.run_on_primary(lambda: (1, None)), (1, None))
+    self.assertTrue(processes.true_on_all(True))
+    self.assertFalse(processes.true_on_all(False))
 
 
 if __name__ == '__main__':

@@ -366,7 +366,7 @@ class TrustTest(_Test):
 
 class CacheTest(_Test):
   def _pictures(self, split):
-    return [split.picture(i) for i in range(len(split))]
+    return [split.image(i) for i in range(len(split))]
 
   @parameterized.parameters('square', 'shorter')
   def test_stored_pictures_are_those_of_the_recipe(self, mode):
@@ -382,7 +382,7 @@ class CacheTest(_Test):
     picture = Image.open(self._write_picture(plain.train[3]['image']))
     size = (16, 16) if mode == 'square' else (16 * 24 // 20, 16)
     np.testing.assert_array_equal(
-      stored.train.picture(3), picture.resize(size, Image.Resampling.BILINEAR)
+      stored.train.image(3), picture.resize(size, Image.Resampling.BILINEAR)
     )
 
   def test_training_sees_the_same_batches(self):
@@ -418,7 +418,7 @@ class CacheTest(_Test):
     self.assertLen(list(self.data_dir.glob('resized/*/pixels.bin')), 3)
     picture = Image.open(self._write_picture(data.train[3]['image']))
     np.testing.assert_array_equal(
-      data.train.picture(3), picture.resize((16, 16), Image.Resampling.BICUBIC)
+      data.train.image(3), picture.resize((16, 16), Image.Resampling.BICUBIC)
     )
 
   def test_a_bilinear_file_is_named_as_before_there_was_a_choice(self):
@@ -433,12 +433,12 @@ class CacheTest(_Test):
   def test_a_half_written_file_is_written_again(self):
     _write('sop', self.manual_dir)
     data = self._load('sop', cache_size=16)
-    expected = data.train.picture(2).copy()
+    expected = data.train.image(2).copy()
     (folder,) = self.data_dir.glob('resized/*[0-9a-f]')
     folder.rename(str(folder) + '.part')
     (folder.with_suffix('.part') / 'pixels.bin').write_bytes(b'')
     data = self._load('sop', cache_size=16)
-    np.testing.assert_array_equal(data.train.picture(2), expected)
+    np.testing.assert_array_equal(data.train.image(2), expected)
     self.assertEmpty(list(self.data_dir.glob('resized/*.part')))
 
   def test_a_file_that_is_cut_short_or_gone_is_named(self):
@@ -449,13 +449,13 @@ class CacheTest(_Test):
       f'cannot be read from .{file.parent}. .{{}}[)][.] Delete that folder'
     )
     data = self._load('sop', cache_size=16)
-    data.train.picture(0)
+    data.train.image(0)
     os.truncate(file, 5)  # While it is open.
     with self.assertRaisesRegex(ValueError, message.format('it is cut short')):
-      data.train.picture(0)
+      data.train.image(0)
     file.unlink()
     with self.assertRaisesRegex(ValueError, message.format('No such file.*')):
-      self._load('sop', cache_size=16).train.picture(0)
+      self._load('sop', cache_size=16).train.image(0)
 
   def test_recipes_that_crop_originals_must_allow_it(self):
     _write('sop', self.manual_dir)
@@ -464,11 +464,11 @@ class CacheTest(_Test):
       self._load('sop', **fields)
     data = self._load('sop', allow_resized_source=True, **fields)
     self.assertTrue(data.is_resized_source)
-    self.assertEqual(data.train.picture(0).shape, (16, 16, 3))
+    self.assertEqual(data.train.image(0).shape, (16, 16, 3))
     data = self._load('sop', crop='random_resized')
     self.assertFalse(data.is_resized_source)
-    self.assertEqual(data.train.picture(0).shape, (20, 24, 3))
-    self.assertEqual(data.test.picture(0).shape, (16, 16, 3))
+    self.assertEqual(data.train.image(0).shape, (20, 24, 3))
+    self.assertEqual(data.test.image(0).shape, (16, 16, 3))
 
   @parameterized.parameters(
     (dict(cache_size=12), 'cache_size'),

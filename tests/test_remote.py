@@ -17,13 +17,13 @@ class MirrorTest(absltest.TestCase):
     self.storage = fsspec.filesystem('memory')
     self.url = f'memory://bucket/{self.id()}'
     self.addCleanup(self.storage.store.clear)
-    # Where the local copies are.
+    # The folder of the local copies.
     copies = self.create_tempdir().full_path
     self.enter_context(mock.patch.object(tempfile, 'tempdir', copies))
     self.copies = copies
 
-  def _hold(self):
-    return remote.hold(self.url, lease_seconds=0.4)
+  def _mirrored(self):
+    return remote.mirrored(self.url, lease_seconds=0.4)
 
   def _write(self, folder, name, content='x'):
     path = os.path.join(folder, name)
@@ -32,8 +32,12 @@ class MirrorTest(absltest.TestCase):
       file.write(content)
 
   def _run(self, *names):
-    """Starts and ends a run that writes these files; returns what it found."""
-    with self._hold() as (folder, _, _):
+    """Starts and ends a run that writes these files.
+
+    Returns:
+      {name: content} of the files that it found at its start.
+    """
+    with self._mirrored() as (folder, _, _):
       found = self._read(folder)
       for name in names:
         self._write(folder, name)
@@ -60,7 +64,7 @@ class MirrorTest(absltest.TestCase):
       self.assertLess(time.monotonic(), deadline, self._remote())
       time.sleep(0.01)
 
-  def test_a_run_finds_what_the_one_before_left(self):
+  def test_a_run_finds_the_files_of_the_previous_run(self):
     self.assertEqual(self._run('log.txt', 'checkpoints/1/a'), {})
     self.assertEqual(
       self._remote(), {'log.txt', 'checkpoints/1/a', 'manifest.json'}
@@ -68,8 +72,8 @@ class MirrorTest(absltest.TestCase):
     self.assertEqual(self._run(), {'log.txt': 'x', 'checkpoints/1/a': 'x'})
     self.assertEmpty(os.listdir(self.copies))
 
-  def test_what_changed_is_uploaded_while_the_run_lives(self):
-    with self._hold() as (folder, publish, _):
+  def test_changes_are_uploaded_during_the_run(self):
+    with self._mirrored() as (folder, publish, _):
       self._write(folder, 'log.txt', 'one')
       self._write(folder, 'checkpoints/1.orbax-checkpoint-tmp/a')
       self._write(folder, 'results.json.tmp')
@@ -84,26 +88,26 @@ class MirrorTest(absltest.TestCase):
   def _log(self):
     return self.storage.cat_file(f'{self.url}/log.txt').decode()
 
-  def test_what_has_not_changed_is_not_uploaded_again(self):
+  def test_unchanged_files_are_not_uploaded_again(self):
     self._run('a', 'b')
     with mock.patch.object(type(self.storage), 'put', autospec=True) as put:
       self._run('b')
     self.assertEqual([os.path.basename(put.call_args.args[2][0])], ['b'])
     self.assertLen(put.call_args.args[2], 1)
 
-  def test_what_the_run_removes_is_removed(self):
+  def test_files_that_the_run_removes_are_removed(self):
     self._run('checkpoints/1/a', 'checkpoints/2/a')
-    with self._hold() as (folder, _, _):
+    with self._mirrored() as (folder, _, _):
       os.remove(os.path.join(folder, 'checkpoints/1/a'))
     self.assertEqual(self._remote(), {'checkpoints/2/a', 'manifest.json'})
 
-  def test_an_upload_that_is_cut_short_is_never_taken_for_a_whole_one(self):
+  def test_an_interrupted_upload_is_never_mistaken_for_a_complete_one(self):
     self._run('log.txt', 'checkpoints/1/a', 'checkpoints/1/b')
     whole = ['checkpoints/1/a', 'checkpoints/1/b', 'log.txt']
     new = ['checkpoints/2/a', 'checkpoints/2/b']
     for number_that_arrive in range(3):
-      with self.assertRaisesRegex(OSError, 'machine is gone.*copy that'):
-        with self._hold() as (folder, _, _):
+      with self.assertRaisesRegex(OSError, 'machine is gone.*copy that folder'):
+        with self._mirrored() as (folder, _, _):
           for name in new:
             self._write(folder, name)
           self._break_after(number_that_arrive)
@@ -112,11 +116,11 @@ class MirrorTest(absltest.TestCase):
         {n for n in self._remote() if n in new}, set(new[:number_that_arrive])
       )
       self.assertEqual(sorted(self._run()), whole)
-      # What was cut short is gone.
+      # The leftovers are removed.
       self.assertEqual(self._remote(), {*whole, 'manifest.json'})
 
   def _break_after(self, number):
-    """Lets this many files arrive and nothing after them."""
+    """Lets `number` files arrive and fails every later upload."""
     storage_type = type(self.storage)
     put_file, pipe_file = storage_type.put_file, storage_type.pipe_file
     arrived = []
@@ -127,16 +131,16 @@ class MirrorTest(absltest.TestCase):
       arrived.append(target)
       put_file(storage, source, target, **kwargs)
 
-    def pipe_lease_alone(storage, path, content):
+    def pipe_only_lease(storage, path, content):
       if not path.endswith('lease.json'):
         raise ConnectionError('The machine is gone.')
       pipe_file(storage, path, content)
 
     mock.patch.object(storage_type, 'put_file', put_some).start()
-    mock.patch.object(storage_type, 'pipe_file', pipe_lease_alone).start()
+    mock.patch.object(storage_type, 'pipe_file', pipe_only_lease).start()
 
-  def test_a_failed_upload_is_tried_again_and_the_run_goes_on(self):
-    with self._hold() as (folder, publish, _):
+  def test_a_failed_upload_is_retried_and_the_run_continues(self):
+    with self._mirrored() as (folder, publish, _):
       self._write(folder, 'log.txt')
       with contextlib.ExitStack() as stack:
         logs = stack.enter_context(self.assertLogs('proxy_nca_jax', 'WARNING'))
@@ -151,7 +155,7 @@ class MirrorTest(absltest.TestCase):
       publish()
       self._wait_until(lambda: 'log.txt' in self._remote())
 
-  def test_what_cannot_be_uploaded_at_the_end_is_kept(self):
+  def test_the_local_copy_is_kept_if_the_last_upload_fails(self):
     with mock.patch.object(
       type(self.storage), 'put', side_effect=ConnectionError('no route')
     ):
@@ -162,11 +166,11 @@ class MirrorTest(absltest.TestCase):
       self._read(os.path.join(self.copies, copy)), {'log.txt': 'x'}
     )
 
-  def test_a_folder_without_a_manifest_is_taken_as_it_is(self):
+  def test_a_folder_without_a_manifest_is_downloaded_whole(self):
     for name in ('run.json', 'checkpoints/1/a'):
       self.storage.pipe_file(f'{self.url}/{name}', b'y')
     paths = self.storage.find(self.url)
-    # A folder as some consoles make it.
+    # An object that some web consoles create for a folder.
     paths.append(f'/bucket/{self.id()}/checkpoints/')
     with mock.patch.object(type(self.storage), 'find', return_value=paths):
       found = self._run()
@@ -184,30 +188,30 @@ class MirrorTest(absltest.TestCase):
     self.assertIn('checkpoints/1/a', logs.output[0])
 
   def test_a_second_run_is_refused(self):
-    with self._hold():
-      with self.assertRaisesRegex(BlockingIOError, 'lease ends in'):
+    with self._mirrored():
+      with self.assertRaisesRegex(BlockingIOError, 'lease expires in'):
         self._run()
 
   def test_a_run_whose_lease_is_taken_stops_and_writes_nothing_more(self):
-    told = []
-    with self.assertRaisesRegex(remote.LeaseLost, 'taken by another'):
-      with self._hold() as (folder, publish, _):
+    events = []
+    with self.assertRaisesRegex(remote.LeaseLost, 'taken over by another'):
+      with self._mirrored() as (folder, publish, _):
         lease = {'owner': 'another', 'renewed': time.time(), 'seconds': 60}
         self.storage.pipe_file(
           f'{self.url}/lease.json', json.dumps(lease).encode()
         )
         self._write(folder, 'log.txt')
         publish()
-        # Training ends at the next call after it is known.
+        # The call after the failed upload raises it, which ends training.
         with self.assertRaises(remote.LeaseLost):
           self._wait_until(publish)
-        told.append('before the end')
-    self.assertEqual(told, ['before the end'])
+        events.append('raised in the block')
+    self.assertEqual(events, ['raised in the block'])
     self.assertEqual(self._remote(), {'lease.json', 'manifest.json'})
     self.assertEmpty(os.listdir(self.copies))
 
-  def test_what_is_cut_short_on_a_disk_leaves_what_was_there(self):
-    remote = self.create_tempdir().full_path
+  def test_an_interrupted_write_on_disk_keeps_the_old_file(self):
+    storage = self.create_tempdir().full_path
     for content in ('before', 'after'):
       with contextlib.ExitStack() as stack:
         if content == 'after':
@@ -216,21 +220,21 @@ class MirrorTest(absltest.TestCase):
             mock.patch.object(os, 'replace', side_effect=OSError('killed'))
           )
           stack.enter_context(self.assertRaisesRegex(OSError, 'killed'))
-        with remote.hold(f'file://{remote}', lease_seconds=60) as run:
+        with remote.mirrored(f'file://{storage}', lease_seconds=60) as run:
           self._write(run[0], 'log.txt', content)
-    files = self._read(remote)
+    files = self._read(storage)
     self.assertEqual(files['log.txt'], 'before')
     self.assertEqual(json.loads(files['manifest.json']), ['log.txt'])
 
   def test_storage_that_cannot_be_opened_is_named(self):
     with self.assertRaisesRegex(ValueError, 'nonsense'):
-      with remote.hold('nonsense://bucket/run', lease_seconds=1):
+      with remote.mirrored('nonsense://bucket/run', lease_seconds=1):
         pass
     with mock.patch.object(
       fsspec, 'url_to_fs', side_effect=ImportError('Please install gcsfs')
     ):
       with self.assertRaisesRegex(ValueError, 'gs://b/r.*install gcsfs'):
-        with remote.hold('gs://b/r', lease_seconds=1):
+        with remote.mirrored('gs://b/r', lease_seconds=1):
           pass
 
 

@@ -59,7 +59,7 @@ def _embedded(num_classes=10, each=4, **fields):
   return report.Embedded(
     datasets.Split(
       source=(),
-      pictures=lambda row: np.broadcast_to(
+      images=lambda row: np.broadcast_to(
         colors[labels[row]], (12, 16, 3)
       ).astype(np.uint8),
       rows=np.arange(len(labels)),

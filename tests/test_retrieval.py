@@ -302,6 +302,15 @@ class PositiveRanksTest(parameterized.TestCase):
       self.assertAlmostEqual(actual[name], value, 12, name)
 
 
+class NeighborDistancesTest(absltest.TestCase):
+  def test_small_distances_are_not_rounded_away(self):
+    items = np.float32([[1, 0], [1, 1e-5], [0, 1]])
+    actual = retrieval.neighbor_distances(
+      items[:2], items, np.array([[1, 2], [1, 0]])
+    )
+    np.testing.assert_allclose(actual, [[1e-5, 2**0.5], [0, 1e-5]], rtol=1e-4)
+
+
 class NearestTest(parameterized.TestCase):
   @parameterized.product(
     num_devices=(0, 3), sizes=((1, 64), (5, 100), (699, 64), (300, 5000))

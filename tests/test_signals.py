@@ -14,8 +14,8 @@ _COMMAND = """
 import time
 from proxy_nca_jax.runtime import errors
 
-with errors.in_one_line(stopped='As it was.'):
-  print('at work', flush=True)
+with errors.in_one_line(stopped='Nothing was lost.'):
+  print('running', flush=True)
   time.sleep(60)
 """
 
@@ -28,11 +28,11 @@ class StopSignalsTest(parameterized.TestCase):
       with signals.StopSignals():
         signals.check()
         os.kill(os.getpid(), number)
-        done.append('what it was doing')
+        done.append('current work')
         signals.check()
-        done.append('what comes next')
+        done.append('next work')
     self.assertEqual(raised.exception.number, number)
-    self.assertEqual(done, ['what it was doing'])
+    self.assertEqual(done, ['current work'])
 
   def test_nothing_is_raised_without_a_signal(self):
     with signals.StopSignals() as stop_signals:
@@ -51,7 +51,7 @@ class StopSignalsTest(parameterized.TestCase):
       with self.assertRaises(signals.Stopped):
         stop_signals.check()
 
-  def test_a_second_signal_takes_its_default_course(self):
+  def test_a_second_signal_has_its_default_effect(self):
     with self.assertRaises(KeyboardInterrupt) as raised:
       with signals.StopSignals():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -59,7 +59,7 @@ class StopSignalsTest(parameterized.TestCase):
         self.fail('The second signal did nothing.')
     self.assertNotIsInstance(raised.exception, signals.Stopped)
 
-  def test_a_signal_within_two_is_of_the_inner_one(self):
+  def test_nested_contexts_deliver_a_signal_to_the_inner_one(self):
     with signals.StopSignals():
       with signals.StopSignals() as inner:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -67,7 +67,7 @@ class StopSignalsTest(parameterized.TestCase):
       with self.assertRaises(signals.Stopped):
         inner.check()
 
-  def test_the_handlers_of_before_come_back(self):
+  def test_previous_handlers_are_restored(self):
     before = signal.getsignal(signal.SIGTERM)
     with signals.StopSignals():
       self.assertNotEqual(signal.getsignal(signal.SIGTERM), before)
@@ -92,30 +92,30 @@ class StopSignalsTest(parameterized.TestCase):
 
 
 class CommandTest(absltest.TestCase):
-  def test_a_stopped_command_ends_where_it_is(self):
+  def test_ctrl_c_ends_a_command_immediately(self):
     process = subprocess.Popen(
       [sys.executable, '-c', _COMMAND],
       text=True,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
     )
-    self.assertEqual(process.stdout.readline(), 'at work\n')
+    self.assertEqual(process.stdout.readline(), 'running\n')
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     self.assertEqual(process.returncode, 130)
-    self.assertEqual(printed.split('\n'), ['', 'As it was.', ''])
+    self.assertEqual(printed.split('\n'), ['', 'Nothing was lost.', ''])
 
-  def test_a_command_that_reads_a_state_ends_after_it(self):
+  def test_ctrl_c_while_reading_a_checkpoint_ends_the_command_after_it(self):
     with (
       contextlib.redirect_stderr(io.StringIO()) as printed,
       self.assertRaises(SystemExit) as raised,
-      errors.in_one_line(stopped='As it was.'),
+      errors.in_one_line(stopped='Nothing was lost.'),
       signals.StopSignals() as stop_signals,
     ):
       signal.raise_signal(signal.SIGINT)
       stop_signals.check()
     self.assertEqual(raised.exception.code, 130)
-    self.assertEqual(printed.getvalue(), 'As it was.\n')
+    self.assertEqual(printed.getvalue(), 'Nothing was lost.\n')
 
 
 if __name__ == '__main__':

@@ -588,10 +588,10 @@ class RunTest(absltest.TestCase):
       **skip,
     )
     self.assertRegex(self.logs, 'Step 5 has waited .* for its input')
-    self.assertRegex(self.logs, 'Step 5 goes on: it waited .* for its input')
-    self.assertIn('A trace of steps 6 to 7 is in', self.logs)
+    self.assertRegex(self.logs, 'Step 5 resumes after waiting .* for its input')
+    self.assertIn('a profiler trace of steps 6 to 7 to', self.logs)
     self.assertLen(list((straight / 'profile').rglob('*.xplane.pb')), 1)
-    self.assertRegex(self.logs, 'Skipped, .* step 9; 2 in all')
+    self.assertRegex(self.logs, 'Skipped step 9.*; 2 skipped in total')
     self.assertEqual(results['skipped_steps'], 3)
     rows = metric_writer.read_metrics(str(straight))
     waits = [row['input_wait'] for row in rows if 'input_wait' in row]
@@ -630,7 +630,9 @@ class RunTest(absltest.TestCase):
       'optimizer.on_nonfinite': 'skip',
       'optimizer.max_skipped_steps': 2,
     }
-    with self.assertRaisesRegex(ValueError, '2 steps in a row .*step 10 the'):
+    with self.assertRaisesRegex(
+      ValueError, '2 consecutive steps .*up to step 10'
+    ):
       self._train(workdir, bad=(3, 9, 10), **fields)
     self.assertEqual(self._steps_saved(workdir), [4, 8])
     # One may be patient with the same run.

@@ -23,13 +23,13 @@ def _config(**fields):
 
 
 class WorkdirTest(absltest.TestCase):
-  def test_json_comes_back(self):
+  def test_json_round_trips(self):
     path = os.path.join(self.create_tempdir(), 'a.json')
     self.assertIsNone(workdir.read_json(path))
     workdir.write_json(path, {'a': [1, 2]})
     self.assertEqual(workdir.read_json(path), {'a': [1, 2]})
 
-  def test_json_is_written_whole_or_not_at_all(self):
+  def test_json_that_cannot_be_written_keeps_the_old_file(self):
     path = os.path.join(self.create_tempdir(), 'results.json')
     workdir.write_json(path, {'a': 1})
     with self.assertRaises(TypeError):
@@ -44,7 +44,7 @@ class RemoteTest(absltest.TestCase):
     self.storage = fsspec.filesystem('memory')
     self.addCleanup(self.storage.store.clear)
     self.url = 'memory://bucket/run'
-    # A start waits for a sixtieth of it.
+    # Acquiring a lease pauses for a sixtieth of its duration.
     self.enter_context(mock.patch.object(time, 'sleep'))
 
   def _read(self, name):
@@ -54,12 +54,12 @@ class RemoteTest(absltest.TestCase):
     lease = {'owner': 'host:1', 'renewed': time.time() - age, 'seconds': 120}
     self.storage.pipe_file(f'{self.url}/lease.json', json.dumps(lease).encode())
 
-  def test_the_log_and_files_are_in_the_storage(self):
+  def test_the_log_and_files_arrive_in_the_storage(self):
     logger = logging.getLogger('proxy_nca_jax')
     self.addCleanup(logger.setLevel, logger.level)
-    logger.setLevel(logging.INFO)  # It forgets what it knew of levels.
+    logger.setLevel(logging.INFO)  # Also clears its cache of levels.
     for word in ('first', 'second'):
-      with workdir.hold(self.url) as folder:
+      with workdir.opened(self.url) as folder:
         logger.info(word)
         workdir.write_json(os.path.join(folder.path, 'a.json'), {'a': word})
     self.assertRegex(self._read('log.txt'), 'first\n.*second\n')
@@ -69,29 +69,31 @@ class RemoteTest(absltest.TestCase):
     self._write_lease(age=100)
     with self.assertRaisesRegex(
       ValueError,
-      'Another run is at work in .memory://bucket/run. .host:1, whose lease '
-      'ends in 20 s if not renewed.: wait for it, or use another workdir.',
+      'Another run is using .memory://bucket/run. .host:1, whose lease expires '
+      'in 20 s unless renewed.: wait for it to end, or use another workdir.',
     ):
-      with workdir.hold(self.url):
+      with workdir.opened(self.url):
         pass
 
-  def test_an_expired_lease_is_taken_over_and_the_log_says_whose_it_was(self):
+  def test_taking_over_an_expired_lease_is_logged_with_its_owner(self):
     self._write_lease(age=130)
-    with workdir.hold(self.url):
+    with workdir.opened(self.url):
       pass
     self.assertIn(
-      'over from host:1, whose lease ended 10 s ago', self._read('log.txt')
+      'over from host:1, whose lease expired 10 s ago', self._read('log.txt')
     )
 
   def test_several_processes_are_refused(self):
     with mock.patch.object(jax, 'process_count', return_value=4):
-      with self.assertRaisesRegex(ValueError, '4 processes cannot share.*that'):
-        with workdir.hold(self.url):
+      with self.assertRaisesRegex(
+        ValueError, '4 processes cannot share.*file system that all'
+      ):
+        with workdir.opened(self.url):
           pass
 
   def test_a_local_folder_has_no_lease_and_publishes_nothing(self):
     path = self.create_tempdir().full_path
-    with workdir.hold(path) as folder:
+    with workdir.opened(path) as folder:
       self.assertEqual(folder.path, path)
       folder.publish()
     self.assertEqual(sorted(os.listdir(path)), ['lock', 'log.txt'])
@@ -101,7 +103,7 @@ class RemoteRunTest(absltest.TestCase):
   def test_a_run_in_parts_on_storage_equals_a_straight_one_on_disk(self):
     storage = fsspec.filesystem('memory')
     self.addCleanup(storage.store.clear)
-    # A start waits for a sixtieth of it.
+    # Acquiring a lease pauses for a sixtieth of its duration.
     self.enter_context(mock.patch.object(remote, 'LEASE_SECONDS', 1.0))
     url = 'memory://bucket/run'
     config = self._config()
@@ -127,7 +129,7 @@ class RemoteRunTest(absltest.TestCase):
       names,
     )
     self.assertNotIn('lease.json', names)
-    with workdir.hold(url) as folder:
+    with workdir.opened(url) as folder:
       paths = (folder.path, straight)
       whole_runs.assert_same_state(*paths)
       rows = [metric_writer.read_metrics(path) for path in paths]

@@ -9,7 +9,6 @@ import errno
 import gzip
 import os
 import re
-import shutil
 import stat
 import tarfile
 import zipfile
@@ -19,7 +18,7 @@ from typing import IO
 
 from tqdm import auto as tqdm
 
-from proxy_nca_jax.runtime import signals
+from proxy_nca_jax.runtime import errors, files, signals
 
 # The data sets have at most 120,053 members, and pictures hardly compress.
 MAX_MEMBERS = 500_000
@@ -116,25 +115,17 @@ def extract(paths: Sequence[str], folder: str) -> None:
   folder = os.path.abspath(folder)
   if os.path.lexists(folder):
     raise ValueError(f'{folder!r} exists already.')
-  part = folder + '.part'
-  if os.path.lexists(part):
-    shutil.rmtree(part)
-  os.makedirs(part)
-  try:
+  with files.create_folder_atomically(folder) as part:
     for path in paths:
       try:
         _extract_one(path, part)
       except OverflowError as error:
         raise ValueError(f'{path} asks for too much: {error}.') from error
       except _DAMAGED as error:
-        reason = str(error) or 'it ends too early'
+        reason = errors.one_line(error) if str(error) else 'it ends too early'
         raise ValueError(
           f'{path} is damaged: {reason}; fetch it again.'
         ) from error
-    os.rename(part, folder)
-  except BaseException:
-    shutil.rmtree(part, ignore_errors=True)
-    raise
 
 
 def _extract_one(path: str, folder: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import io
 
 from proxy_nca_jax.datasets import downloads, published
+from proxy_nca_jax.runtime import errors
 
 # The authors' own addresses are dead.
 _COPY = (
@@ -114,7 +115,9 @@ def _load(root: str, path: str) -> dict[str, np.ndarray]:
     return io.loadmat(os.path.join(root, path), squeeze_me=True)
   # SciPy lets many types through for a broken file.
   except Exception as error:
-    raise ValueError(f'{path} cannot be read: {error}') from error
+    raise ValueError(
+      f'{path} cannot be read: {errors.one_line(error)}'
+    ) from error
 
 
 def _texts(names: np.ndarray) -> list[str]:

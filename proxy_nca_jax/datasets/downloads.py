@@ -17,7 +17,7 @@ import urllib.request
 
 from tqdm import auto as tqdm
 
-from proxy_nca_jax.runtime import signals
+from proxy_nca_jax.runtime import errors, signals
 
 _CHUNK = 2**20
 _MAX_IDLE_ATTEMPTS = 3
@@ -91,8 +91,7 @@ def _reason(error: Exception) -> str:
     return f'{error.code} {http.client.responses.get(error.code, "?")}'
   if isinstance(error, urllib.error.URLError):
     error = error.reason
-  text = getattr(error, 'strerror', None) or str(error)
-  return ''.join(filter(str.isprintable, text))[:200]
+  return errors.one_line(getattr(error, 'strerror', None) or error)
 
 
 def _fetch_from(url: str, file: RemoteFile, part: str, timeout: float) -> None:

@@ -21,6 +21,7 @@ from PIL import Image, ImageFont, features
 
 from proxy_nca_jax import images
 from proxy_nca_jax.datasets import records
+from proxy_nca_jax.runtime import errors
 
 # Text fonts of matplotlib; its others hold pieces of formulas.
 _TEXT_FONTS = ('DejaVuSans', 'DejaVuSerif', 'STIXGeneral')
@@ -212,7 +213,7 @@ def _faces(path: str) -> list[Face]:
   # fontTools raises many types for a broken table, AssertionError and
   # struct.error among them.
   except Exception as error:
-    raise ValueError(f'{path}: {error or type(error).__name__}') from error
+    raise ValueError(f'{path}: {errors.one_line(error)}') from error
 
 
 def make_builder(

@@ -61,7 +61,7 @@ class Split:
 
   Attributes:
     source: random access to the records of the whole data set.
-    pictures: maps a row of `source` to uint8 [height, width, 3].
+    images: maps a row of `source` to uint8 [height, width, 3].
     rows: int64 [num_records], the split's records in `source`.
     labels: int32 [num_records], in [0, num_classes).
     class_names: the names of the classes.
@@ -71,7 +71,7 @@ class Split:
   """
 
   source: Sequence[dict]
-  pictures: Callable[[int], np.ndarray]
+  images: Callable[[int], np.ndarray]
   rows: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
@@ -90,7 +90,7 @@ class Split:
   def __len__(self) -> int:
     return len(self.rows)
 
-  def take(self, indices: np.ndarray) -> 'Split':
+  def subset(self, indices: np.ndarray) -> 'Split':
     """Returns the split of these records, int [num_taken], in this order."""
     return dataclasses.replace(
       self,
@@ -122,9 +122,9 @@ class Split:
       }
     )
 
-  def picture(self, index: int) -> np.ndarray:
+  def image(self, index: int) -> np.ndarray:
     """Returns uint8 [height, width, 3], after the recipe's first resize."""
-    return self.pictures(int(self.rows[index]))
+    return self.images(int(self.rows[index]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,13 +182,13 @@ def load(config: ml_collections.ConfigDict) -> Datasets:
   if config.crop == 'random_resized' and not is_resized_source:
     trained = make_pictures(builder, source, config, side=0)
 
-  def make_split(classes, pictures):
+  def make_split(classes, images):
     rows = np.flatnonzero(np.isin(labels, classes))
     cameras = metadata.get('cameras')
     is_query = roles[rows] == 'query'
     return Split(
       source=source,
-      pictures=pictures,
+      images=images,
       rows=rows,
       labels=np.searchsorted(classes, labels[rows]).astype(np.int32),
       class_names=tuple(class_names[c] for c in classes),
@@ -259,9 +259,9 @@ def _thin_out(
   )
   everything = np.sort(np.concatenate([learned, held_out]))
   seen = dataclasses.replace(
-    evaluated.take(everything), is_query=np.isin(everything, held_out)
+    evaluated.subset(everything), is_query=np.isin(everything, held_out)
   )
-  return train.take(learned), seen
+  return train.subset(learned), seen
 
 
 def find_data_dir(data_dir: str) -> str:
@@ -296,7 +296,7 @@ def prepare(
   os.makedirs(os.path.join(data_dir, name), exist_ok=True)
   # Two runs that need the same data set prepare it once. A builder reads what
   # is prepared when it is made: so after the wait.
-  with lock.hold(os.path.join(data_dir, name, 'lock')):
+  with lock.locked(os.path.join(data_dir, name, 'lock')):
     builder, skipped = DATASETS[name](
       data_dir=data_dir, **{field: fields[field] for field in names}
     )

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from proxy_nca_jax.runtime import signals
+from proxy_nca_jax.runtime import errors, signals
 
 
 def make_info(
@@ -99,7 +99,7 @@ class StoredRecords(Sequence):
         return record
       reason = 'it is cut short'
     except Exception as error:  # ArrayRecord's are RuntimeErrors, TFDS's any.
-      reason = ' '.join(str(error).split())[:200]
+      reason = errors.one_line(error)
     path = self._files[np.searchsorted(self._ends, index, side='right')]
     raise ValueError(
       f'Record {index} cannot be read from {path!r} ({reason}). Restore that '

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import BinaryIO
@@ -19,7 +18,7 @@ import numpy as np
 import PIL
 import tqdm
 
-from proxy_nca_jax.runtime import lock, signals
+from proxy_nca_jax.runtime import files, lock, signals
 
 _logger = logging.getLogger(__name__)
 
@@ -85,20 +84,18 @@ def prepare(
   key = hashlib.sha256(inputs.encode()).hexdigest()[:16]
   path = os.path.join(folder, key)
   os.makedirs(folder, exist_ok=True)
-  with lock.hold(os.path.join(folder, 'lock')):
+  with lock.locked(os.path.join(folder, 'lock')):
     if not os.path.exists(path):
       _logger.info('Writing resized pictures to %s', path)
-      _write(path + '.part', inputs, read, num_pictures)
-      os.rename(path + '.part', path)
+      with files.create_folder_atomically(path) as part:
+        _write(part, inputs, read, num_pictures)
   return ResizedPictures(path)
 
 
 def _write(folder, inputs, read, num_pictures) -> None:
-  shutil.rmtree(folder, ignore_errors=True)
-  os.makedirs(folder)
   shapes = np.empty((num_pictures, 2), np.int32)
   with (
-    open(os.path.join(folder, 'pixels.bin'), 'wb') as file,
+    files.write_atomically(os.path.join(folder, 'pixels.bin'), 'wb') as file,
     tqdm.tqdm(
       total=num_pictures, unit=' images', desc='resizing', disable=None
     ) as progress,
@@ -111,8 +108,7 @@ def _write(folder, inputs, read, num_pictures) -> None:
         shapes[index] = picture.shape[:2]
         file.write(np.ascontiguousarray(picture))
       progress.update(len(indices))
-    file.flush()
-    os.fsync(file.fileno())
-  np.save(os.path.join(folder, 'shapes.npy'), shapes)
-  with open(os.path.join(folder, 'inputs.json'), 'w') as file:
+  with files.write_atomically(os.path.join(folder, 'shapes.npy'), 'wb') as file:
+    np.save(file, shapes)
+  with files.write_atomically(os.path.join(folder, 'inputs.json')) as file:
     file.write(inputs + '\n')

@@ -11,7 +11,7 @@ import numpy as np
 
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.evaluate import scores as scores_lib
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.runtime import errors, files
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       if isinstance(value, int):
         print(f'{name.replace("_", " ")}: {value:,}')
     if arguments.json:
-      with open(arguments.json, 'w', encoding='utf-8') as file:
+      with files.write_atomically(arguments.json) as file:
         json.dump(scores, file, indent=2)
 
 

@@ -325,6 +325,11 @@ def _intervals(
   return {name: tuple(pair) for name, pair in zip(scores, bounds)}
 
 
+def score_names(scores: Mapping[str, object]) -> list[str]:
+  """Returns the names of the scores in a result, which also holds counts."""
+  return [name for name, value in scores.items() if isinstance(value, float)]
+
+
 def format_table(results: Mapping[str, Mapping]) -> str:
   """Formats scores as percent: a row each, a column for each embeddings.
 
@@ -337,11 +342,7 @@ def format_table(results: Mapping[str, Mapping]) -> str:
     value = scores.get(name)
     return '' if value is None else f'{100 * value:.2f}{bounds}'
 
-  names = [
-    name
-    for name, value in next(iter(results.values())).items()
-    if isinstance(value, float)
-  ]
+  names = score_names(next(iter(results.values())))
   rows = [['', *(title.replace('_', ' ') for title in results)]] + [
     [name, *(cell(scores, name) for scores in results.values())]
     for name in names

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 
 from proxy_nca_jax import optimizer as optimizer_lib
+from proxy_nca_jax.evaluate import scores as scores_lib
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def check_select_by(
   """
   if not config.dataset.validation:
     return
-  names = [name for name, value in scores.items() if isinstance(value, float)]
+  names = scores_lib.score_names(scores)
   if set(_AVERAGED) <= set(names):
     names.append('harmonic_mean')
   if config.evaluation.select_by not in names:

@@ -49,7 +49,7 @@ def train_batches(
   """
   index, count = process
   if config.dataset.on_device:
-    height, width = split.picture(0).shape[:2]
+    height, width = split.image(0).shape[:2]
     read = functools.partial(_read_crop, split, height, width, config.dataset)
   else:
     read = functools.partial(_read_train, split, config.dataset)
@@ -92,7 +92,7 @@ def evaluation_batches(
   def read(position):
     is_record = position < len(split)
     index = position if is_record else len(split) - 1
-    image = images.center_crop(split.picture(index), image_size)
+    image = images.center_crop(split.image(index), image_size)
     row = _row(image, split.labels[index], position)
     return row | {'mask': np.bool_(is_record)}
 
@@ -104,7 +104,7 @@ def evaluation_batches(
 
 
 def _read_train(split, config, position, rng) -> Batch:
-  image = split.picture(position)
+  image = split.image(position)
   if config.crop == 'random':
     top, left, is_flipped = _draw_crop(*image.shape[:2], config, rng)
     image = images.crop(image, top, left, config.image_size, config.padding)
@@ -173,7 +173,7 @@ def check_splits(
     train: the records to train on.
     test: the records to score.
   """
-  height, width = test.picture(0).shape[:2]
+  height, width = test.image(0).shape[:2]
   size = config.dataset.image_size
   if size > min(width, height):
     raise ValueError(
@@ -203,7 +203,7 @@ def raw_pixels(split: Split, *, size: int = 32) -> np.ndarray:
   for position in tqdm.trange(
     len(split), desc='raw pixels', disable=None, leave=False, delay=1
   ):
-    image = Image.fromarray(split.picture(position))
+    image = Image.fromarray(split.image(position))
     if image.size != (size, size):
       image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels[position] = np.asarray(image, np.float32).reshape(-1)

@@ -45,7 +45,7 @@ def make_prepare(
     ValueError: if the images differ in size, or do not fit into memory.
   """
   images = put_images(split, mesh)
-  height, width, _ = split.picture(0).shape
+  height, width, _ = split.image(0).shape
   cut = make_cut(
     mesh, height=height, width=width, image_size=image_size, padding=padding
   )
@@ -69,7 +69,7 @@ def put_images(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
   Raises:
     ValueError: if the images differ in size, or do not fit into memory.
   """
-  shape = split.picture(0).shape
+  shape = split.image(0).shape
   size = math.prod(shape)
   rows = -(-len(split) // mesh.size)
   check_memory(rows * size, mesh.local_devices)
@@ -84,7 +84,7 @@ def put_images(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
     part = np.zeros((stop - start, size), np.uint8)
 
     def fill(position):
-      picture = split.picture(position)
+      picture = split.image(position)
       _check_shape(picture.shape, shape, position)
       part[position - start] = picture.reshape(-1)
 

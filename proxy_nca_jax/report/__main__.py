@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from proxy_nca_jax import configuration
+from proxy_nca_jax.evaluate import scores as scores_lib
 from proxy_nca_jax.report import charts, pages
-from proxy_nca_jax.runtime import errors, metric_writer
+from proxy_nca_jax.runtime import errors, files, metric_writer
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 
@@ -66,11 +67,7 @@ def compare(workdirs: Sequence[str]) -> str:
     groups[key].append(saved)
   groups = list(groups.values())
   titles = [_title(group) for group in groups]
-  names = [
-    name
-    for name, value in groups[0][0].results['trained'].items()
-    if isinstance(value, float)
-  ]
+  names = scores_lib.score_names(groups[0][0].results['trained'])
   table = pages.table(
     ('runs', 'seeds', *names),
     [
@@ -162,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   arguments = parser.parse_args(arguments)
   with errors.in_one_line():
     page = compare(arguments.runs)
-    with open(arguments.output, 'w', encoding='utf-8') as file:
+    with files.write_atomically(arguments.output) as file:
       file.write(page)
   print(f'{len(arguments.runs)} runs are compared in {arguments.output}')
 

@@ -3,7 +3,6 @@
 import collections
 import html
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,9 @@ import numpy as np
 from PIL import Image
 
 from proxy_nca_jax import datasets, distances, retrieval
+from proxy_nca_jax.evaluate import scores as scores_lib
 from proxy_nca_jax.report import charts, literature, pages
+from proxy_nca_jax.runtime import files
 
 # What a page shows of each kind.
 _NUM_QUERIES, _NUM_NEIGHBOURS, _NUM_PROXIES = 6, 8, 6
@@ -32,7 +33,7 @@ class Embedded(NamedTuple):
   embeddings: np.ndarray
 
   def image(self, index: int) -> Image.Image:
-    return Image.fromarray(self.split.picture(index))
+    return Image.fromarray(self.split.image(index))
 
   def name(self, index: int) -> str:
     return self.split.class_names[self.split.labels[index]]
@@ -95,9 +96,8 @@ def write(
     sections.append(('Nearest images to a proxy', nearest))
   sections.append(('The run', _about(results, config, overrides, facts)))
   name = f'{config["dataset"]["name"]}, {config["loss"]["name"]}'
-  with open(path + '.tmp', 'w', encoding='utf-8') as file:
+  with files.write_atomically(path) as file:
     file.write(pages.page(f'Report: {name}', sections))
-  os.replace(path + '.tmp', path)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -127,12 +127,7 @@ def _find_neighbours(test: Embedded) -> _Neighbours:
     )
     order = np.argsort(~counts, axis=1, kind='stable')[:, :_NUM_NEIGHBOURS]
     items = np.take_along_axis(items, order, axis=1)
-  away = np.stack(
-    [
-      np.linalg.norm(points[row] - points[query], axis=1)
-      for query, row in zip(queries, items)
-    ]
-  )
+  away = retrieval.neighbor_distances(points[queries], points, items)
   is_right = split.labels[items] == split.labels[queries][:, None]
   return _Neighbours(queries, items, away, is_right)
 
@@ -151,11 +146,7 @@ def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     )
     if title in results
   ]
-  names = [
-    name
-    for name, value in results['trained'].items()
-    if isinstance(value, float)
-  ]
+  names = scores_lib.score_names(results['trained'])
   ours = [
     [
       f'this run, {title.replace("_", " ")}',

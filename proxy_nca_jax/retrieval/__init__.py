@@ -1,6 +1,10 @@
 """Ranks of positives by counting, and nearest neighbours, block by block."""
 
-from proxy_nca_jax.retrieval.neighbors import nearest, pairs_above
+from proxy_nca_jax.retrieval.neighbors import (
+  nearest,
+  neighbor_distances,
+  pairs_above,
+)
 from proxy_nca_jax.retrieval.ranks import positive_ranks
 
-__all__ = ['nearest', 'pairs_above', 'positive_ranks']
+__all__ = ['nearest', 'neighbor_distances', 'pairs_above', 'positive_ranks']

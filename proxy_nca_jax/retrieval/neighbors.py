@@ -145,6 +145,30 @@ def _nearest(items, queries, num_items, *, k, is_self, recall_target, layout):
   return layout.on_each(local, is_shared=True)(items, (queries, num_items))
 
 
+def neighbor_distances(
+  queries: np.ndarray, items: np.ndarray, indices: np.ndarray
+) -> np.ndarray:
+  """Returns the Euclidean distance of each query to its neighbors.
+
+  Computed from the differences: sqrt(2 - 2 x.y) would lose small distances to
+  rounding.
+
+  Args:
+    queries: float [num_queries, dim].
+    items: float [num_items, dim].
+    indices: int [num_queries, k], in [0, num_items).
+
+  Returns:
+    float [num_queries, k].
+  """
+  return np.stack(
+    [
+      np.linalg.norm(items[row] - query, axis=1)
+      for query, row in zip(queries, indices)
+    ]
+  )
+
+
 def pairs_above(
   points: chex.Array, threshold: float, *, block_size: int = 2048
 ) -> Iterator[tuple[int, np.ndarray]]:

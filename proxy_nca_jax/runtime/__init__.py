@@ -1,1 +1,1 @@
-"""What a run needs of its machine: workdir, processes, signals, log, errors."""
+"""Running on a machine: workdirs, locks, processes, signals, logs, errors."""

@@ -146,7 +146,7 @@ def _describe(error: Exception) -> str:
 def _log_to_stdout() -> None:
   handler = logging.StreamHandler(sys.stdout)
   # The primary process logs for all of them.
-  handler.setLevel(logging.INFO if processes.is_first() else logging.WARNING)
+  handler.setLevel(logging.INFO if processes.is_primary() else logging.WARNING)
   handler.setFormatter(logging.Formatter('%(message)s'))
   _logger.addHandler(handler)
   _logger.setLevel(logging.DEBUG)

@@ -1,4 +1,4 @@
-"""How a command ends on wrong input: one line on stderr and exit status 2."""
+"""Errors for the user: one line on stderr and exit status 2."""
 
 import contextlib
 import os
@@ -10,20 +10,40 @@ from typing import NoReturn
 from proxy_nca_jax.runtime import signals
 
 
+def one_line(
+  error: BaseException | str, *, max_length: int | None = 200
+) -> str:
+  """Returns an error's text in one line of printable characters.
+
+  Args:
+    error: an exception, or text from elsewhere, such as a server.
+    max_length: longer texts are truncated; None keeps all of it.
+
+  Returns:
+    The text, or the name of the exception's type if it has no text.
+  """
+  text = ''.join(filter(str.isprintable, ' '.join(str(error).split())))
+  if not text and isinstance(error, BaseException):
+    return type(error).__name__
+  return text[:max_length]
+
+
 def fail(message: str) -> NoReturn:
-  print(f'Error: {" ".join(message.split())}', file=sys.stderr)
+  """Ends the process with a message for the user and exit status 2."""
+  print(f'Error: {one_line(message, max_length=None)}', file=sys.stderr)
   sys.exit(2)
 
 
 @contextlib.contextmanager
 def in_one_line(*, stopped: str = 'Stopped.') -> Iterator[None]:
-  """Ends the command on a ValueError or OSError, and on Ctrl-C.
+  """Turns ValueError, OSError and Ctrl-C in its block into one line and exit.
 
-  Ctrl-C ends the process where it is, like a kill, which harms nothing saved:
-  an exception at any line can hang, or come out as another one.
+  Ctrl-C ends the process immediately, like a kill. Whatever is already saved
+  is safe, and no library can swallow the interruption or hang on it, as with a
+  KeyboardInterrupt.
 
   Args:
-    stopped: what Ctrl-C prints, before exit status 130.
+    stopped: the line that Ctrl-C prints before exit status 130.
   """
 
   def end(number, frame):
@@ -34,7 +54,7 @@ def in_one_line(*, stopped: str = 'Stopped.') -> Iterator[None]:
   previous = signal.signal(signal.SIGINT, end)
   try:
     yield
-  except signals.Stopped as error:  # Where a signal had to wait.
+  except signals.Stopped as error:  # The signal came inside `StopSignals`.
     print(stopped, file=sys.stderr)
     sys.exit(128 + error.number)
   except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""An exclusive lock on a file, which the operating system drops at exit."""
+"""Exclusive file locks that the operating system releases at process exit."""
 
 import contextlib
 import fcntl
@@ -8,21 +8,23 @@ from collections.abc import Iterator
 
 from proxy_nca_jax.runtime import signals
 
+_POLL_SECONDS = 0.1
+
 
 @contextlib.contextmanager
-def hold(path: str, *, wait: bool = True) -> Iterator[None]:
-  """Holds an exclusive lock on a file, which is made if it is missing.
+def locked(path: str, *, wait: bool = True) -> Iterator[None]:
+  """Holds an exclusive lock on a file while in the context.
 
-  Record locks belong to the process: its children do not inherit them, so that
-  a worker that outlives a killed run does not keep the lock. The operating
-  system drops them with the process.
+  POSIX record locks belong to a process: children do not inherit them, so a
+  worker that outlives a killed run does not keep the lock.
 
   Args:
-    path: the file to lock, in a folder that exists.
-    wait: whether to wait for another holder.
+    path: the file to lock; created if missing, in an existing folder.
+    wait: whether to wait while another process holds the lock.
 
   Raises:
-    BlockingIOError: if another process holds it and `wait` is False.
+    BlockingIOError: if another process holds the lock and `wait` is False.
+    signals.Stopped: if a stop signal arrives while waiting.
   """
   descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
   try:
@@ -34,7 +36,7 @@ def hold(path: str, *, wait: bool = True) -> Iterator[None]:
         if not wait:
           raise
       signals.check()
-      time.sleep(0.1)
+      time.sleep(_POLL_SECONDS)
     yield
   finally:
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What a run is doing: where it waits, device memory, a trace of steps."""
+"""Monitoring of a run: stalls, profiler traces, wall time, device memory."""
 
 import collections
 import contextlib
@@ -9,26 +9,33 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-# When this process began, but for some imports.
-_BEGUN = time.time()
+# Start of this process, apart from earlier imports.
+_START_TIME = time.time()
 
 _logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-  """Says in the log what a run waits for, if it waits long.
+  """Warns in the log when a run waits for something unusually long.
 
-  A wait is a block `with watchdog.waiting_for('its input', step=7)`. What is
-  outside of such blocks, as evaluation, may take as long as it likes. A thread
-  looks at the wait that is under way: blocked code cannot look at itself.
+  Only blocks `with watchdog.waiting_for('its input', step=7)` are watched; code
+  outside, such as evaluation, may take any time. A thread of its own observes
+  the current wait, since blocked code cannot observe itself.
+
+  Attributes:
+    seconds: total seconds waited, by what was waited for.
   """
 
   def __init__(self, limit: float):
-    """Takes the seconds until the first warning; 0 is none at all."""
-    self.seconds = collections.Counter()  # Waited, by what for.
+    """Creates a watchdog.
+
+    Args:
+      limit: seconds until the first warning about a wait; 0 disables warnings.
+    """
+    self.seconds = collections.Counter()
     self._limit = limit
     self._lock = threading.Lock()
-    self._wait = None  # What for, the step, and since when.
+    self._wait = None  # (what, step, start time) of the current wait.
     self._warn_after = limit
     self._closed = threading.Event()
     self._thread = threading.Thread(
@@ -47,7 +54,7 @@ class Watchdog:
 
   @contextlib.contextmanager
   def waiting_for(self, what: str, *, step: int) -> Iterator[None]:
-    """Adds the seconds of a block to `seconds[what]`; warns if it is long."""
+    """Adds the block's duration to `seconds[what]`; warns if it is long."""
     since = time.monotonic()
     with self._lock:
       self._wait = what, step, since
@@ -62,7 +69,7 @@ class Watchdog:
         self._warn_after = self._limit
     if has_warned:
       _logger.warning(
-        'Step %d goes on: it waited %.3g s for %s.', step, waited, what
+        'Step %d resumes after waiting %.3g s for %s.', step, waited, what
       )
 
   def _watch(self):
@@ -74,19 +81,24 @@ class Watchdog:
         waited = time.monotonic() - since
         if waited < self._warn_after:
           continue
-        # The next warning comes at twice the time: a night is ten lines.
+        # Intervals double, so that a stall overnight logs some ten lines.
         self._warn_after = 2 * waited
         _logger.warning('Step %d has waited %.3g s for %s.', step, waited, what)
 
 
 class Trace:
-  """Writes a JAX profiler's trace of some steps to a folder."""
+  """Writes a JAX profiler trace of a range of steps to a folder."""
 
   def __init__(self, folder: str, steps: tuple[int, int] | tuple[()]):
-    """Takes the first and last step to trace; () is none."""
+    """Creates a trace.
+
+    Args:
+      folder: where the trace is written.
+      steps: the first and last step to trace; () traces nothing.
+    """
     self._folder = folder
     self._first, self._last = steps or (0, 0)
-    self._begun = None
+    self._traced_from = None
 
   def __enter__(self) -> 'Trace':
     return self
@@ -95,41 +107,47 @@ class Trace:
     self._end()
 
   def before(self, first: int, last: int) -> None:
-    """Begins to trace, if it is time: these steps are next, in one dispatch."""
-    if self._begun is None and first <= self._last and last >= self._first:
+    """Starts tracing if the next dispatch, of these steps, is in the range."""
+    if (
+      self._traced_from is None and first <= self._last and last >= self._first
+    ):
       jax.profiler.start_trace(self._folder)
-      self._begun = self._newest = first
+      self._traced_from = self._last_traced = first
 
   def after(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Ends with the last step, when the device has done it."""
-    if self._begun is None:
+    """Stops tracing once the device has completed the last step."""
+    if self._traced_from is None:
       return
-    self._newest = step
+    self._last_traced = step
     if step >= self._last:
       jax.block_until_ready(metrics)
       self._end()
 
   def _end(self):
-    if self._begun is None:
+    if self._traced_from is None:
       return
     jax.profiler.stop_trace()
     _logger.info(
-      'A trace of steps %d to %d is in %s; xprof or TensorBoard shows it.',
-      self._begun,
-      self._newest,
+      'Wrote a profiler trace of steps %d to %d to %s: view it with xprof or '
+      'TensorBoard.',
+      self._traced_from,
+      self._last_traced,
       self._folder,
     )
-    self._begun = None
+    self._traced_from = None
 
 
 def wall_time() -> str:
-  """Returns the time since this process began, h:mm:ss."""
-  seconds = int(time.time() - _BEGUN)
+  """Returns the time since this process started, as h:mm:ss."""
+  seconds = int(time.time() - _START_TIME)
   return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
 
 
 def device_memory() -> dict[str, int]:
-  """Returns the bytes in use on the first device; {} if it does not tell."""
+  """Returns current and peak bytes in use on the first local device.
+
+  Empty if the backend reports no memory statistics, as on CPUs.
+  """
   stats = jax.local_devices()[0].memory_stats() or {}
   names = {
     'device_bytes_in_use': 'bytes_in_use',

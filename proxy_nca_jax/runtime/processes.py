@@ -1,4 +1,4 @@
-"""Several processes as one run: found, told the same, stopped together."""
+"""Runs of several processes: joining them, and agreeing on values."""
 
 import json
 import os
@@ -11,10 +11,9 @@ from jax.experimental import multihost_utils
 
 _T = TypeVar('_T')
 
-# A process that sends no sign of life for so long counts as dead, and the
-# others end.
+# A process without a heartbeat for this long counts as dead; the others stop.
 _HEARTBEAT_SECONDS = 30
-# One that ends waits so long for the others.
+# How long a process that ends waits for the others.
 _SHUTDOWN_SECONDS = 10
 
 
@@ -26,28 +25,29 @@ def initialize(
   multiprocess: bool = False,
   environment: Mapping[str, str] = os.environ,
 ) -> None:
-  """Joins the processes of a run, before anything asks for the devices.
+  """Joins the processes of a run; must precede any use of the devices.
 
-  Does nothing where there is one process: where no address is given and no
-  cluster's environment tells of several.
+  Does nothing in a single-process run: without an address, unless the
+  environment is that of a cluster with several processes.
 
   Args:
-    coordinator_address: HOST:PORT of process 0, where it listens.
-    num_processes: of the run; where a cluster tells, it need not be given.
-    process_id: of this process, in [0, num_processes); likewise.
-    multiprocess: whether there are others though the environment tells of none,
-      as on TPU pods, which JAX asks for them.
-    environment: of this process.
+    coordinator_address: HOST:PORT on which process 0 listens.
+    num_processes: number of processes in the run; detected on a cluster.
+    process_id: index of this process, in [0, num_processes); detected on a
+      cluster.
+    multiprocess: joins other processes even if the environment does not show
+      them, as on TPU pods, where JAX queries the metadata server.
+    environment: the environment variables of this process.
 
   Raises:
-    ValueError: if what is given is not enough, or does not fit.
-    RuntimeError: if the others cannot be reached.
+    ValueError: if the arguments are incomplete or out of range.
+    RuntimeError: if the other processes cannot be reached.
   """
   if not coordinator_address:
     if num_processes is not None or process_id is not None:
       raise ValueError(
-        '--num_processes and --process_id need --coordinator_address=HOST:PORT '
-        'of process 0.'
+        '--num_processes and --process_id require --coordinator_address='
+        'HOST:PORT of process 0.'
       )
     if not multiprocess and not _has_cluster(environment):
       return
@@ -57,8 +57,8 @@ def initialize(
     and not (0 <= process_id < num_processes)
   ):
     raise ValueError(
-      f'--process_id ({process_id}) must be in [0, {num_processes}), the '
-      'number of processes.'
+      f'--process_id ({process_id}) must be in [0, {num_processes}), the range '
+      'given by --num_processes.'
     )
   jax.distributed.initialize(
     coordinator_address,
@@ -70,7 +70,7 @@ def initialize(
 
 
 def _has_cluster(environment: Mapping[str, str]) -> bool:
-  """Whether the environment tells of several processes that JAX can find."""
+  """Whether the environment shows several processes that JAX can detect."""
   sizes = [
     environment.get(name, '1')
     for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
@@ -83,28 +83,28 @@ def _has_cluster(environment: Mapping[str, str]) -> bool:
   )
 
 
-def is_first() -> bool:
-  """Whether this process writes for all."""
+def is_primary() -> bool:
+  """Whether this is process 0, which writes files and logs for the run."""
   return jax.process_index() == 0
 
 
-def of_first(fn: Callable[[], _T]) -> _T:
-  """Calls fn() on process 0, and returns the outcome in all processes.
+def run_on_primary(fn: Callable[[], _T]) -> _T:
+  """Calls fn() on the primary process and returns its result on all.
 
-  All must call it at the same place. What several read from a disk while one
-  writes could differ.
+  A collective operation: all processes must call it at the same point. It keeps
+  them consistent where each could read a file in a different state.
 
   Args:
-    fn: returns what JSON holds unchanged.
+    fn: returns a value that JSON preserves; may raise ValueError or OSError.
 
   Raises:
-    ValueError, OSError: on process 0 as fn raises them, and in the others a
-      ValueError of the same text.
+    ValueError, OSError: whatever fn raises, on the primary process; on the
+      others a ValueError with the same text.
   """
   if jax.process_count() == 1:
     return fn()
   outcome, error = {}, None
-  if is_first():
+  if is_primary():
     try:
       outcome = {'value': fn()}
     except (ValueError, OSError) as raised:
@@ -118,14 +118,14 @@ def of_first(fn: Callable[[], _T]) -> _T:
 
 
 def _broadcast(content: bytes) -> bytes:
-  """Returns the content of process 0."""
+  """Returns the primary process's bytes on all processes."""
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
   row = np.zeros(size, np.uint8)
-  if is_first():
+  if is_primary():
     row[:] = np.frombuffer(content, np.uint8)
   return np.asarray(multihost_utils.broadcast_one_to_all(row)).tobytes()
 
 
-def all_of(value: bool) -> bool:
-  """Whether it holds in all processes."""
+def true_on_all(value: bool) -> bool:
+  """Whether the value is true on all processes; a collective operation."""
   return bool(np.all(multihost_utils.process_allgather(np.bool_(value))))

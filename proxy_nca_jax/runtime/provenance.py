@@ -1,4 +1,4 @@
-"""What results come from: the code and its libraries."""
+"""Provenance of results: the commit of this code and library versions."""
 
 import importlib.metadata
 import os
@@ -7,17 +7,19 @@ import subprocess
 
 
 def commit() -> str:
-  """Returns the commit of this code, or 'unknown' if it is no checkout."""
+  """Returns the git commit of this code, or 'unknown' outside a checkout."""
   folder = str(pathlib.Path(__file__).parents[2])
-  # An installed package may lie in a checkout of something else.
+  # git would look upwards: an installed package may lie in another checkout.
   if not os.path.exists(os.path.join(folder, '.git')):
     return 'unknown'
   command = ['git', '-C', folder, 'rev-parse', 'HEAD']
   try:
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-  except OSError:  # There is no git.
+    result = subprocess.run(
+      command, capture_output=True, text=True, check=False
+    )
+  except OSError:  # git is not installed.
     return 'unknown'
-  return found.stdout.strip() or 'unknown'
+  return result.stdout.strip() or 'unknown'
 
 
 def versions() -> dict[str, str]:

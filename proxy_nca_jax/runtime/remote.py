@@ -1,10 +1,10 @@
-"""A run's folder on object storage: a local copy that is worked on.
+"""Workdirs on object storage: a leased remote folder with a local copy.
 
-Any URL that fsspec opens will do (gs:// with gcsfs, s3:// with s3fs). What is
-there is downloaded at the start and what changes is uploaded, file by file, as
-it is. The last object to be written is manifest.json, the names of the files
-that belong together; only these are downloaded, so that an upload that was cut
-short, of a checkpoint above all, is never taken for a whole one.
+Any URL that fsspec opens is valid, such as gs:// with gcsfs or s3:// with
+s3fs. A run downloads the folder, works in the local copy, and uploads changed
+files unmodified. Each upload ends with manifest.json, the list of files that
+belong together. Only listed files are downloaded, so that an interrupted upload
+of a checkpoint is never mistaken for a complete one.
 """
 
 import contextlib
@@ -23,69 +23,78 @@ from concurrent import futures
 import fsspec
 from fsspec.implementations import local
 
-# A killed run keeps others out for two minutes; one that cannot reach the
-# storage for as long may lose its lease.
+from proxy_nca_jax.runtime import errors, files
+
+# How long a killed run blocks the workdir. A run that cannot reach the storage
+# for as long may lose its lease.
 LEASE_SECONDS = 120.0
 
 _MANIFEST, _LEASE = 'manifest.json', 'lease.json'
-# What is written under these names is renamed when it is whole.
+# Names of incomplete files, which their writers rename when they are complete.
 _UNFINISHED = ('.tmp', '.orbax-checkpoint-tmp')
 
 _logger = logging.getLogger(__name__)
 
 
 class LeaseLost(ValueError):
-  """Another run has the lease that this one held."""
+  """Another run has taken over the lease that this one held."""
 
 
 class Lease:
-  """Holds an object of storage that knows no locks.
+  """An expiring lock for storage that has no locks of its own.
 
-  The object names its owner, when the owner last renewed it, and for how many
-  seconds that is good. The owner renews it four times as often. A killed owner
-  does not, and another may take over when the seconds are over: the clocks of
-  the machines must agree to much less than that.
+  The lease is an object that holds its owner, the time of its last renewal and
+  its duration. A live owner renews it four times per duration; the lease of a
+  killed owner expires and can be taken over. The clocks of the machines must
+  agree to well within the duration.
 
-  Storage has no step that reads and writes at once, so two that start in the
-  same moment may both write. The last has it: each reads again after a pause,
-  and before whatever it writes under the lease (`renew`).
+  Object storage has no atomic read-and-write, so two owners that start at the
+  same moment may both write. The last writer wins: each reads the lease again
+  after a pause, and before any write that it protects (`renew`).
+
+  Attributes:
+    owner: host, process id and a random suffix.
+    note: a log message if the lease was taken over from another owner, or ''.
   """
 
   def __init__(self, storage, path: str, *, seconds: float):
-    """Prepares to hold an object while in the context.
+    """Creates a lease that is held while in its context.
 
     Args:
-      storage: a file system of fsspec.
-      path: the object, in that file system.
-      seconds: how long a renewal is good for.
+      storage: an fsspec file system.
+      path: the path of the lease object in `storage`.
+      seconds: how long the lease lasts without a renewal.
     """
     self._storage, self._path, self._seconds = storage, path, seconds
-    self.note = ''  # From whom it was taken over.
+    self.note = ''
     self.owner = f'{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}'
     self._renewing, self._ended = threading.Lock(), threading.Event()
     self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
 
   def __enter__(self) -> 'Lease':
-    """Takes the lease.
+    """Acquires the lease.
 
     Raises:
-      BlockingIOError: if another has it; names the owner.
+      BlockingIOError: if another owner holds it; the message names the owner.
     """
     held = self._read()
     if held is not None:
       left = held['renewed'] + held['seconds'] - time.time()
       if left > 0:
         raise BlockingIOError(
-          f'{held["owner"]}, whose lease ends in {left:.0f} s if not renewed'
+          f'{held["owner"]}, whose lease expires in {left:.0f} s unless renewed'
         )
       self.note = (
-        f'Taking over from {held["owner"]}, whose lease ended {-left:.0f} s ago'
+        f'Taking over from {held["owner"]}, whose lease expired {-left:.0f} s '
+        'ago.'
       )
     self._write()
     time.sleep(self._seconds / 60)
     held = self._read()
     if held is None or held['owner'] != self.owner:
-      raise BlockingIOError(held['owner'] if held else 'one that has ended')
+      raise BlockingIOError(
+        held['owner'] if held else 'a run that has just ended'
+      )
     self._thread.start()
     return self
 
@@ -96,23 +105,23 @@ class Lease:
       held = self._read()
       if held is not None and held['owner'] == self.owner:
         self._storage.rm_file(self._path)
-    except Exception as error:  # Storage clients let many types through.
-      _logger.warning('The lease could not be given back: %s', error)
+    except Exception as error:  # Storage clients raise many types.
+      _logger.warning('Could not release the lease: %s', error)
 
   def renew(self) -> None:
-    """Makes sure of the lease, for its full time from now on.
+    """Verifies the lease and extends it by its full duration.
 
     Raises:
-      LeaseLost: if another has taken it.
+      LeaseLost: if another run has taken it over, or someone has removed it.
     """
     with self._renewing:
       held = self._read()
       if held is None or held['owner'] != self.owner:
         raise LeaseLost(
           f'The lease {self._path!r} has been '
-          f'{"taken by " + held["owner"] if held else "removed"}: another run '
-          'is at work, and this one stops. Let that one end, or use another '
-          'workdir.'
+          f'{"taken over by " + held["owner"] if held else "removed"}. Another '
+          'run may be using the workdir, so this one stops. Wait for the other '
+          'run to end, or use another workdir.'
         )
       self._write()
 
@@ -121,9 +130,9 @@ class Lease:
       try:
         self.renew()
       except LeaseLost:
-        return  # Whoever writes under the lease will find out.
-      except Exception as error:  # Storage clients let many types through.
-        _logger.warning('The lease could not be renewed, yet: %s', error)
+        return  # The next call of `renew` raises it where it is handled.
+      except Exception as error:  # Storage clients raise many types.
+        _logger.warning('Could not renew the lease, retrying: %s', error)
 
   def _read(self):
     try:
@@ -134,7 +143,7 @@ class Lease:
       return json.loads(content)
     except ValueError:
       raise ValueError(
-        f'{self._path!r} is no lease: delete it if no run is at work.'
+        f'{self._path!r} is not a lease: delete it if no run uses its folder.'
       ) from None
 
   def _write(self):
@@ -147,20 +156,22 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(
+def mirrored(
   url: str, *, lease_seconds: float
 ) -> Iterator[tuple[str, Callable[[], None], str]]:
-  """Holds the lease of a remote folder, and mirrors it.
+  """Leases a remote folder and works on it in a local copy.
+
+  On exit, the remaining changes are uploaded and the local copy is removed; if
+  the upload fails, the copy is kept.
 
   Args:
-    url: of the folder.
-    lease_seconds: for how long a killed run keeps others out.
+    url: the remote folder.
+    lease_seconds: how long a killed run blocks the folder.
 
   Yields:
-    The local folder; a function that begins to upload what has changed and
-    returns, and raises `LeaseLost` if another run has taken over; and
-    what to tell of a lease that was taken over. At the end all is uploaded and
-    the local folder removed. It is kept if that fails.
+    (folder, publish, note): the local copy; a function that starts uploading
+    changes in the background and raises `LeaseLost` if another run has taken
+    over; and a log message if this run took over from another, or ''.
 
   Raises:
     ValueError: if the storage cannot be opened, or the lease is lost.
@@ -188,63 +199,71 @@ def hold(
 def _open(url):
   try:
     storage, root = fsspec.url_to_fs(url)
-  except (ImportError, ValueError) as error:  # Of the package, of the scheme.
+  # A missing package, or an unknown scheme.
+  except (ImportError, ValueError) as error:
     raise ValueError(f'{url!r} cannot be opened: {error}.') from error
   if isinstance(storage, local.LocalFileSystem):
-    # As fsspec.open does: it makes folders.
-    storage = _Disk(auto_mkdir=True)
+    storage = _Disk()
   return storage, root.rstrip('/')
 
 
 @contextlib.contextmanager
 def _failures_named(url):
-  """Raises what a client of storage raises as an OSError that names the URL."""
+  """Converts any error of a storage client to an OSError that names the URL."""
   try:
     yield
   except (BlockingIOError, ValueError):
     raise
-  except Exception as error:  # The clients let many types through.
-    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+  except Exception as error:  # Storage clients raise many types.
+    text = errors.one_line(f'{type(error).__name__}: {error}')
     raise OSError(f'The storage of {url!r} failed ({text}).') from error
 
 
 class _Disk(local.LocalFileSystem):
-  """A local folder where a file appears whole, as on object storage."""
+  """A local file system whose writes are atomic, as on object storage."""
 
   def pipe_file(self, path, value, **kwargs):
-    super().pipe_file(path + '.tmp', value, **kwargs)
-    os.replace(path + '.tmp', path)
+    with self._write_atomically(path) as file:
+      file.write(value)
 
   def cp_file(self, path1, path2, **kwargs):
-    super().cp_file(path1, path2 + '.tmp', **kwargs)
-    os.replace(path2 + '.tmp', path2)
+    with (
+      open(self._strip_protocol(path1), 'rb') as source,
+      self._write_atomically(path2) as file,
+    ):
+      shutil.copyfileobj(source, file)
+
+  def _write_atomically(self, path):
+    path = self._strip_protocol(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return files.write_atomically(path, 'wb')
 
 
 class _Mirror:
-  """Uploads a local folder, as a whole or not at all.
+  """Uploads changes of a local folder; a manifest completes each upload.
 
-  One upload is under way at a time, in a thread of its own: training goes on.
+  One upload runs at a time, in a background thread, so that training continues.
   """
 
   def __init__(self, url, storage, root, local, lease):
     self._url, self._storage, self._root = url, storage, root
     self._local, self._lease = local, lease
-    # {name: stamp} of the files that the manifest names.
+    # {name: stamp} of the files in the manifest.
     self._uploaded = {}
     self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix='upload')
     self._upload = None
 
   def download(self) -> None:
-    """Gets the files that the manifest names."""
-    present = self._present()
+    """Downloads the files in the manifest."""
+    present = self._list_remote()
     try:
       names = json.loads(self._storage.cat_file(self._path(_MANIFEST)))
     except FileNotFoundError:
-      # Not written by a run: a local run's folder that someone has copied.
+      # A folder without a manifest is a copy of a local workdir.
       names = present
     if lost := sorted(set(names) - set(present)):
       _logger.warning(
-        '%s lacks %d of the files that its %s names, such as %s.',
+        '%s lacks %d of the files listed in its %s, such as %s.',
         self._url,
         len(lost),
         _MANIFEST,
@@ -257,7 +276,7 @@ class _Mirror:
     if names:
       self._storage.get([self._path(name) for name in names], targets)
     self._write_manifest(names)
-    # Of an upload that was cut short, in the folders that are ours alone.
+    # Remove leftovers of an interrupted upload, in folders that only we write.
     self._remove(
       [
         name
@@ -268,10 +287,10 @@ class _Mirror:
     self._uploaded = self._stamps()
 
   def begin_upload(self) -> None:
-    """Uploads what has changed, unless an upload is under way.
+    """Starts uploading changes in the background, unless it is doing so.
 
     Raises:
-      LeaseLost: if the upload before found another run at work.
+      LeaseLost: if the previous upload found that another run has taken over.
     """
     if self._upload is not None:
       if not self._upload.done():
@@ -285,19 +304,20 @@ class _Mirror:
     except LeaseLost:
       raise
     except FileNotFoundError:
-      # An old checkpoint has been removed meanwhile. The next upload does it.
+      # An old checkpoint was deleted during the upload. The next upload will
+      # notice.
       _logger.debug('A file vanished before its upload', exc_info=True)
-    except Exception as error:  # The clients let many types through.
+    except Exception as error:  # Storage clients raise many types.
       _logger.warning(
-        'The upload to %s failed and will be tried again: %s', self._url, error
+        'The upload to %s failed and will be retried: %s', self._url, error
       )
 
   def close(self) -> None:
-    """Uploads the rest and removes the local folder.
+    """Uploads the remaining changes and removes the local folder.
 
     Raises:
       LeaseLost: if another run has taken over.
-      OSError: if the upload fails; the local folder is kept then.
+      OSError: if the upload fails; the local folder is kept.
     """
     self._pool.shutdown()
     try:
@@ -308,8 +328,8 @@ class _Mirror:
       raise
     except OSError as error:
       raise OSError(
-        f'{error} What could not be uploaded is in {self._local!r}: copy that '
-        'folder there.'
+        f'{error} The files are kept in {self._local!r}: copy that folder to '
+        'the storage.'
       ) from error
     shutil.rmtree(self._local)
 
@@ -331,7 +351,7 @@ class _Mirror:
     self._uploaded = stamps
 
   def _stamps(self) -> dict[str, tuple[int, int]]:
-    """Returns {name: (size, time)} of the local files that are whole."""
+    """Returns {name: (size, time)} of the complete local files."""
     stamps = {}
     for folder, _, names in os.walk(self._local):
       for name in names:
@@ -342,12 +362,12 @@ class _Mirror:
           stamps[relative] = stat.st_size, stat.st_mtime_ns
     return stamps
 
-  def _present(self) -> list[str]:
-    """Returns the names of the files in the storage."""
+  def _list_remote(self) -> list[str]:
+    """Returns the names of the files in the remote folder."""
     self._storage.invalidate_cache()
     paths = self._storage.find(self._root)
     names = (path.removeprefix(f'{self._root}/') for path in paths)
-    # Some consoles make an object with a slash at its end of each folder.
+    # Some web consoles represent a folder by an object that ends in a slash.
     return [
       name
       for name in names
@@ -361,7 +381,9 @@ class _Mirror:
 
   def _remove(self, names):
     if names:
-      with contextlib.suppress(FileNotFoundError):  # Removed by someone.
+      with contextlib.suppress(
+        FileNotFoundError
+      ):  # Already removed by someone.
         self._storage.rm([self._path(name) for name in names])
 
   def _path(self, name):

@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C: noted when they come, raised where a run can end.
+"""SIGTERM and Ctrl-C: recorded by a handler, raised where a run can stop.
 
-An exception that a signal handler raises comes at any line: it leaves locks
-held, and libraries take it for a failure of their own. So long work of ours
-calls `check` between its parts, and no handler raises.
+An exception raised by a signal handler can appear at any line: it leaves locks
+held, and libraries mistake it for a failure of their own. So handlers only
+record the signal, and long-running code calls `check` between units of work.
 """
 
 import os
@@ -14,9 +14,9 @@ from jax.experimental import multihost_utils
 
 
 class Stopped(KeyboardInterrupt):
-  """Someone asks the run to end: raised by `check`.
+  """Raised by `check` after a stop signal.
 
-  Like its base it is no `Exception`, which whoever retries would catch.
+  Not an `Exception`, so that code which retries on any exception lets it pass.
   """
 
   def __init__(self, number: int):
@@ -25,13 +25,14 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-  """Notes the first signal in its context, and says on stderr what follows.
+  """Records the first stop signal in its context and confirms it on stderr.
 
-  A second one takes its default course, so that nobody is kept waiting. The
-  handlers can be set in the main thread only; elsewhere nothing changes.
+  A second signal has its default effect, so that nobody has to wait. Python
+  allows signal handlers in the main thread only; in other threads the context
+  does nothing.
 
-  Where a run has several processes, it is enough that one is told: all stop
-  after the same step, which JAX's preemption service finds.
+  In a run of several processes, a signal to any one of them stops all after
+  the same step, agreed on by JAX's preemption service.
   """
 
   _current = None
@@ -43,27 +44,28 @@ class StopSignals:
     if threading.current_thread() is not threading.main_thread():
       return self
     if jax.process_count() > 1:
-      # SIGTERM has the handler of JAX.
+      # JAX's preemption service handles SIGTERM.
       self._previous[signal.SIGINT] = signal.signal(
         signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM)
       )
       return self
     for number in (signal.SIGTERM, signal.SIGINT):
-      # One that is not Python's could not be set again.
+      # None: a handler that Python did not install and cannot restore.
       if signal.getsignal(number) is not None:
         self._previous[number] = signal.signal(number, self._handle)
     return self
 
   def check(self) -> None:
-    """Raises `Stopped` if a signal has come, to any process of the run.
+    """Raises `Stopped` if any process of the run has received a signal.
 
-    They call this equally often: before each step.
+    All processes must call it equally often, such as before each step.
     """
     if self._received is not None:
       raise Stopped(self._received)
     if jax.process_count() > 1:
-      # They agree on the number after the largest that one of them has come to,
-      # 0 before the first call: so it counts from 1, wherever a run begins.
+      # JAX stops all processes at one more than the highest count that any has
+      # reached, taken as 0 before the first call. So the count starts at 1 even
+      # where a resumed run does not.
       self._num_checks += 1
       if multihost_utils.reached_preemption_sync_point(self._num_checks):
         raise Stopped(signal.SIGTERM)
@@ -81,21 +83,21 @@ class StopSignals:
     del frame
     self._restore()
     self._received = number
-    # Not `print`, which must not be called while it is at work.
+    # `print` is not reentrant, and the signal may have interrupted one.
     os.write(
       2,
       (
-        f'{signal.Signals(number).name}: ending after what is under way; a '
-        'second one ends at once.\n'
+        f'{signal.Signals(number).name}: stopping at the next safe point; '
+        'a second signal stops immediately.\n'
       ).encode(),
     )
 
 
 def check() -> None:
-  """Raises `Stopped` if a signal came to the one process of a run.
+  """Raises `Stopped` if a stop signal has arrived in a single-process run.
 
-  Outside of `StopSignals` it does nothing; several processes stop between
-  steps only.
+  Does nothing outside of `StopSignals`, nor in a run of several processes,
+  which stop only between steps.
   """
   signals = StopSignals._current
   if signals is not None and signals._received is not None:

@@ -1,4 +1,4 @@
-"""The folder of a run: locked, logged to, and true to one configuration."""
+"""The workdir of a run: its lock or lease, its log and its JSON files."""
 
 import contextlib
 import json
@@ -10,19 +10,19 @@ from typing import NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from proxy_nca_jax.runtime import lock, processes, remote
+from proxy_nca_jax.runtime import files, lock, processes, remote
 
 _logger = logging.getLogger(__name__)
 
 
 class Folder(NamedTuple):
-  """Where a run works.
+  """An open workdir.
 
   Attributes:
-    path: a local folder: the workdir, or the copy of a remote one.
-    publish: begins to upload what has changed, where the workdir is remote.
-      Raises ValueError if another run has taken it over.
-    note: from whom the workdir was taken over, for the log.
+    path: the local folder: the workdir, or the local copy of a remote one.
+    publish: starts uploading changes to a remote workdir; does nothing for a
+      local one. Raises ValueError if another run has taken over the workdir.
+    note: a log message if this run took over the workdir, or ''.
   """
 
   path: str
@@ -31,29 +31,30 @@ class Folder(NamedTuple):
 
 
 @contextlib.contextmanager
-def hold(workdir: str) -> Iterator[Folder]:
-  """Makes and locks a workdir, and logs and caches compilations in it.
+def opened(workdir: str) -> Iterator[Folder]:
+  """Creates and locks a workdir; logs and caches compiled programs in it.
 
-  Process 0 holds the lock and writes the log for all processes of a run. A URL,
-  such as gs://bucket/run, is held by a lease and worked on in a local copy.
+  The primary process holds the lock and writes log.txt for all processes of a
+  run. A URL, such as gs://bucket/run, is leased and mirrored to a local folder.
 
   Raises:
-    ValueError: if another run holds it, or several processes would share a URL.
+    ValueError: if another run uses the workdir, or it is a URL and the run has
+      several processes.
   """
   if '://' in workdir and jax.process_count() > 1:
     raise ValueError(
       f'{jax.process_count()} processes cannot share {workdir!r}: each would '
-      'work on a copy of its own. Use a workdir in a folder that all of them '
-      'see.'
+      'have its own local copy. Use a workdir on a file system that all '
+      'processes can access.'
     )
   with contextlib.ExitStack() as stack:
     folders = []
-    processes.of_first(lambda: folders.append(_take(workdir, stack)))
+    processes.run_on_primary(lambda: folders.append(_acquire(workdir, stack)))
     folder = folders[0] if folders else Folder(workdir, publish=lambda: None)
     stack.enter_context(
       _compilations_cached(os.path.join(folder.path, 'compilation_cache'))
     )
-    if processes.is_first():
+    if processes.is_primary():
       handler = logging.FileHandler(os.path.join(folder.path, 'log.txt'))
       handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
       package = logging.getLogger('proxy_nca_jax')
@@ -65,21 +66,21 @@ def hold(workdir: str) -> Iterator[Folder]:
     yield folder
 
 
-def _take(workdir: str, stack: contextlib.ExitStack) -> Folder:
-  """Holds a workdir until the stack ends.
+def _acquire(workdir: str, stack: contextlib.ExitStack) -> Folder:
+  """Locks or leases a workdir until the stack closes.
 
   Raises:
-    ValueError: if another run holds it.
+    ValueError: if another run uses it.
   """
   try:
     return stack.enter_context(
       _mirrored(workdir) if '://' in workdir else _locked(workdir)
     )
   except BlockingIOError as error:
-    # Of a lease it is known whose it is, and how long to wait.
+    # A lease, unlike a lock, knows its holder and when it expires.
     holder = '' if error.errno else f' ({error})'
     raise ValueError(
-      f'Another run is at work in {workdir!r}{holder}: wait for it, or use '
+      f'Another run is using {workdir!r}{holder}: wait for it to end, or use '
       'another workdir.'
     ) from None
 
@@ -87,21 +88,21 @@ def _take(workdir: str, stack: contextlib.ExitStack) -> Folder:
 @contextlib.contextmanager
 def _locked(workdir: str) -> Iterator[Folder]:
   os.makedirs(workdir, exist_ok=True)
-  with lock.hold(os.path.join(workdir, 'lock'), wait=False):
+  with lock.locked(os.path.join(workdir, 'lock'), wait=False):
     yield Folder(workdir, publish=lambda: None)
 
 
 @contextlib.contextmanager
 def _mirrored(url: str) -> Iterator[Folder]:
-  with remote.hold(url, lease_seconds=remote.LEASE_SECONDS) as mirrored:
+  with remote.mirrored(url, lease_seconds=remote.LEASE_SECONDS) as mirrored:
     yield Folder(*mirrored)
 
 
 @contextlib.contextmanager
 def _compilations_cached(folder: str) -> Iterator[None]:
-  """Keeps compiled programs in a folder; then leaves JAX as it was.
+  """Caches compiled programs in a folder; restores JAX's settings on exit.
 
-  Where JAX has been given a folder already, that one is used.
+  If JAX already has a cache folder, that one is used.
   """
   folder = jax.config.jax_compilation_cache_dir or folder
   wanted = {
@@ -114,7 +115,7 @@ def _compilations_cached(folder: str) -> Iterator[None]:
   def configure(values):
     for name, value in values.items():
       jax.config.update(name, value)
-    # JAX looks at the folder once, at its first compilation.
+    # JAX reads these settings only at its first compilation.
     compilation_cache.reset_cache()
 
   configure(wanted)
@@ -125,7 +126,7 @@ def _compilations_cached(folder: str) -> Iterator[None]:
 
 
 def read_json(path: str) -> dict | None:
-  """Reads a file that `write_json` wrote; None if there is none."""
+  """Reads a file written by `write_json`; None if it does not exist."""
   if not os.path.exists(path):
     return None
   with open(path) as file:
@@ -133,12 +134,9 @@ def read_json(path: str) -> dict | None:
 
 
 def write_json(path: str, content: Mapping) -> None:
-  """Writes a file as a whole or not at all; process 0 does."""
-  if not processes.is_first():
+  """Writes a JSON file atomically, on the primary process only."""
+  if not processes.is_primary():
     return
-  with open(path + '.tmp', 'w') as file:
+  with files.write_atomically(path) as file:
     json.dump(content, file, indent=2)
     file.write('\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(path + '.tmp', path)

@@ -25,7 +25,7 @@ from PIL import Image
 from proxy_nca_jax import clustering, inference, losses, retrieval
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax.report import pages
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.runtime import errors, files
 from proxy_nca_jax.search import find
 from proxy_nca_jax.search import index as index_lib
 
@@ -76,7 +76,7 @@ def query(arguments: argparse.Namespace) -> None:
     for rank, (distance, number) in enumerate(zip(*neighbours), 1)
   ]
   if arguments.html:
-    with open(arguments.html, 'w', encoding='utf-8') as file:
+    with files.write_atomically(arguments.html) as file:
       file.write(_page(rows))
   if arguments.output or not arguments.html:
     _write(rows, arguments.output)
@@ -212,12 +212,13 @@ def export(arguments: argparse.Namespace) -> None:
   """Writes the embeddings of an index to a file of arrays or columns."""
   content = index_lib.read(arguments.index)
   if arguments.output.endswith('.npz'):
-    np.savez(
-      arguments.output,
-      embeddings=content.embeddings,
-      pictures=np.array(content.paths),
-      labels=np.array(content.labels),
-    )
+    with files.write_atomically(arguments.output, 'wb') as file:
+      np.savez(
+        file,
+        embeddings=content.embeddings,
+        pictures=np.array(content.paths),
+        labels=np.array(content.labels),
+      )
   elif arguments.output.endswith('.parquet'):
     if not importlib.util.find_spec('pyarrow'):
       raise ValueError('Parquet needs pyarrow: pip install pyarrow.')
@@ -231,7 +232,8 @@ def export(arguments: argparse.Namespace) -> None:
         content.embeddings.reshape(-1), content.embeddings.shape[1]
       ),
     }
-    parquet.write_table(pyarrow.table(columns), arguments.output)
+    with files.write_atomically(arguments.output, 'wb') as file:
+      parquet.write_table(pyarrow.table(columns), file)
   else:
     raise ValueError(
       f'--output ({arguments.output!r}) must end with .npz or .parquet.'
@@ -242,11 +244,11 @@ def _write(rows: Rows, output: str, columns: Sequence[str] = ()) -> None:
   """Writes a table to a .csv or .json file, or as CSV to stdout."""
   columns = columns or list(rows[0])
   if output.endswith('.json'):
-    with open(output, 'w', encoding='utf-8') as file:
+    with files.write_atomically(output) as file:
       json.dump(rows, file, indent=2, ensure_ascii=False)
       file.write('\n')
   elif output.endswith('.csv'):
-    with open(output, 'w', encoding='utf-8', newline='') as file:
+    with files.write_atomically(output, newline='') as file:
       _write_csv(rows, columns, file)
   elif output:
     raise ValueError(f'--output ({output!r}) must end with .csv or .json.')

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from proxy_nca_jax import distances, retrieval
+from proxy_nca_jax.runtime import errors, files
 from proxy_nca_jax.search import index as index_lib
 
 # Pictures from which FAISS answers, if it is there: an exact search of so many
@@ -31,7 +32,7 @@ def find(
   queries, items = project(queries), project(items)
   _, indices = retrieval.nearest(queries, min(k, len(items)), gallery=items)
   indices = np.asarray(indices)
-  return euclidean(queries, items, indices), indices
+  return retrieval.neighbor_distances(queries, items, indices), indices
 
 
 def project(rows: np.ndarray) -> np.ndarray:
@@ -39,16 +40,6 @@ def project(rows: np.ndarray) -> np.ndarray:
 
 
 _unit_norm = jax.jit(distances.unit_norm)
-
-
-def euclidean(queries, items, indices) -> np.ndarray:
-  """Distances of unit vectors; by their products, small ones would be lost."""
-  return np.stack(
-    [
-      np.linalg.norm(items[row] - query, axis=1)
-      for query, row in zip(queries, indices)
-    ]
-  )
 
 
 def find_in_index(
@@ -73,10 +64,13 @@ def find_in_index(
     order = np.random.default_rng(0).permutation(len(items))
     lists.train(items[order[: 64 * num_lists]])
     lists.add(items)
-    faiss.write_index(lists, f'{stored}.part')
-    os.replace(f'{stored}.part', stored)
+    with files.write_atomically(stored, 'wb') as file:
+      try:
+        faiss.write_index(lists, file.name)
+      except RuntimeError as error:  # The library raises no OSError.
+        raise OSError(errors.one_line(error)) from error
   # A sixteenth of the lists is looked through.
   lists.nprobe = max(lists.nlist // 16, 1)
   print('The search is approximate (FAISS).', file=sys.stderr)
   _, indices = lists.search(queries, min(k, len(items)))
-  return euclidean(queries, items, indices), indices
+  return retrieval.neighbor_distances(queries, items, indices), indices

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
+from proxy_nca_jax.runtime import errors as errors_lib
+
 _VERSION = '1'
 _TABLES = """
   CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
@@ -140,7 +142,7 @@ def _embed(
     try:
       return embedder.read(os.path.join(root, name)), None
     except (ValueError, OSError) as error:
-      return None, ' '.join(str(error).split())
+      return None, errors_lib.one_line(error)
 
   with futures.ThreadPoolExecutor() as pool:
     pictures, errors = zip(*pool.map(read_picture, names))
