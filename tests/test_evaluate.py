@@ -195,6 +195,57 @@ class ScoreTest(parameterized.TestCase):
       self.assertGreater(high, scores[name])
 
 
+class InputsTest(parameterized.TestCase):
+  _EMBEDDINGS = np.eye(4, dtype=np.float32)[[0, 1, 0, 1]]
+
+  @parameterized.parameters(bool, np.int64, np.uint8, np.float32)
+  def test_a_mask_of_zeros_and_ones_is_that_mask(self, dtype):
+    # The queries are equal to each other and differ from their gallery.
+    embeddings = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
+    is_query = np.array([1, 1, 0, 0]).astype(dtype)
+    scores = evaluate.score(
+      embeddings, [0, 0, 1, 0], is_query=is_query, recall_at=(1,)
+    )
+    self.assertEqual(scores['recall@1'], 0)
+    self.assertEqual(scores['num_queries'], 2)
+
+  def test_any_other_mask_is_refused(self):
+    for is_query in ([0, 1, 2, 0], [0, 1, np.nan, 0], list('abcd')):
+      with self.assertRaisesRegex(ValueError, 'is_query must be bool, or'):
+        evaluate.score(self._EMBEDDINGS, [0, 0, 1, 1], is_query=is_query)
+
+  @parameterized.parameters(
+    (['a', 'b', 'a', 'b'],),
+    (np.array([7, -3, 7, -3], np.int8),),
+    (np.array([2**64 - 1, 2**64 - 2, 2**64 - 1, 2**64 - 2], np.uint64),),
+    ([1.0, 2.0, 1.0, 2.0],),
+    ([True, False, True, False],),
+  )
+  def test_equal_labels_are_one_class(self, labels):
+    scores = evaluate.score(self._EMBEDDINGS, labels, recall_at=(1,))
+    self.assertEqual(scores['recall@1'], 1)
+    self.assertEqual(scores['num_classes'], 2)
+
+  @parameterized.parameters(
+    ([1.0, np.nan, 1.0, np.nan], 'float64 and some are not finite'),
+    # NumPy joins these to floats that are all equal.
+    (
+      np.concatenate(
+        [np.full(2, 2**63, np.uint64), np.array([2**62, 1], np.int64)]
+      ),
+      'give integers of one type',
+    ),
+    ([1j, 2, 1j, 2], 'Labels must be integers or texts; got complex'),
+  )
+  def test_labels_that_may_have_merged_are_refused(self, labels, message):
+    with self.assertRaisesRegex(ValueError, message):
+      evaluate.score(self._EMBEDDINGS, labels)
+
+  def test_complex_embeddings_are_refused(self):
+    with self.assertRaisesRegex(ValueError, 'real numbers'):
+      evaluate.score(self._EMBEDDINGS * 1j, [0, 1, 0, 1])
+
+
 class EmbedTest(absltest.TestCase):
   def test_masked_rows_are_dropped_and_ids_give_the_order(self):
     batches = [
@@ -371,7 +422,7 @@ class CommandTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({}, 'There are 3 embeddings, so labels'),
-    ({'query_labels': np.zeros(2)}, 'labels and --query_labels go together'),
+    ({'query_labels': np.zeros(2)}, 'labels and --query_labels must be given'),
     (
       {'query_embeddings': np.eye(3), 'query_labels': np.zeros(2)},
       'query_labels.npy. must have as many rows as .*got 2',
@@ -389,7 +440,7 @@ class CommandTest(parameterized.TestCase):
     (['--recall_at', '0'], 'recall_at .* at least 1'),
     (['--num_resamples=-3'], 'num_resamples .-3. must not be negative'),
     (['--kmeans_num_starts=0'], 'num_starts .0. must be at least 1'),
-    ([f'--embeddings={__file__}'], 'test_evaluate.py. is no file of an array'),
+    ([f'--embeddings={__file__}'], 'test_evaluate.py. is not an array file'),
   )
   def test_numbers_and_files_that_cannot_be_are_one_line(self, more, message):
     code, output, _ = self._run(

@@ -357,7 +357,7 @@ class CommandLineTest(parameterized.TestCase):
     (('main.py',), ('config.FIELD=VALUE', '--workdir:', '--mode:')),
     # As the installed command is.
     (
-      ('-c', 'import main; main.run()'),
+      ('-c', 'from proxy_nca_jax import commands; commands.main()', 'train'),
       ('config.FIELD=VALUE', '--workdir:', '--mode:'),
     ),
     (('experiments/identities.py',), ('--config:', '--num_seeds:')),

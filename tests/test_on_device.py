@@ -138,7 +138,7 @@ class DeviceDataTest(parameterized.TestCase):
       class_names=('a', 'b'),
     )
     with self.assertRaisesRegex(
-      ValueError, 'picture 1 has 10 x 9 pixels where the first has 9 x 9'
+      ValueError, 'image 1 has 10 x 9 pixels and the first has 9 x 9'
     ):
       on_device.put_images(split, mesh_lib.make_mesh())
 

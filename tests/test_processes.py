@@ -143,7 +143,7 @@ class RunTest(parameterized.TestCase):
     started[1].send_signal(signal.SIGTERM)
     codes, outputs = _finish(started)
     self.assertEqual(codes, (128 + signal.SIGTERM,) * 2, outputs)
-    self.assertIn('saved. The same command goes on', outputs[0])
+    self.assertIn('and saved. The same command resumes', outputs[0])
     codes, outputs = _finish(_start(workdir, 2, **_UNSCORED))
     self.assertEqual(codes, (0, 0), outputs)
     whole_runs.assert_same_state(workdir, self.two)

@@ -56,7 +56,7 @@ def start(arguments: list[str], *, cwd='/') -> subprocess.Popen:
 
 # A server that has imported the program; its children begin at once.
 _FORKS = multiprocessing.get_context('forkserver')
-_FORKS.set_forkserver_preload(['main'])
+_FORKS.set_forkserver_preload(['proxy_nca_jax.train'])
 
 
 class Fork:
@@ -71,7 +71,7 @@ class Fork:
     reader, writer = _FORKS.Pipe(duplex=False)
     self._process = _FORKS.Process(target=_run, args=(arguments[1:], writer))
     # The server and its children have the environment of the first start; it
-    # finds `main` by the path alone.
+    # finds the package only by the path.
     path = {'PYTHONPATH': str(ROOT)}
     with mock.patch.dict(os.environ, environment() | path):
       self._process.start()
@@ -93,7 +93,7 @@ class Fork:
 
 def _run(arguments, output):
   """Runs main.py, in a child of the server."""
-  import main
+  from proxy_nca_jax import commands
 
   for standard in (1, 2):
     os.dup2(output.fileno(), standard)
@@ -101,7 +101,7 @@ def _run(arguments, output):
   os.chdir('/')
   sys.argv = arguments
   try:
-    main.run()
+    commands.train(prog='python main.py')
   finally:
     # As any program that ends; a fork would not.
     atexit._run_exitfuncs()

@@ -1,7 +1,4 @@
-"""Scores embeddings from anywhere.
-
-python -m proxy_nca_jax.evaluate --embeddings=x.npy --labels=y.npy
-"""
+"""Scores embeddings from NumPy files."""
 
 import argparse
 import json
@@ -13,21 +10,32 @@ from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.evaluate import scores as scores_lib
 from proxy_nca_jax.runtime import errors, files
 
+_DESCRIPTION = """Scores embeddings by retrieval and by clustering.
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+  {prog} --embeddings=x.npy --labels=y.npy
+
+Scores are printed in percent, with 95% confidence intervals."""
+
+_FILES = {
+  'embeddings': 'float [items, dim]; each item queries all others',
+  'labels': 'integers or texts [items]',
+  'query_embeddings': 'float [queries, dim]; they query the items instead',
+  'query_labels': 'integers or texts [queries]',
+  'cameras': (
+    "integers [items], camera ids; items with the query's label and camera are "
+    'ignored'
+  ),
+  'query_cameras': 'integers [queries], camera ids',
+}
+
+
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-    prog='python -m proxy_nca_jax.evaluate',
-    description='Scores embeddings by retrieval and by clustering.',
+    prog=prog,
+    description=_DESCRIPTION.format(prog=prog),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  files = {
-    'embeddings': 'float [items, dim]: each queries all others',
-    'labels': '[items], numbers or texts',
-    'query_embeddings': 'float [queries, dim]: these search the others instead',
-    'query_labels': '[queries]',
-    'cameras': "[items]: of the query's label and camera nothing is searched",
-    'query_cameras': '[queries]',
-  }
-  for name, text in files.items():
+  for name, text in _FILES.items():
     parser.add_argument(
       f'--{name}',
       required=name in ('embeddings', 'labels'),
@@ -35,31 +43,54 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       help=text,
     )
   parser.add_argument(
-    '--recall_at', type=int, nargs='+', default=(1, 2, 4, 8), metavar='K'
+    '--recall_at',
+    type=int,
+    nargs='+',
+    default=(1, 2, 4, 8),
+    metavar='K',
+    help='the K of Recall@K (default: 1 2 4 8)',
   )
   parser.add_argument(
-    '--nearest_only', action='store_true', help='only Recall@K and MRR, faster'
+    '--nearest_only',
+    action='store_true',
+    help='compute only Recall@K and MRR, which is faster',
   )
   parser.add_argument(
-    '--kmeans_iterations', type=int, default=20, help='0 is no clustering'
+    '--kmeans_iterations',
+    type=int,
+    default=20,
+    help='most k-means iterations; 0 skips clustering (default: 20)',
   )
   parser.add_argument(
-    '--kmeans_start', choices=('random', 'k-means++'), default='random'
+    '--kmeans_start',
+    choices=('random', 'k-means++'),
+    default='random',
+    help='initialization of k-means (default: random)',
   )
-  parser.add_argument('--kmeans_num_starts', type=int, default=1)
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--kmeans_num_starts',
+    type=int,
+    default=1,
+    help='runs of k-means; the one of least inertia is scored (default: 1)',
+  )
+  parser.add_argument(
+    '--seed', type=int, default=0, help='seed of k-means and of the bootstrap'
+  )
   parser.add_argument(
     '--num_resamples',
     type=int,
     default=1000,
-    help='of classes, for intervals of 95%%; 0 is none',
+    help='bootstrap resamples of the classes, for the confidence intervals; 0 '
+    'skips them (default: 1000)',
   )
-  parser.add_argument('--json', metavar='FILE', help='where scores are written')
+  parser.add_argument(
+    '--json', metavar='FILE', help='also write the scores to this file'
+  )
   return parser.parse_args(arguments)
 
 
 def _read(arguments: argparse.Namespace) -> dict[str, np.ndarray | None]:
-  """Returns the arrays that `score` takes, the queries after the others."""
+  """Returns the array arguments of `score`; queries follow the gallery."""
   arrays = {}
   for name in ('embeddings', 'labels', 'cameras'):
     path, query_path = (
@@ -67,13 +98,13 @@ def _read(arguments: argparse.Namespace) -> dict[str, np.ndarray | None]:
     )
     if bool(query_path) != bool(path and arguments.query_embeddings):
       raise ValueError(
-        f'--{name} and --query_{name} go together, where there are '
-        '--query_embeddings.'
+        f'With --query_embeddings, --{name} and --query_{name} must be given '
+        'together; without it, --query_* must not be given.'
       )
     parts = [_load(p) for p in (path, query_path) if p]
     arrays[name] = parts[0] if len(parts) == 1 else None
     if len(parts) == 2:
-      arrays[name] = np.concatenate(parts)
+      arrays[name] = _concatenate(name, parts)
       sizes = [len(part) for part in parts]
       is_query = np.repeat([False, True], sizes)
       if not np.array_equal(arrays.setdefault('is_query', is_query), is_query):
@@ -81,22 +112,41 @@ def _read(arguments: argparse.Namespace) -> dict[str, np.ndarray | None]:
           f'{query_path!r} must have as many rows as '
           f'{arguments.query_embeddings!r}; got {sizes[1]}.'
         )
-  # Texts become numbers.
-  _, arrays['labels'] = np.unique(arrays['labels'], return_inverse=True)
   return arrays
+
+
+def _concatenate(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Joins arrays whose values NumPy can compare without converting them."""
+  are_texts = {part.dtype.kind in 'US' for part in parts}
+  if name != 'embeddings' and len(are_texts) > 1:
+    raise ValueError(
+      f'--{name} and --query_{name} must both be integers or both be texts; '
+      f'got {" and ".join(str(part.dtype) for part in parts)}.'
+    )
+  return np.concatenate(parts)
 
 
 def _load(path: str) -> np.ndarray:
   try:
     return np.load(path, mmap_mode='r')
-  except ValueError as error:
+  except (ValueError, EOFError) as error:
     raise ValueError(
-      f'{path!r} is no file of an array as numpy.save writes it: {error}'
+      f'{path!r} is not an array file written by numpy.save: {error}'
     ) from error
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  arguments = _parse(arguments)
+def main(
+  arguments: Sequence[str] | None = None,
+  *,
+  prog: str = 'python -m proxy_nca_jax.evaluate',
+) -> None:
+  """Runs the command.
+
+  Args:
+    arguments: by default those of the command line.
+    prog: the command's name in its --help.
+  """
+  arguments = _parse(arguments, prog)
   names = (
     'recall_at',
     'nearest_only',

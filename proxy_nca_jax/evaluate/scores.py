@@ -1,9 +1,4 @@
-"""Scores of a split: embed it, rank it, cluster it.
-
-python -m proxy_nca_jax.evaluate --embeddings=x.npy --labels=y.npy
-
-scores embeddings from anywhere; --help tells the rest.
-"""
+"""Scores of embeddings: retrieval, clustering, and confidence intervals."""
 
 import functools
 import math
@@ -36,61 +31,68 @@ def score(
 ) -> dict[str, float]:
   """Scores embeddings by retrieval and by clustering.
 
-  Embeddings are projected to the unit sphere, so that Euclidean distance and
-  cosine rank alike. There are three protocols:
+  Embeddings are projected to the unit sphere, where Euclidean distance and
+  cosine similarity rank alike. There are three protocols:
 
-  * Each item queries all others, by default: CUB, Cars, SOP.
-  * Queries search a gallery, with `is_query`: In-Shop.
-  * Re-identification, with `cameras` besides: pictures of the query's class and
-    camera are left out of its gallery. Its scores are CMC@K, which is Recall@K,
-    and mAP; nothing is clustered, for one class stands for everyone else:
+  * By default each item queries all others: CUB, Cars, SOP.
+  * With `is_query`, queries search a gallery: In-Shop.
+  * Re-identification, with `cameras` as well: gallery items with the query's
+    label and camera are ignored. The scores are CMC@K, which equals Recall@K,
+    and mAP. Nothing is clustered, because one label stands for all distractors:
     Market-1501.
 
   Args:
-    embeddings: float [num_items, dim]. One of zeros is as similar to any other
-      as its opposite: 0.
-    labels: int [num_items].
-    is_query: bool [num_items]; the gallery is the rest.
-    cameras: int [num_items].
+    embeddings: float [num_items, dim]. A row of zeros has similarity 0 to every
+      other.
+    labels: int or text [num_items].
+    is_query: bool [num_items], or integers 0 and 1; the others are the gallery.
+    cameras: int [num_items], camera ids.
     recall_at: the K of Recall@K.
-    nearest_only: ranks the nearest positives alone, and gives no score that
-      needs all.
-    kmeans_iterations: at most so many; 0 is no clustering.
-    kmeans_start: as `clustering.kmeans` has it.
-    kmeans_num_starts: likewise.
-    seed: of k-means and of the intervals.
-    num_resamples: draws of as many classes with replacement, for intervals.
+    nearest_only: computes only Recall@K and MRR, which is faster.
+    kmeans_iterations: most Lloyd iterations of k-means; 0 skips clustering.
+    kmeans_start: initialization of k-means, 'random' or 'k-means++'.
+    kmeans_num_starts: runs of k-means; the one of least inertia is scored.
+    seed: seed of k-means and of the bootstrap.
+    num_resamples: bootstrap resamples of the classes, for confidence intervals;
+      0 skips them.
     mesh: the devices that share the work; by default one.
 
   Returns:
-    'recall@K', 'map@r', 'r_precision', 'mrr', 'map', 'nmi', 'ami', 'ari', 'f1'
-    and 'purity', or 'cmc@K', 'map' and 'mrr', in [0, 1] but for 'ami' and 'ari'
-    which chance may bring below; the clusters are of k-means with as many as
-    there are labels. And the counts 'num_queries', 'queries_without_match',
-    'num_classes' and 'zero_embeddings'. Queries without match, such as those
-    alone in their class, are in no mean. With `num_resamples`, 'intervals' maps
-    each score of retrieval to the bounds of its central 95% over the draws.
+    Scores, as floats: 'recall@K', 'map@r', 'r_precision', 'mrr', 'map', 'nmi',
+    'ami', 'ari', 'f1' and 'purity', or for re-identification 'cmc@K', 'map' and
+    'mrr'. They are fractions in [0, 1], except that 'ami' and 'ari' can be
+    negative. k-means has as many clusters as there are labels.
+
     Where classes differ in size, 'recall@1_head', 'recall@1_middle' and
-    'recall@1_tail' are of the queries of the largest, middle and smallest
-    thirds of the classes, by the items of each that are searched.
+    'recall@1_tail': Recall@1 of queries of the largest, middle and smallest
+    third of the classes, by gallery items per class.
+
+    Counts, as ints: 'num_queries', 'queries_without_match', 'num_classes' and
+    'zero_embeddings'. Queries without a match, such as the only item of a
+    class, are left out of every mean.
+
+    With `num_resamples`, 'intervals': the bounds of the central 95% of each
+    retrieval score over the resamples.
 
   Raises:
-    ValueError: if lengths differ, a number cannot be, there is no query or none
-      with a match, or an embedding is not finite.
+    ValueError: if shapes or types do not fit, an argument is out of range, an
+      embedding is not finite, or no query has a match.
   """
   if not recall_at or min(recall_at) < 1 or num_resamples < 0:
     raise ValueError(
-      f'recall_at ({recall_at}) must hold numbers of at least 1, and '
+      f'recall_at ({recall_at}) must hold integers of at least 1, and '
       f'num_resamples ({num_resamples}) must not be negative.'
     )
-  labels = np.asarray(labels)
-  _check_lengths(embeddings, labels, is_query=is_query, cameras=cameras)
+  labels = encode_labels(labels)
+  _check_shapes(embeddings, labels, is_query=is_query, cameras=cameras)
+  is_query = None if is_query is None else _as_mask(is_query)
+  cameras = None if cameras is None else np.asarray(cameras)
   embeddings, num_zeros = _project_to_sphere(embeddings)
   signals.check()
   if mesh is not None and mesh.size == 1:
     mesh = None
   over = {'mesh': mesh, 'axis_name': mesh_lib.AXIS}
-  of_queries, query_labels = _score_queries(
+  per_query, query_labels = _score_queries(
     embeddings,
     labels,
     is_query,
@@ -99,21 +101,21 @@ def score(
     nearest_only=nearest_only,
     **over,
   )
-  has_match = ~np.isnan(next(iter(of_queries.values())))
+  has_match = ~np.isnan(next(iter(per_query.values())))
   if not has_match.any():
     raise ValueError(
       f'None of the {len(has_match)} queries has another item of its class '
-      'to find: add pictures, so that a class has at least two.'
+      'to find: add items, so that a class has at least two.'
     )
-  of_queries = {name: each[has_match] for name, each in of_queries.items()}
-  # The exact sum does not depend on the order.
+  per_query = {name: each[has_match] for name, each in per_query.items()}
+  # fsum is exact: the result does not depend on the order of the queries.
   scores = {
-    name: math.fsum(each) / len(each) for name, each in of_queries.items()
+    name: math.fsum(each) / len(each) for name, each in per_query.items()
   }
   if cameras is None:
     searched = labels if is_query is None else labels[~is_query]
     scores |= _by_frequency(
-      of_queries['mrr'] == 1, query_labels[has_match], searched
+      per_query['mrr'] == 1, query_labels[has_match], searched
     )
   num_classes = len(np.unique(labels))
   if cameras is None and kmeans_iterations:
@@ -135,17 +137,43 @@ def score(
   }
   if num_resamples:
     scores['intervals'] = _intervals(
-      of_queries, query_labels[has_match], num_resamples, seed
+      per_query, query_labels[has_match], num_resamples, seed
     )
   return scores
 
 
-def _check_lengths(embeddings, labels, **others) -> None:
+def encode_labels(labels: np.ndarray) -> np.ndarray:
+  """Numbers the distinct labels from 0, in ascending order.
+
+  Args:
+    labels: integers or texts [...]; floats if they hold integers exactly.
+
+  Returns:
+    int64 [...].
+
+  Raises:
+    ValueError: if labels are of another type, NaN, or floats so large that they
+      may have merged different integers.
+  """
+  labels = np.asarray(labels)
+  if labels.dtype.kind not in 'biuUSfO':
+    raise ValueError(f'Labels must be integers or texts; got {labels.dtype}.')
+  if labels.dtype.kind == 'f' and not np.all(np.abs(labels) < 2**53):
+    raise ValueError(
+      f'Labels are {labels.dtype} and some are not finite or not below 2^53, '
+      'where floats merge different integers: give integers of one type.'
+    )
+  return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+
+
+def _check_shapes(embeddings, labels, **others) -> None:
   if np.ndim(embeddings) != 2 or not np.size(embeddings):
     raise ValueError(
       'Embeddings must be a matrix of at least one row and one column; got '
       f'shape {np.shape(embeddings)}.'
     )
+  if np.iscomplexobj(embeddings):
+    raise ValueError('Embeddings must be real numbers; got complex ones.')
   for name, values in {'labels': labels, **others}.items():
     if values is not None and np.shape(values) != (len(embeddings),):
       raise ValueError(
@@ -154,14 +182,30 @@ def _check_lengths(embeddings, labels, **others) -> None:
       )
 
 
+def _as_mask(is_query: np.ndarray) -> np.ndarray:
+  """Returns a mask as bool: `~` of an integer is not its negation."""
+  is_query = np.asarray(is_query)
+  if is_query.dtype != bool and not np.isin(is_query, (0, 1)).all():
+    raise ValueError(
+      f'is_query must be bool, or integers 0 and 1; got {is_query.dtype} with '
+      'other values.'
+    )
+  return is_query.astype(bool)
+
+
+# Rows in float64 at a time.
+_CHUNK = 4096
+
+
 def _project_to_sphere(embeddings: np.ndarray) -> tuple[jax.Array, int]:
-  """Gives each row unit norm, whatever its scale; counts the rows of 0."""
+  """Scales each row to unit norm; returns the number of rows of 0 as well."""
   unit = np.empty(np.shape(embeddings), np.float32)
   num_zeros = 0
   for begin in range(0, len(unit), _CHUNK):
     rows = np.asarray(embeddings[begin : begin + _CHUNK], np.float64)
     if not np.all(np.isfinite(rows)):
-      raise ValueError('Some embeddings are not finite: nothing can be ranked.')
+      raise ValueError('Some embeddings are not finite and cannot be ranked.')
+    # Dividing by the largest entry first avoids overflow of the squares.
     largest = np.max(np.abs(rows), axis=1, keepdims=True)
     rows = rows / np.where(largest > 0, largest, 1)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -170,14 +214,10 @@ def _project_to_sphere(embeddings: np.ndarray) -> tuple[jax.Array, int]:
   return jnp.asarray(unit), num_zeros
 
 
-# Rows in float64 at once.
-_CHUNK = 4096
-
-
 def _score_fns(
   recall_at: Sequence[int], is_reidentification: bool, nearest_only: bool
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-  """The scores of a protocol, each a function of ranks."""
+  """Returns the scores of a protocol, each a function of ranks."""
   title = 'cmc' if is_reidentification else 'recall'
   fns = {
     f'{title}@{k}': functools.partial(metrics.recall_at_k, k=k)
@@ -202,8 +242,8 @@ def _score_queries(
     queries, items = np.flatnonzero(is_query), np.flatnonzero(~is_query)
     if not len(queries) or not len(items):
       raise ValueError(
-        f'There are {len(queries)} queries and {len(items)} items to search: '
-        'nothing can be scored.'
+        f'There are {len(queries)} queries and {len(items)} gallery items: '
+        'scores need at least one of each.'
       )
     gallery = (embeddings[items], labels[items])
     cameras = None if cameras is None else (cameras[queries], cameras[items])
@@ -236,15 +276,16 @@ def _score_queries(
 def _by_frequency(
   is_hit: np.ndarray, labels: np.ndarray, searched: np.ndarray
 ) -> dict[str, float]:
-  """Recall@1 of the largest, middle and smallest thirds of the classes.
+  """Returns Recall@1 of the largest, middle and smallest third of the classes.
 
-  Classes of equal size are of one part, the smaller; a part without a query is
-  left out, and all are where sizes do not differ.
+  Classes of equal size are in the same part, the smaller one, so parts can
+  differ in size. A part without a query has no score, and none has one if all
+  classes have one size.
 
   Args:
-    is_hit: bool [num_queries].
+    is_hit: bool [num_queries], whether the nearest item is a positive.
     labels: int [num_queries].
-    searched: int [num_items], the labels of what is searched.
+    searched: int [num_items], labels of the gallery.
   """
   classes, sizes = np.unique(searched, return_counts=True)
   if sizes.min() == sizes.max():
@@ -266,7 +307,7 @@ def _by_frequency(
 def _score_clusters(
   embeddings, labels, *, num_starts: int, max_iterations: int, **settings
 ) -> dict[str, float]:
-  """Compares the clusters of `clustering.kmeans` with the labels."""
+  """Scores the clusters of k-means against the labels."""
   with tqdm.tqdm(
     total=num_starts * max_iterations,
     desc='clustering',
@@ -303,11 +344,11 @@ def _intervals(
   num_resamples: int,
   seed: int,
 ) -> dict[str, tuple[float, float]]:
-  """The central 95% of each mean over draws of classes with replacement.
+  """Returns the central 95% of each mean under a bootstrap over classes.
 
-  Queries of a class are alike, so classes are drawn, with all their queries;
-  the gallery stays (Efron and Tibshirani, An Introduction to the Bootstrap,
-  1993, chapter 13).
+  Queries of a class are correlated, so whole classes are resampled; the gallery
+  stays (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter
+  13).
   """
   _, classes = np.unique(labels, return_inverse=True)
   sizes = np.bincount(classes)
@@ -331,9 +372,9 @@ def score_names(scores: Mapping[str, object]) -> list[str]:
 
 
 def format_table(results: Mapping[str, Mapping]) -> str:
-  """Formats scores as percent: a row each, a column for each embeddings.
+  """Formats scores in percent: a row per score, a column per result.
 
-  Where there are intervals, their bounds follow the score.
+  The bounds of a confidence interval follow its score.
   """
 
   def cell(scores, name):
