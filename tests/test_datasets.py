@@ -90,7 +90,7 @@ class DecodeTest(parameterized.TestCase):
     with self.assertRaises(ValueError):
       images.decode(encoded[: len(encoded) // 2])
 
-  @parameterized.parameters((b'', 'empty'), (b'words', 'not a picture'))
+  @parameterized.parameters((b'', 'empty'), (b'words', 'not an image'))
   def test_what_is_no_picture_says_so(self, encoded, message):
     with self.assertRaisesRegex(ValueError, message):
       images.decode(encoded)

@@ -226,7 +226,7 @@ class TrustTest(_Test):
       'cabinet_final/._110000000001_1.JPG': 'operating system',
       'chair_final/Thumbs.db': 'operating system',
       'chair_final/more.JPG': 'unlisted',
-      'chair_final/110000000002_2.JPG': 'not a picture',
+      'chair_final/110000000002_2.JPG': 'not an image',
       'coffee_maker_final/110000000007_0.JPG': 'twice',
       'Ebay_test.txt:12': 'expected image_id class_id',
       '../../../../etc/passwd': 'missing',
