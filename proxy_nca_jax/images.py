@@ -1,7 +1,7 @@
 """Operations on one image: decode, resize, crop, augment.
 
-Crops and color jitter have the ranges and distributions of torchvision's
-transforms of the same names, and its pixels.
+Crops and color jitter match the torchvision transforms of the same
+names: in their distributions and, for the same random values, in their pixels.
 """
 
 import io
@@ -15,6 +15,8 @@ FILTERS = {
   'bilinear': Image.Resampling.BILINEAR,
   'bicubic': Image.Resampling.BICUBIC,
 }
+# Attempts to sample a rectangle inside the image, as in torchvision.
+_MAX_ATTEMPTS = 10
 _ENHANCERS = (
   ImageEnhance.Brightness,
   ImageEnhance.Contrast,
@@ -23,20 +25,20 @@ _ENHANCERS = (
 
 
 def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
-  """Decodes a picture as a person would see it: upright, RGB, 8 bits.
+  """Decodes an image as a viewer shows it: upright, in 8-bit RGB.
 
-  Transparency is laid on white, 16-bit gray is scaled to 8 bits, and of an
-  animation the first frame is taken.
+  Transparency is composited on white, 16-bit grayscale is scaled to 8 bits, and
+  animations are reduced to their first frame.
 
   Args:
     encoded: the bytes of a file, in any format that Pillow reads.
-    upright: whether to apply EXIF rotation.
+    upright: whether to apply the EXIF rotation.
 
   Returns:
     A Pillow image of mode RGB.
 
   Raises:
-    ValueError: if the bytes are no picture, or not a whole one.
+    ValueError: if the bytes are not an image, or are damaged or truncated.
   """
   if not encoded:
     raise ValueError('the file is empty')
@@ -44,7 +46,7 @@ def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
     with Image.open(io.BytesIO(encoded)) as image:
       image.load()
       return as_rgb(image, upright=upright)
-  # Pillow's decoders raise these, and SyntaxError (PNG), for broken files.
+  # Pillow's decoders raise all of these for broken files.
   except (
     OSError,
     SyntaxError,
@@ -57,15 +59,15 @@ def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
     Image.DecompressionBombError,
   ) as error:
     if isinstance(error, Image.UnidentifiedImageError):
-      raise ValueError('not a picture') from error
+      raise ValueError('not an image') from error
     raise ValueError(errors.one_line(error)) from error
 
 
 def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
-  """Returns a Pillow image of any mode as `decode` returns it.
+  """Converts a Pillow image of any mode as `decode` does.
 
   Raises:
-    ValueError: if its pixels have no known range.
+    ValueError: if the range of its pixels is unknown.
   """
   if upright:
     image = ImageOps.exif_transpose(image)
@@ -79,23 +81,26 @@ def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
 
 
 def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
-  """Scales 16-bit gray to 8; Pillow's own conversion clips at 255."""
+  """Scales 16-bit grayscale to 8 bits; Pillow's conversion clips at 255."""
   pixels = np.asarray(image)
   if image.mode == 'F' or pixels.min() < 0 or pixels.max() > 65535:
-    raise ValueError(f'pixels of mode {image.mode} have no known range')
+    raise ValueError(
+      f'the range of its pixels, of mode {image.mode}, is unknown'
+    )
   return Image.fromarray((pixels // 257).astype(np.uint8)).convert('RGB')
 
 
 def resize(
   image: Image.Image, *, side: int, mode: str, interpolation: str = 'bilinear'
 ) -> Image.Image:
-  """Resizes with a filter of Pillow's, which averages when it shrinks.
+  """Resizes with a Pillow filter, antialiased when it shrinks.
 
   Args:
     image: a Pillow image.
-    side: in pixels; 0 leaves the image as it is.
-    mode: 'square', which changes the aspect, or 'shorter' for the shorter
-      side, which keeps it (the longer is rounded down, as in torchvision).
+    side: target side in pixels; 0 returns the image unchanged.
+    mode: 'square' resizes both sides to `side`, which changes the aspect ratio;
+      'shorter' resizes the shorter side and keeps the aspect ratio, rounding
+      the longer side down, as in torchvision.
     interpolation: 'bilinear' or 'bicubic'.
 
   Returns:
@@ -124,7 +129,7 @@ def resize(
 
 
 def encode_png(image: Image.Image) -> bytes:
-  """Encodes without loss; level 1 is quick, and records are small already."""
+  """Encodes losslessly, at compression level 1 for speed."""
   buffer = io.BytesIO()
   image.save(buffer, 'PNG', compress_level=1)
   return buffer.getvalue()
@@ -133,26 +138,27 @@ def encode_png(image: Image.Image) -> bytes:
 def crop(
   image: np.ndarray, top: int, left: int, size: int, padding: int
 ) -> np.ndarray:
-  """Crops a square out of an image padded with black.
+  """Crops a square from an image padded with black.
 
   Args:
-    image: uint8 [height, width, 3], at least `size` with the padding.
-    top: first row, of the padded image.
-    left: first column, of the padded image.
-    size: side of the square.
-    padding: pixels added on each side.
+    image: uint8 [height, width, 3], with padding at least `size` on each side.
+    top: first row of the crop in the padded image.
+    left: first column of the crop in the padded image.
+    size: side of the crop in pixels.
+    padding: pixels of padding on each side.
 
   Returns:
     uint8 [size, size, 3].
   """
   if not padding:
     return image[top : top + size, left : left + size]
-  # np.pad took eight times as long.
+  # np.pad of the whole image takes eight times as long.
   square = np.zeros((size, size, 3), np.uint8)
   top, left = top - padding, left - padding
-  seen = image[max(top, 0) : top + size, max(left, 0) : left + size]
-  below, right = max(-top, 0), max(-left, 0)
-  square[below : below + seen.shape[0], right : right + seen.shape[1]] = seen
+  inside = image[max(top, 0) : top + size, max(left, 0) : left + size]
+  height, width = inside.shape[:2]
+  top, left = max(-top, 0), max(-left, 0)
+  square[top : top + height, left : left + width] = inside
   return square
 
 
@@ -167,17 +173,17 @@ def random_resized_crop(
 ) -> np.ndarray:
   """Crops a random rectangle and resizes it to a square.
 
-  The area is uniform and the aspect log-uniform. If ten rectangles do not fit,
-  the largest central one of an allowed aspect is taken, as in torchvision's
-  RandomResizedCrop.
+  As torchvision's RandomResizedCrop: the area is uniform and the aspect ratio
+  log-uniform; if ten random rectangles do not fit into the image, the largest
+  central one with an allowed aspect ratio is used.
 
   Args:
     image: uint8 [height, width, 3].
-    size: side of the square.
-    scale: least and largest area, as shares of the image's.
-    ratio: least and largest width / height.
-    rng: of the rectangle.
-    interpolation: 'bilinear' or 'bicubic', averaging when it shrinks.
+    size: side of the result in pixels.
+    scale: smallest and largest area, as fractions of the image's area.
+    ratio: smallest and largest aspect ratio, width / height.
+    rng: random number generator.
+    interpolation: 'bilinear' or 'bicubic', antialiased when it shrinks.
 
   Returns:
     uint8 [size, size, 3].
@@ -189,15 +195,15 @@ def random_resized_crop(
     crop_height = min(height, max(round(width / ratio[0]), 1))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     box = (left, top, left + crop_width, top + crop_height)
-  picture = Image.fromarray(image).crop(box)
-  return np.asarray(picture.resize((size, size), FILTERS[interpolation]))
+  cropped = Image.fromarray(image).crop(box)
+  return np.asarray(cropped.resize((size, size), FILTERS[interpolation]))
 
 
 def _random_box(
   height, width, *, scale, ratio, rng
 ) -> tuple[int, int, int, int] | None:
-  """Draws (left, top, right, bottom); None if ten boxes do not fit."""
-  for _ in range(10):
+  """Samples (left, top, right, bottom); None if ten samples do not fit."""
+  for _ in range(_MAX_ATTEMPTS):
     area = height * width * rng.uniform(*scale)
     aspect = np.exp(rng.uniform(*np.log(ratio)))
     box_width = round(np.sqrt(area * aspect))
@@ -214,37 +220,38 @@ def color_jitter(
   strengths: tuple[float, float, float, float],
   rng: np.random.Generator,
 ) -> np.ndarray:
-  """Changes brightness, contrast, saturation and hue, in a random order.
+  """Changes brightness, contrast, saturation and hue in a random order.
 
   As torchvision's ColorJitter on a Pillow image: the first three are multiplied
-  by a factor from [max(0, 1 - strength), 1 + strength], and hue turns by a
-  share of the circle from [-strength, strength].
+  by a uniform factor in [max(0, 1 - strength), 1 + strength]; the hue is
+  rotated by a uniform fraction of the color circle in [-strength, strength].
 
   Args:
     image: uint8 [height, width, 3].
-    strengths: of brightness, contrast, saturation and hue; 0 leaves one out.
-    rng: of the order and the factors.
+    strengths: strengths for brightness, contrast, saturation and hue; 0 leaves
+      a property unchanged.
+    rng: random number generator.
 
   Returns:
     uint8 [height, width, 3].
   """
-  picture = Image.fromarray(image)
+  jittered = Image.fromarray(image)
   for kind in rng.permutation(4):
     strength = strengths[kind]
     if not strength:
       continue
     if kind == 3:
-      picture = _turn_hue(picture, rng.uniform(-strength, strength))
+      jittered = _rotate_hue(jittered, rng.uniform(-strength, strength))
     else:
       factor = rng.uniform(max(0, 1 - strength), 1 + strength)
-      picture = _ENHANCERS[kind](picture).enhance(factor)
-  return np.asarray(picture)
+      jittered = _ENHANCERS[kind](jittered).enhance(factor)
+  return np.asarray(jittered)
 
 
-def _turn_hue(picture: Image.Image, share: float) -> Image.Image:
-  hue, saturation, value = picture.convert('HSV').split()
-  # 256 hues are the circle, and torchvision turns by 255 times the share.
-  hue = hue.point([(i + int(share * 255)) % 256 for i in range(256)])
+def _rotate_hue(image: Image.Image, fraction: float) -> Image.Image:
+  hue, saturation, value = image.convert('HSV').split()
+  # The circle has 256 hues, but torchvision rotates by 255 times the fraction.
+  hue = hue.point([(i + int(fraction * 255)) % 256 for i in range(256)])
   return Image.merge('HSV', (hue, saturation, value)).convert('RGB')
 
 
@@ -255,20 +262,20 @@ def random_erasing(
   scale: tuple[float, float] = (0.02, 0.33),
   ratio: tuple[float, float] = (1 / 3.3, 1 / 0.3),
 ) -> np.ndarray:
-  """Fills a random rectangle with random pixels.
+  """Fills a random rectangle with random pixels, uniform in 0..255.
 
-  Zhong et al., https://arxiv.org/abs/1708.04896: pixels are uniform in 0..255.
-  The ranges are the defaults of torchvision's RandomErasing, whose ratio is of
-  height to width. If ten rectangles do not fit, nothing is erased.
+  Zhong et al., https://arxiv.org/abs/1708.04896. The default ranges are those
+  of torchvision's RandomErasing, whose ratio is height / width. If ten random
+  rectangles do not fit into the image, nothing is erased.
 
   Args:
     image: uint8 [height, width, 3].
-    rng: of the rectangle and its pixels.
-    scale: least and largest area, as shares of the image's.
-    ratio: least and largest width / height.
+    rng: random number generator.
+    scale: smallest and largest area, as fractions of the image's area.
+    ratio: smallest and largest aspect ratio, width / height.
 
   Returns:
-    uint8 [height, width, 3], another array.
+    uint8 [height, width, 3], a new array.
   """
   height, width = image.shape[:2]
   image = image.copy()
@@ -282,6 +289,6 @@ def random_erasing(
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-  """Crops the central square, uint8 [size, size, 3]."""
+  """Returns the central square, uint8 [size, size, 3]."""
   top, left = ((side - size) // 2 for side in image.shape[:2])
   return image[top : top + size, left : left + size]

@@ -90,7 +90,7 @@ class DecodeTest(parameterized.TestCase):
     with self.assertRaises(ValueError):
       images.decode(encoded[: len(encoded) // 2])
 
-  @parameterized.parameters((b'', 'empty'), (b'words', 'not a picture'))
+  @parameterized.parameters((b'', 'empty'), (b'words', 'not an image'))
   def test_what_is_no_picture_says_so(self, encoded, message):
     with self.assertRaisesRegex(ValueError, message):
       images.decode(encoded)
@@ -212,7 +212,7 @@ class GlyphsTest(absltest.TestCase):
 
   def test_too_many_styles_asked_for_are_an_error(self):
     self.config.dataset.min_styles = 99
-    with self.assertRaisesRegex(ValueError, '99 different drawings'):
+    with self.assertRaisesRegex(ValueError, '99 distinct drawings'):
       datasets.load(self.config)
 
   def test_drawings_are_centred_and_fit(self):
@@ -415,7 +415,7 @@ class ImageFolderTest(absltest.TestCase):
       with self.assertRaisesRegex(ValueError, message):
         self._load(root=root)
     self._write('a/x.png', b'x')
-    with self.assertRaisesRegex(ValueError, 'No file .* is a readable picture'):
+    with self.assertRaisesRegex(ValueError, 'No file .* is a readable image'):
       self._load()
 
 

@@ -93,7 +93,7 @@ def _reset(handler):
 class FetchTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    self.enter_context(mock.patch.object(downloads, '_PAUSE', 0.0))
+    self.enter_context(mock.patch.object(downloads, '_PAUSE_SECONDS', 0.0))
     self.folder = pathlib.Path(self.create_tempdir().full_path)
     self.part = self.folder / 'data.tgz.part'
     self.http = server.ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
@@ -157,7 +157,7 @@ class FetchTest(parameterized.TestCase):
     self.assertEmpty(self.http.seen)
 
   def test_a_file_without_url_is_asked_of_the_user(self):
-    self._check_fails(r'data\.tgz: no URL is known; put it into')
+    self._check_fails(r'data\.tgz: has no URL; put it into')
 
   def test_a_body_without_announced_size_is_verified_at_its_end(self):
     self._check(self._fetch([_unannounced(_CONTENT)], size=None))
@@ -212,7 +212,7 @@ class FetchTest(parameterized.TestCase):
 
   def test_attempts_pause_longer_and_longer(self):
     with mock.patch.object(downloads.time, 'sleep') as sleep:
-      with mock.patch.object(downloads, '_PAUSE', 1.0):
+      with mock.patch.object(downloads, '_PAUSE_SECONDS', 1.0):
         self._check_fails('stops after 0 of', [_whole(upto=0)])
     self.assertEqual([call.args[0] for call in sleep.call_args_list], [2, 3])
 
@@ -227,7 +227,7 @@ class FetchTest(parameterized.TestCase):
     ([_status(599)], r'599 \?'),
     ([_whole(_CONTENT[:17])], 'sends 17 bytes, expected 300000'),
     ([_whole(_CONTENT * 2)], 'sends 600000 bytes, expected 300000'),
-    ([_unannounced(_CONTENT * 2)], 'more bytes than the expected 300000'),
+    ([_unannounced(_CONTENT * 2)], 'more than the expected 300000 bytes'),
     ([_whole(Content_Length='a few')], "the Content-Length 'a few'"),
     ([_whole(Content_Length=-1)], "the Content-Length '-1'"),
     ([_whole(Content_Length='9' * 5000)], 'digits'),

@@ -113,7 +113,7 @@ class InferenceTest(parameterized.TestCase):
     for picture, message in (
       (broken, f'Image .{broken}. cannot be read: '),
       ('/nowhere.png', 'Image ./nowhere.png. cannot be read: .*No such file'),
-      (b'text', 'Image number 1 cannot be read: not a'),
+      (b'text', 'Image number 1 cannot be read: not an image'),
       (np.zeros((4, 4, 3)), r'number 1 .* float64 \(4, 4, 3\); expected uint8'),
       (np.zeros((4, 4, 4), np.uint8), r'uint8 \(4, 4, 4\)'),
     ):

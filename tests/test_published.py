@@ -16,7 +16,7 @@ from PIL import Image
 from proxy_nca_jax import datasets, input_pipeline, train
 from proxy_nca_jax.configs import default
 from proxy_nca_jax.datasets import __main__ as command
-from proxy_nca_jax.datasets import downloads, published
+from proxy_nca_jax.datasets import annotations, downloads
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -198,7 +198,7 @@ class TrustTest(_Test):
     _write('sop', self.manual_dir)
     with self.assertRaisesRegex(
       ValueError,
-      'train: 12 pictures of 4 classes, expected 59,551 of 11,318.*test: 9 ',
+      'train: 12 images of 4 classes, expected 59,551 of 11,318.*test: 9 ',
     ):
       self._load('sop', allow_incomplete=False)
     self.assertEmpty(list(self.data_dir.rglob('*array_record*')))
@@ -226,12 +226,12 @@ class TrustTest(_Test):
       'cabinet_final/._110000000001_1.JPG': 'operating system',
       'chair_final/Thumbs.db': 'operating system',
       'chair_final/more.JPG': 'unlisted',
-      'chair_final/110000000002_2.JPG': 'not a picture',
+      'chair_final/110000000002_2.JPG': 'not an image',
       'coffee_maker_final/110000000007_0.JPG': 'twice',
       'Ebay_test.txt:12': 'expected image_id class_id',
       '../../../../etc/passwd': 'missing',
       '/etc/passwd': 'missing',
-      'train': '11 pictures',
+      'train': '11 images',
     }.items():
       self.assertIn(reason, skipped[name])
     self.assertIn('/etc/passwd: annotated, but missing', ''.join(logs.output))
@@ -357,7 +357,7 @@ class TrustTest(_Test):
   def test_rows_of_too_few_words_are_problems(self):
     root = self.manual_dir
     (root / 'x.txt').write_text('header\n1 a b c\n\n2\n')
-    rows, problems = published.read_rows(
+    rows, problems = annotations.read_rows(
       str(root), 'x.txt', ('id', 'path'), skip=1
     )
     self.assertEqual(rows, [{'id': '1', 'path': 'a b c'}])
@@ -451,7 +451,9 @@ class CacheTest(_Test):
     data = self._load('sop', cache_size=16)
     data.train.image(0)
     os.truncate(file, 5)  # While it is open.
-    with self.assertRaisesRegex(ValueError, message.format('it is cut short')):
+    with self.assertRaisesRegex(
+      ValueError, message.format('the file is truncated')
+    ):
       data.train.image(0)
     file.unlink()
     with self.assertRaisesRegex(ValueError, message.format('No such file.*')):

@@ -25,7 +25,7 @@ from proxy_nca_jax.search import find
 from proxy_nca_jax.search import index as index_lib
 
 
-def _write_pictures(root: pathlib.Path, *, num_classes: int) -> None:
+def _write_images(root: pathlib.Path, *, num_classes: int) -> None:
   rng = np.random.default_rng(0)
   for label in range(num_classes):
     (root / f'class{label}').mkdir(parents=True)
@@ -44,7 +44,7 @@ class SearchTest(parameterized.TestCase):
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.images = cls.root / 'images'
-    _write_pictures(cls.images, num_classes=8)
+    _write_images(cls.images, num_classes=8)
     config = image_folder.get_config()
     config.update_from_flattened_dict(
       {
@@ -72,16 +72,16 @@ class SearchTest(parameterized.TestCase):
     )
 
   @classmethod
-  def _run(cls, command, *pictures, **flags):
-    """Returns what a command prints on stdout."""
+  def _run(cls, command, *images, **flags):
+    """Runs a command and returns its stdout."""
     flags = [f'--{name}={value}' for name, value in flags.items()]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-      search_main.main([command, *map(str, pictures), *flags])
+      search_main.main([command, *map(str, images), *flags])
     return output.getvalue()
 
   def _error(self, *args, **flags):
-    """Returns the line that wrong input ends with."""
+    """Runs a command with wrong input and returns its error line."""
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
       with self.assertRaises(SystemExit) as raised:
@@ -95,7 +95,7 @@ class SearchTest(parameterized.TestCase):
     return list(csv.DictReader(io.StringIO(self._run(*args, **flags))))
 
   def _copy(self):
-    """A folder of its own, and an index of it."""
+    """Returns a copy of the images and the flags to index it."""
     folder = pathlib.Path(tempfile.mkdtemp(dir=self.root))
     shutil.copytree(self.images, folder / 'images')
     flags = dict(
@@ -103,7 +103,7 @@ class SearchTest(parameterized.TestCase):
     )
     return folder / 'images', flags
 
-  def test_an_index_holds_what_the_network_gives(self):
+  def test_an_index_holds_the_embeddings_of_the_network(self):
     content = index_lib.read(self.index)
     self.assertLen(content.names, 32)
     self.assertEqual(content.names[5], 'class1/1.png')
@@ -111,7 +111,7 @@ class SearchTest(parameterized.TestCase):
     embedder = inference.load(self.workdirs[0])
     np.testing.assert_array_equal(content.embeddings, embedder(content.paths))
 
-  def test_only_what_is_new_or_changed_is_embedded(self):
+  def test_only_new_or_changed_images_are_embedded(self):
     images, flags = self._copy()
     self.assertRegex(self._run('index', **flags), '32 added, 0 changed')
     (images / 'class0' / '0.png').unlink()
@@ -127,7 +127,7 @@ class SearchTest(parameterized.TestCase):
     ) as read:
       output = self._run('index', **flags)
     self.assertEqual(read.call_count, 3)
-    self.assertIn('left out: notes.txt: not a picture', output)
+    self.assertIn('skipped notes.txt: not an image', output)
     self.assertIn(
       '2 added, 1 changed, 1 removed, 30 unchanged, 1 unreadable', output
     )
@@ -140,12 +140,12 @@ class SearchTest(parameterized.TestCase):
       embeddings['more/deep/a.png'], embeddings['class2/0.png']
     )
     self.assertNotIn('class0/0.png', embeddings)
-    # What cannot be read is not tried again until it changes, and is said.
+    # Unreadable files are listed again, but not read again until they change.
     output = self._run('index', **flags)
-    self.assertIn('left out: notes.txt', output)
+    self.assertIn('skipped notes.txt', output)
     self.assertIn('0 added, 0 changed, 0 removed, 33 unchanged', output)
 
-  def test_a_killed_update_goes_on(self):
+  def test_a_killed_update_resumes(self):
     _, flags = self._copy()
     embed = inference.Embedder.embed
 
@@ -159,7 +159,7 @@ class SearchTest(parameterized.TestCase):
       return embed(embedder, images)
 
     with (
-      mock.patch.object(index_lib, '_BATCH', 10),
+      mock.patch.object(index_lib, '_BATCH_SIZE', 10),
       mock.patch.object(inference.Embedder, 'embed', embed_once),
       mock.patch.object(os, '_exit', sys.exit),
       self.assertRaises(SystemExit) as raised,
@@ -172,30 +172,28 @@ class SearchTest(parameterized.TestCase):
   def test_an_index_refuses_another_network_folder_or_file(self):
     flags = dict(workdir=self.workdirs[0], images=self.images, index=self.index)
     self.assertIn(
-      'is of another network',
+      'belongs to another network',
       self._error('index', **(flags | {'workdir': self.workdirs[1]})),
     )
     self.assertIn(
-      f"is of another folder, '{self.images}'",
+      f"belongs to another folder, '{self.images}'",
       self._error('index', **(flags | {'images': self.images / 'class0'})),
     )
     text = self.root / 'text'
-    text.write_text('no data base, but as long as one would have to be' * 99)
+    text.write_text('not a database, but long enough for one ' * 99)
     self.assertIn(
-      'cannot be used as an index',
+      'is not a valid index',
       self._error('index', **(flags | {'index': text})),
     )
     self.assertIn(
       'No folder', self._error('index', **(flags | {'images': '/nowhere'}))
     )
-    picture = self.images / 'class0' / '0.png'
+    image = self.images / 'class0' / '0.png'
     self.assertIn(
-      'is not the one that the index is of',
-      self._error('query', picture, index=self.index, workdir=self.workdirs[1]),
+      'is not the one that made the index',
+      self._error('query', image, index=self.index, workdir=self.workdirs[1]),
     )
-    self.assertIn(
-      'There is no index', self._error('query', picture, index='/nowhere')
-    )
+    self.assertIn('No index', self._error('query', image, index='/nowhere'))
 
   def test_query_finds_the_nearest_by_a_full_sort(self):
     content = index_lib.read(self.index)
@@ -203,27 +201,29 @@ class SearchTest(parameterized.TestCase):
     rows = self._rows(
       'query', *(content.paths[i] for i in numbers), index=self.index, k=40
     )
-    self.assertLen(rows, 64)  # There are 32.
+    self.assertLen(rows, 64)  # The index has 32 images.
     for number in numbers:
-      away = np.linalg.norm(
+      distances = np.linalg.norm(
         content.embeddings - content.embeddings[number], axis=1
       )
-      found = [row for row in rows if row['query'] == content.paths[number]]
-      self.assertEqual([int(row['rank']) for row in found], [*range(1, 33)])
-      self.assertEqual(found[0]['picture'], content.paths[number])
+      neighbors = [row for row in rows if row['query'] == content.paths[number]]
+      self.assertEqual([int(row['rank']) for row in neighbors], [*range(1, 33)])
+      self.assertEqual(neighbors[0]['picture'], content.paths[number])
       np.testing.assert_allclose(
-        [float(row['distance']) for row in found], np.sort(away), atol=1e-4
+        [float(row['distance']) for row in neighbors],
+        np.sort(distances),
+        atol=1e-4,
       )
 
   def test_query_writes_a_page_csv_and_json(self):
-    picture = self.images / 'class3' / '0.png'
+    image = self.images / 'class3' / '0.png'
     csv_file, json_file, page = (
       self.root / f'found.{ending}' for ending in ('csv', 'json', 'html')
     )
     for file in (csv_file, json_file):
       self.assertEqual(
         self._run(
-          'query', picture, index=self.index, k=3, output=file, html=page
+          'query', image, index=self.index, k=3, output=file, html=page
         ),
         '',
       )
@@ -239,23 +239,23 @@ class SearchTest(parameterized.TestCase):
     self.assertNotRegex(html, 'https?://')
     self.assertIn(
       'must end with .csv or .json',
-      self._error('query', picture, index=self.index, output='found.txt'),
+      self._error('query', image, index=self.index, output='found.txt'),
     )
 
-  def test_faiss_finds_about_the_same(self):
+  def test_faiss_finds_the_same_nearest_images(self):
     content = index_lib.read(self.index)
     expected = find.find(content.embeddings, content.embeddings, 1)
-    with mock.patch.object(find, '_MANY', 8):
+    with mock.patch.object(find, '_MIN_FAISS_IMAGES', 8):
       with contextlib.redirect_stderr(io.StringIO()) as error:
         for _ in range(2):
           actual = find.find_in_index(
             self.index, content, content.embeddings, 1
           )
     np.testing.assert_array_equal(actual[1], expected[1])
-    self.assertEqual(error.getvalue().count('Making'), 1)
+    self.assertEqual(error.getvalue().count('Building'), 1)
     self.assertIn('approximate', error.getvalue())
 
-  def test_cluster_gives_each_picture_a_cluster(self):
+  def test_cluster_assigns_every_image(self):
     rows = self._rows('cluster', index=self.index, clusters=5)
     self.assertLen({row['picture'] for row in rows}, 32)
     clusters = [int(row['cluster']) for row in rows]
@@ -275,32 +275,32 @@ class SearchTest(parameterized.TestCase):
       tuple(str(images / name) for name in ('class4/2.png', 'class6/copy.png')),
     )
     content = index_lib.read(self.index)
-    away = np.linalg.norm(
+    distances = np.linalg.norm(
       content.embeddings[:, None] - content.embeddings, axis=2
     )
-    away = away[np.triu_indices(32, 1)]
-    threshold = np.median(away)
+    distances = distances[np.triu_indices(32, 1)]
+    threshold = np.median(distances)
     rows = self._rows('duplicates', index=self.index, threshold=threshold)
-    self.assertLen(rows, np.sum(away < threshold))
+    self.assertLen(rows, np.sum(distances < threshold))
     self.assertEmpty(self._rows('duplicates', index=self.index, threshold=0))
 
-  def test_classify_by_neighbours_and_by_proxies(self):
-    picture = self.images / 'class5' / '3.png'
-    (row,) = self._rows('classify', picture, index=self.index)
+  def test_classify_by_neighbors_and_by_proxies(self):
+    image = self.images / 'class5' / '3.png'
+    (row,) = self._rows('classify', image, index=self.index)
     self.assertEqual((row['class'], row['distance']), ('class5', '0.0000'))
     embedder = inference.load(self.workdirs[0])
     proxies = embedder.params['proxies']
     proxies = proxies / np.linalg.norm(proxies, axis=1, keepdims=True)
-    away = np.linalg.norm(proxies - embedder([picture]), axis=1)
-    (row,) = self._rows('classify', picture, index=self.index, by='proxies')
-    self.assertEqual(row['class'], embedder.class_names[away.argmin()])
-    self.assertEqual(row['distance'], f'{away.min():.4f}')
+    distances = np.linalg.norm(proxies - embedder([image]), axis=1)
+    (row,) = self._rows('classify', image, index=self.index, by='proxies')
+    self.assertEqual(row['class'], embedder.class_names[distances.argmin()])
+    self.assertEqual(row['distance'], f'{distances.min():.4f}')
     (row,) = self._rows(
-      'classify', picture, index=self.index, by='proxies', threshold=0.001
+      'classify', image, index=self.index, by='proxies', threshold=0.001
     )
     self.assertEqual(row['class'], '')
 
-  def test_the_most_frequent_of_the_neighbours_counts(self):
+  def test_the_most_frequent_class_of_the_neighbors_wins(self):
     content = index_lib.Content(
       '/', '', '', ('a/1', 'b/1', 'b/2'), np.eye(3, dtype=np.float32)
     )
@@ -314,7 +314,7 @@ class SearchTest(parameterized.TestCase):
         (row,) = self._rows('classify', 'x', index='', k=k)
       self.assertEqual(row['class'], expected)
 
-  def test_embeddings_are_written_for_others(self):
+  def test_embeddings_are_exported_as_arrays(self):
     content = index_lib.read(self.index)
     file = self.root / 'embeddings.npz'
     self._run('export', index=self.index, output=file)
@@ -327,7 +327,7 @@ class SearchTest(parameterized.TestCase):
       self._error('export', index=self.index, output='x.npy'),
     )
 
-  def test_embeddings_are_written_as_parquet(self):
+  def test_embeddings_are_exported_as_parquet(self):
     from pyarrow import parquet
 
     content = index_lib.read(self.index)

@@ -1,14 +1,13 @@
-"""Data sets: TFDS builders, prepared once, split by class."""
+"""Datasets: TFDS builders, prepared once and split by class."""
 
-from proxy_nca_jax.datasets.loading import (
+from proxy_nca_jax.datasets.loading import load
+from proxy_nca_jax.datasets.preparation import (
   DATASETS,
   PUBLISHED,
-  Datasets,
-  Split,
   find_data_dir,
-  load,
   prepare,
 )
+from proxy_nca_jax.datasets.splits import Datasets, Split
 
 __all__ = [
   'DATASETS',

@@ -1,37 +1,45 @@
-"""Prepares and lists data sets: python -m proxy_nca_jax.datasets --help."""
+"""Prepares and lists datasets."""
 
 import argparse
 import logging
 import os
+from collections.abc import Sequence
 
 from proxy_nca_jax import datasets
 from proxy_nca_jax.runtime import errors
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog='python -m proxy_nca_jax.datasets', description=__doc__
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+  commands = parser.add_subparsers(
+    dest='command', required=True, metavar='COMMAND'
   )
-  commands = parser.add_subparsers(dest='command', required=True)
+  prepare_help = 'Prepare a dataset in advance, so that training starts at once'
   prepare = commands.add_parser(
-    'prepare',
-    help='write the records of a data set, so that training starts at once',
+    'prepare', help=prepare_help, description=f'{prepare_help}.'
   )
   prepare.add_argument('name', choices=sorted(datasets.PUBLISHED))
   prepare.add_argument(
     '--allow_incomplete',
     action='store_true',
-    help='go on with what is there if it is not quite as published',
+    help='use the files even if they differ from the publication; log how',
   )
-  show = commands.add_parser('list', help='show the data sets and their state')
+  list_help = 'Show the datasets and whether they are prepared'
+  show = commands.add_parser(
+    'list', help=list_help, description=f'{list_help}.'
+  )
   for command in (prepare, show):
     command.add_argument(
       '--data_dir',
       default='',
-      help='where prepared data sets lie; by default ~/tensorflow_datasets',
+      metavar='DIR',
+      help='folder of prepared datasets (default: ~/tensorflow_datasets)',
     )
     command.add_argument(
-      '--manual_dir', default='', help='archives or extracted folders you have'
+      '--manual_dir',
+      default='',
+      metavar='DIR',
+      help='folder with archives that you downloaded, or their extracted files',
     )
   return parser.parse_args(arguments)
 
@@ -39,39 +47,52 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _prepare(arguments: argparse.Namespace) -> None:
   builder, skipped = datasets.prepare(vars(arguments))
   for name, reason in skipped:
-    print(f'left out: {name}: {reason}')
+    print(f'skipped {name}: {reason}')
   for split, info in builder.info.splits.items():
     print(f'{split}: {info.num_examples:,} images')
-  print(f'{arguments.name} is in {builder.data_path}')
+  print(f'Prepared {arguments.name} in {builder.data_path}')
 
 
 def _list(data_dir: str, manual_dir: str) -> None:
   data_dir = datasets.find_data_dir(data_dir)
-  rows = [('data set', 'split', 'classes', 'images', 'state')]
+  rows = [('dataset', 'split', 'classes', 'images', 'state')]
   for name in sorted(datasets.PUBLISHED):
     builder, _ = datasets.DATASETS[name](
       data_dir=data_dir, manual_dir=manual_dir, allow_incomplete=False
     )
-    state = 'archives at hand' if builder.is_at_hand() else '-'
+    state = 'archives found' if builder.is_available() else '-'
     if os.path.exists(builder.data_path):
       state = 'prepared'
     for split, (num_images, num_classes) in builder.counts.items():
       rows.append((name, split, f'{num_classes:,}', f'{num_images:,}', state))
   widths = [max(map(len, column)) for column in zip(*rows)]
-  print(f'In {data_dir}:')
-  for name, split, *numbers, state in rows:
+  print(f'Datasets in {data_dir}:')
+  for name, split, *counts, state in rows:
     cells = [name.ljust(widths[0]), split.ljust(widths[1])]
-    cells += [n.rjust(w) for n, w in zip(numbers, widths[2:])]
+    cells += [count.rjust(width) for count, width in zip(counts, widths[2:])]
     print('  '.join([*cells, state]))
-  print('glyphs is drawn from fonts, and image_folder is your own pictures.')
+  print(
+    'Training prepares two more: glyphs, drawn from fonts, and image_folder, '
+    'your own images.'
+  )
 
 
-def main(arguments: list[str] | None = None) -> None:
-  arguments = _parse(arguments)
+def main(
+  arguments: Sequence[str] | None = None,
+  *,
+  prog: str = 'python -m proxy_nca_jax.datasets',
+) -> None:
+  """Runs the command line.
+
+  Args:
+    arguments: the command's arguments; by default those of the process.
+    prog: the name by which --help refers to the command.
+  """
+  arguments = _parse(arguments, prog)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   logging.getLogger('proxy_nca_jax').setLevel(logging.INFO)
   logging.getLogger('absl').setLevel(logging.ERROR)
-  with errors.in_one_line(stopped='Stopped. The same command starts anew.'):
+  with errors.in_one_line(stopped='Stopped. Start the same command again.'):
     if arguments.command == 'prepare':
       _prepare(arguments)
     else:

@@ -1,8 +1,6 @@
-"""Finds and extracts published archives, none of them trusted.
+"""Finds and safely extracts published archives, which are untrusted.
 
-What is under its final name is whole: a folder grows beside it, under a name
-that ends in `.part`, and is renamed at the end. Callers see to it that no two
-processes work on one name.
+Callers must ensure that no two processes extract to the same folder.
 """
 
 import errno
@@ -20,19 +18,20 @@ from tqdm import auto as tqdm
 
 from proxy_nca_jax.runtime import errors, files, signals
 
-# The data sets have at most 120,053 members, and pictures hardly compress.
+# Limits against decompression bombs. The datasets have at most 120,053 files,
+# and images hardly compress.
 MAX_MEMBERS = 500_000
 MAX_RATIO = 20
-_ALLOWANCE = 2**28
-# The directory of a zip of 500,000 members takes about 130 bytes for each.
+_ALLOWANCE = 2**28  # Bytes, for small archives of compressible annotations.
+# The directory of a zip takes about 130 bytes per member.
 _MAX_DIRECTORY = 2**26
-# `os.makedirs` and `shutil.rmtree` call themselves for each level.
+# `os.makedirs` and `shutil.rmtree` recurse once per level.
 _MAX_DEPTH = 64
 _MAX_NAMED = 20
 _CHUNK = 2**20
 
 _BAD_PATH = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
-# RuntimeError: headers nested without end, or a zip of an unknown version.
+# RuntimeError: endlessly nested headers, or a zip of an unknown version.
 _DAMAGED = (
   EOFError,
   RuntimeError,
@@ -45,10 +44,10 @@ _DAMAGED = (
 
 
 def find_file(folder: str, names: Sequence[str]) -> str | None:
-  """Returns the first file of one of these names, in any case of letters.
+  """Finds a file by name, ignoring case, down to two levels of sub-folders.
 
-  Shallow ones come first, then those of the alphabetically first folder, down
-  to two levels of sub-folders. None if there is none.
+  Of several matches, returns the shallowest one, and of these the one in the
+  alphabetically first folder; None without a match.
   """
   names = {name.lower() for name in names}
   for parent in _folders(folder, depth=2):
@@ -60,11 +59,11 @@ def find_file(folder: str, names: Sequence[str]) -> str | None:
 
 
 def find_root(folder: str, markers: Sequence[str]) -> str | None:
-  """Returns the shallowest folder in which all markers exist.
+  """Finds the shallowest folder that contains all markers.
 
   Args:
-    folder: looked at first, then its sub-folders down to three levels.
-    markers: files or folders, relative to the one that is looked for.
+    folder: where the search starts; it descends three levels of sub-folders.
+    markers: paths of files or folders, relative to the result.
 
   Returns:
     The folder, or None.
@@ -76,7 +75,7 @@ def find_root(folder: str, markers: Sequence[str]) -> str | None:
 
 
 def _folders(folder: str, *, depth: int) -> Iterator[str]:
-  """Yields a folder and those below, level by level; not hidden, not links."""
+  """Yields a folder and its sub-folders by level; no hidden ones, no links."""
   level = [folder]
   yield folder
   for _ in range(depth):
@@ -91,40 +90,41 @@ def _folders(folder: str, *, depth: int) -> Iterator[str]:
 
 
 def _list(folder: str) -> tuple[list[str], list[str]]:
-  """Returns the names of folders and of files; none if it cannot be read."""
+  """Returns the names of sub-folders and files; empty if unreadable."""
   _, folders, files = next(os.walk(folder), (folder, [], []))
   return folders, files
 
 
 def extract(paths: Sequence[str], folder: str) -> None:
-  """Extracts archives side by side into a new folder.
+  """Extracts archives side by side into a new folder, all or nothing.
 
-  Only plain files and folders are written, none outside of the folder, with
-  the permissions and times of any new file.
+  Only plain files and folders inside the target folder are created, with the
+  default permissions and the current time.
 
   Args:
-    paths: zip, tar and tar.gz archives, known by their content; other files
+    paths: zip, tar and tar.gz archives, recognized by content; other files
       named *.mat or *.txt are copied.
-    folder: appears when everything is in it.
+    folder: the target; it appears once everything is extracted.
 
   Raises:
-    ValueError: if the folder exists, or a file is no archive, is damaged,
-      holds too much, or holds anything else than files and folders with
-      different names inside of the folder; all such members are counted.
+    ValueError: if the folder exists, or if a file is not an archive, is
+      damaged, exceeds the limits, or has members other than distinctly named
+      files and folders inside the target. The error lists the offending
+      members.
   """
   folder = os.path.abspath(folder)
   if os.path.lexists(folder):
-    raise ValueError(f'{folder!r} exists already.')
+    raise ValueError(f'{folder!r} already exists.')
   with files.create_folder_atomically(folder) as part:
     for path in paths:
       try:
         _extract_one(path, part)
       except OverflowError as error:
-        raise ValueError(f'{path} asks for too much: {error}.') from error
+        raise ValueError(f'{path} exceeds a limit: {error}.') from error
       except _DAMAGED as error:
         reason = errors.one_line(error) if str(error) else 'it ends too early'
         raise ValueError(
-          f'{path} is damaged: {reason}; fetch it again.'
+          f'{path} is damaged: {reason}; download it again.'
         ) from error
 
 
@@ -147,20 +147,23 @@ def _extract_one(path: str, folder: str) -> None:
         offenders.append(f'{name[:200]!r} ({fault})')
       progress.update(size)
   if not num_members:
-    raise EOFError('nothing is in it')
+    raise EOFError('it is empty')
   if offenders:
     more = ' and others' if len(offenders) > _MAX_NAMED else ''
     raise ValueError(
-      f'{path} must not be extracted, {len(offenders)} of its members are at '
-      f'fault: {", ".join(offenders[:_MAX_NAMED])}{more}.'
+      f'{path} is unsafe to extract ({len(offenders)} unsafe members): '
+      f'{", ".join(offenders[:_MAX_NAMED])}{more}.'
     )
 
 
 def _write(folder: str, name: str, size: int, source: IO[bytes] | None) -> str:
-  """Writes a file, or makes a folder; returns why it must not be done, or ''.
+  """Writes a file, or a folder if `source` is None.
 
-  The file system finds names that occur twice: by its own rules on the case of
-  letters, and without keeping names in memory.
+  Duplicate names are detected by the file system, by its own rules on case and
+  without keeping names in memory.
+
+  Returns:
+    Why the member is not safe to write, or ''.
   """
   flat = name.replace('\\', '/')
   parts = [part for part in flat.split('/') if part not in ('', '.')]
@@ -184,26 +187,26 @@ def _write(folder: str, name: str, size: int, source: IO[bytes] | None) -> str:
       raise
     return error.strerror
   with output:
-    # No more is written than was declared and counted.
+    # Never write more than the declared size, which was counted.
     while chunk := source.read(_CHUNK):
       size -= len(chunk)
       if size < 0:
         break
       output.write(chunk)
   if size:
-    raise EOFError(f'{name[:200]!r} has not the size that it declares')
+    raise EOFError(f'{name[:200]!r} does not have its declared size')
   return ''
 
 
 def _members(
   path: str, limit: int
 ) -> Iterator[tuple[str, str, int, IO[bytes] | None]]:
-  """Yields (name, fault or '', size, open file or None for a folder)."""
+  """Yields (name, fault or '', size, open file, or None for a folder)."""
   with open(path, 'rb') as file:
     head = file.read(4)
     file.seek(0)
-    # Not `zipfile.is_zipfile`: it takes a tar that ends in a zip for a zip,
-    # and a zip that lost its end for none.
+    # `zipfile.is_zipfile` accepts a tar that ends in a zip, and rejects a
+    # truncated zip.
     if head in (b'PK\3\4', b'PK\5\6'):
       yield from _zip_members(_Meter(file, _MAX_DIRECTORY, limit))
       return
@@ -213,7 +216,7 @@ def _members(
       tar = tarfile.TarFile(fileobj=_Meter(stream, _CHUNK, limit))
     except (tarfile.ReadError, ValueError):
       if not path.lower().endswith(('.mat', '.txt')):
-        raise ValueError(f'{path} is no zip or tar archive.') from None
+        raise ValueError(f'{path} is not a zip or tar archive.') from None
       file.seek(0)
       yield os.path.basename(path), '', os.path.getsize(path), file
     else:
@@ -221,29 +224,36 @@ def _members(
 
 
 class _Meter:
-  """An open file that does only what a sound archive asks for.
+  """An open file that limits what zipfile and tarfile read from it.
 
-  Headers are read into memory whole, whatever size they declare.
+  Both read headers into memory as a whole, whatever size a header declares.
   """
 
-  def __init__(self, file: IO[bytes], most_at_once: int, most_in_all: int):
+  def __init__(self, file: IO[bytes], max_read: int, max_total: int):
+    """Wraps a file.
+
+    Args:
+      file: an open file.
+      max_read: the most bytes in one call of `read`.
+      max_total: the largest position from which to read.
+    """
     self._file = file
-    self._most_at_once = most_at_once
-    self._most_in_all = most_in_all
+    self._max_read = max_read
+    self._max_total = max_total
 
   def __getattr__(self, name: str):
     return getattr(self._file, name)
 
   def read(self, size: int = -1) -> bytes:
-    if size > self._most_at_once:
+    if size > self._max_read:
       raise OverflowError(f'a header of {size} bytes')
-    if self._file.tell() > self._most_in_all:
-      raise OverflowError(f'more than {self._most_in_all} bytes')
+    if self._file.tell() > self._max_total:
+      raise OverflowError(f'more than {self._max_total} bytes')
     return self._file.read(size)
 
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
     if offset < 0 and whence == os.SEEK_SET:
-      raise EOFError('something lies before its beginning')
+      raise EOFError('it refers to bytes before its start')
     return self._file.seek(offset, whence)
 
 
@@ -261,16 +271,16 @@ def _zip_members(file: _Meter) -> Iterator[tuple]:
         fault = f'compressed by method {method}'
       elif not member.orig_filename.endswith(('/', '\\')):
         source = archive.open(member)
-      # `filename` ends at the first NUL.
+      # `filename`, unlike `orig_filename`, is cut at the first NUL.
       yield member.orig_filename, fault, member.file_size, source
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple]:
-  """Reads headers one by one: TarFile keeps them, and ends at a broken one."""
+  """Reads headers one by one: TarFile keeps all, and stops at a broken one."""
   file = tar.fileobj
   member = tar.next()
   while member is not None:
-    # Pythons before 2025-08 follow negative sizes backwards, for ever.
+    # Python releases before 2025-08 loop forever on negative sizes.
     if member.size < 0 or tar.offset < file.tell():
       raise tarfile.ReadError('a negative size')
     fault, source = '', None
@@ -284,8 +294,8 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple]:
       member = tarfile.TarInfo.fromtarfile(tar)
     except tarfile.EOFHeaderError:
       member = None
-    except ValueError as error:  # Numbers in extended headers.
+    except ValueError as error:  # Malformed numbers in extended headers.
       raise tarfile.ReadError(str(error)) from error
-  # The checksum of a gzip comes last.
+  # Reads to the end, where gzip verifies its checksum.
   while file.read(_CHUNK):
     pass

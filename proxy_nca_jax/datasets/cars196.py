@@ -1,8 +1,8 @@
 """Cars196: Krause et al., 3D Object Representations, 3DRR-13.
 
-The first 98 models train and the other 98 test. The archives come in two ways:
-one of all pictures, which papers of metric learning use, or two that divide
-them for classification.
+The first 98 models are for training, the other 98 for testing. There are two
+sets of archives: one archive of all images, used in metric learning, and two
+archives with a split of the images for classification.
 """
 
 import os
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import io
 
-from proxy_nca_jax.datasets import downloads, published
+from proxy_nca_jax.datasets import annotations, downloads, published
 from proxy_nca_jax.runtime import errors
 
-# The authors' own addresses are dead.
+# The authors' own URLs are dead.
 _COPY = (
   'https://huggingface.co/datasets/XiN0919/FGVC/resolve/'
   '921e8dce38536cd5982739d85d5e9235d2cb2a76'
@@ -23,7 +23,7 @@ _TEST_LABELS = 'cars_test_annos_withlabels.mat'
 
 
 class Cars196(published.PublishedBuilder):
-  """16,185 pictures of 196 models of cars, split by model."""
+  """16,185 images of 196 car models, split by model."""
 
   homepage = 'https://huggingface.co/datasets/XiN0919/FGVC'
   files = (
@@ -84,7 +84,7 @@ class Cars196(published.PublishedBuilder):
         problems.append((path, f'class {number}, expected 1 to {len(names)}'))
         continue
       examples.append(
-        published.Example(
+        annotations.Example(
           split='train' if number <= 98 else 'test',
           path=path,
           class_name=names[number - 1],
@@ -94,7 +94,7 @@ class Cars196(published.PublishedBuilder):
 
 
 def _read_all(root: str) -> Iterator[tuple[str, int, list[str]]]:
-  """Yields (path, class from 1, the names of all classes)."""
+  """Yields (path, class counted from 1, names of all classes)."""
   if os.path.exists(os.path.join(root, 'cars_annos.mat')):
     matrices = _load(root, 'cars_annos.mat')
     names = _texts(matrices['class_names'])
@@ -102,18 +102,18 @@ def _read_all(root: str) -> Iterator[tuple[str, int, list[str]]]:
       yield str(row['relative_im_path']), int(row['class']), names
     return
   names = _texts(_load(root, 'devkit/cars_meta.mat')['class_names'])
-  for folder, annotations in (
+  for folder, file in (
     ('cars_train', 'devkit/cars_train_annos.mat'),
     ('cars_test', _TEST_LABELS),
   ):
-    for row in np.atleast_1d(_load(root, annotations)['annotations']):
+    for row in np.atleast_1d(_load(root, file)['annotations']):
       yield os.path.join(folder, str(row['fname'])), int(row['class']), names
 
 
 def _load(root: str, path: str) -> dict[str, np.ndarray]:
   try:
     return io.loadmat(os.path.join(root, path), squeeze_me=True)
-  # SciPy lets many types through for a broken file.
+  # SciPy raises many types for a broken file.
   except Exception as error:
     raise ValueError(
       f'{path} cannot be read: {errors.one_line(error)}'

@@ -1,18 +1,18 @@
 """CUB-200-2011: birds, https://www.vision.caltech.edu/datasets/cub_200_2011/.
 
-The first 100 species train and the other 100 test; the split by picture that
-the archive holds is for classification.
+The first 100 species are for training, the other 100 for testing. The split in
+the archive, by image, is for classification and not used.
 """
 
 import os
 
-from proxy_nca_jax.datasets import downloads, published
+from proxy_nca_jax.datasets import annotations, downloads, published
 
 _IMAGES = 'images'
 
 
 class Cub200(published.PublishedBuilder):
-  """11,788 pictures of 200 species of birds, split by species."""
+  """11,788 images of 200 bird species, split by species."""
 
   homepage = 'https://data.caltech.edu/records/65de6-vp158'
   files = (
@@ -33,8 +33,8 @@ class Cub200(published.PublishedBuilder):
   counts = {'train': (5864, 100), 'test': (5924, 100)}
 
   def read_annotations(self, root):
-    paths, problems = published.read_rows(root, 'images.txt', ('id', 'path'))
-    labels, more = published.read_rows(
+    paths, problems = annotations.read_rows(root, 'images.txt', ('id', 'path'))
+    labels, more = annotations.read_rows(
       root, 'image_class_labels.txt', ('id', 'class_id')
     )
     problems += more
@@ -46,7 +46,7 @@ class Cub200(published.PublishedBuilder):
         problems.append((row['path'], 'no class in image_class_labels.txt'))
         continue
       examples.append(
-        published.Example(
+        annotations.Example(
           split='train' if int(class_id) <= 100 else 'test',
           path=os.path.join(_IMAGES, row['path']),
           class_name=os.path.dirname(row['path']),

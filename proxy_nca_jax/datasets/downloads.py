@@ -1,8 +1,8 @@
-"""Downloads published files, none of them trusted; goes on where it stopped.
+"""Resumable, verified downloads of published files.
 
-What is under its final name is whole: a file grows beside it, under a name that
-ends in `.part`, and is renamed at the end. Callers see to it that no two
-processes work on one name.
+A file arrives under a name that ends in `.part` and is renamed once it is
+complete and verified. Servers are untrusted. Callers must ensure that no two
+processes download to the same path.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from proxy_nca_jax.runtime import errors, signals
 
 _CHUNK = 2**20
 _MAX_IDLE_ATTEMPTS = 3
-_PAUSE = 1.0  # Seconds.
+_PAUSE_SECONDS = 1.0
 _HEADERS = {'Accept-Encoding': 'identity', 'User-Agent': 'proxy_nca_jax'}
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,13 +35,13 @@ _DROPPED = (
 
 @dataclasses.dataclass(frozen=True)
 class RemoteFile:
-  """A published file and how to know it.
+  """A published file.
 
   Attributes:
-    name: the name it is stored under.
-    urls: tried in order; empty if only people can fetch it.
-    size: in bytes, None if nobody published it.
-    checksum: 'sha256:HEX' or 'md5:HEX', '' if nobody published it.
+    name: the name to store it under.
+    urls: URLs to try in order; empty if it can only be downloaded by hand.
+    size: size in bytes; None if unknown.
+    checksum: 'sha256:HEX' or 'md5:HEX'; '' if unknown.
   """
 
   name: str
@@ -51,26 +51,27 @@ class RemoteFile:
 
 
 def fetch(file: RemoteFile, folder: str, *, timeout: float = 60.0) -> str:
-  """Downloads a file, going on where an earlier call stopped.
+  """Downloads a file, resuming an earlier partial download.
 
   Args:
-    file: its size and checksum are verified as far as they are known.
-    folder: where it is stored; made if missing. A file that is there already
-      was verified when it got its name.
+    file: the file; its size and checksum are verified if they are known.
+    folder: the folder to store it in, created if missing. An existing file is
+      returned without another verification.
     timeout: seconds to wait for a server to send anything.
 
   Returns:
     The path of the file.
 
   Raises:
-    ValueError: if no URL gives the file; a line for each URL says why.
-    OSError: if the disk is full. What has arrived is kept.
+    ValueError: if no URL provides the file, with one line per URL that says
+      why.
+    OSError: if the disk is full; the partial download is kept.
   """
   path = os.path.join(folder, file.name)
   if os.path.exists(path):
     return path
   if not file.urls:
-    raise ValueError(f'{file.name}: no URL is known; put it into {folder!r}.')
+    raise ValueError(f'{file.name}: has no URL; put it into {folder!r}')
   os.makedirs(folder, exist_ok=True)
   reasons = []
   for url in file.urls:
@@ -86,7 +87,7 @@ def fetch(file: RemoteFile, folder: str, *, timeout: float = 60.0) -> str:
 
 
 def _reason(error: Exception) -> str:
-  """Says in one line what happened, in words safe to print."""
+  """Describes an error in one line that is safe to print."""
   if isinstance(error, urllib.error.HTTPError):
     return f'{error.code} {http.client.responses.get(error.code, "?")}'
   if isinstance(error, urllib.error.URLError):
@@ -103,14 +104,14 @@ def _fetch_from(url: str, file: RemoteFile, part: str, timeout: float) -> None:
     os.remove(part)
     if not resumed:
       raise
-    # What was there may have been the beginning of another file.
+    # The earlier partial download may have been of another file.
     _fetch_from(url, file, part, timeout)
 
 
 def _verify(file: RemoteFile, part: str) -> None:
   algorithm, _, expected = file.checksum.partition(':')
   with open(part, 'rb+') as stream:
-    # On disk before it is renamed, or a power cut could leave a name of zeros.
+    # Without this, a power cut could leave a renamed file of zeros.
     os.fsync(stream.fileno())
     if not expected:
       return
@@ -120,26 +121,26 @@ def _verify(file: RemoteFile, part: str) -> None:
 
 
 def _download(url: str, file: RemoteFile, part: str, timeout: float) -> None:
-  """Connects until `part` is whole, as long as this brings it forward."""
-  most, idle = _size(part), 0
+  """Connects until `part` is complete, or several attempts add nothing."""
+  largest, num_idle = _size(part), 0
   while True:
     try:
       return _connect(url, file, part, timeout)
     except _DROPPED as error:
       if getattr(error, 'code', None) == 416 and _size(part):
-        # What is there is not the beginning of what is offered.
+        # The partial download is not a prefix of the server's file.
         os.remove(part)
       elif isinstance(error, urllib.error.HTTPError):
         raise
-      idle = 0 if _size(part) > most else idle + 1
-      if idle == _MAX_IDLE_ATTEMPTS:
+      num_idle = 0 if _size(part) > largest else num_idle + 1
+      if num_idle == _MAX_IDLE_ATTEMPTS:
         raise
-    most = max(most, _size(part))
-    time.sleep(_PAUSE * (idle + 1))
+    largest = max(largest, _size(part))
+    time.sleep(_PAUSE_SECONDS * (num_idle + 1))
 
 
 def _connect(url: str, file: RemoteFile, part: str, timeout: float) -> None:
-  """Adds to `part` what one connection brings; raises if that is not all."""
+  """Appends to `part` over one connection; raises if it stops early."""
   start = _size(part)
   if start and start == file.size:
     return
@@ -161,15 +162,16 @@ def _connect(url: str, file: RemoteFile, part: str, timeout: float) -> None:
         total=size,
         unit='B',
         unit_scale=True,
-        disable=None,  # Silent unless someone watches.
+        disable=None,  # Only on a terminal.
       ) as progress,
     ):
-      # read1: what has arrived is kept even if the rest is late.
+      # read1 returns what has arrived, so that it is kept if the rest times
+      # out.
       while chunk := response.read1(_CHUNK):
         signals.check()
         start += len(chunk)
         if size is not None and start > size:
-          raise ValueError(f'sends more bytes than the expected {size}')
+          raise ValueError(f'sends more than the expected {size} bytes')
         stream.write(chunk)
         progress.update(len(chunk))
   if size not in (None, start):
@@ -177,7 +179,7 @@ def _connect(url: str, file: RemoteFile, part: str, timeout: float) -> None:
 
 
 def _parse_headers(response, start: int) -> tuple[int, int | None]:
-  """Returns where in the file the body starts, and the size of the file."""
+  """Returns (offset of the body in the file, size of the file or None)."""
   if response.status == 206:
     text = response.headers.get('Content-Range', '')
     match = re.fullmatch(r'bytes (\d+)-\d+/(\d+|\*)', text.strip())

@@ -1,7 +1,7 @@
-"""Glyphs: each class is a character, its examples are styles of that character.
+"""Glyphs: each class is a character, drawn in the styles of many fonts.
 
-Drawn from the text fonts that matplotlib ships, or from a folder of fonts, so
-that an embedding can be trained and measured with no download.
+The fonts are those that matplotlib ships, or a folder of fonts, so that an
+embedding can be trained and evaluated without a download.
 """
 
 import collections
@@ -23,16 +23,16 @@ from proxy_nca_jax import images
 from proxy_nca_jax.datasets import records
 from proxy_nca_jax.runtime import errors
 
-# Text fonts of matplotlib; its others hold pieces of formulas.
+# matplotlib's text fonts; its other fonts contain parts of formulas.
 _TEXT_FONTS = ('DejaVuSans', 'DejaVuSerif', 'STIXGeneral')
 _SUFFIXES = ('.ttf', '.otf', '.ttc', '.otc')
-# At 24 pixels an em, 99% of all glyphs fit into 32 pixels; others are shrunk.
-_EM, _CANVAS = 24, 32
+# At 24 pixels per em, 99% of all glyphs fit into 32 pixels; others are shrunk.
+_PIXELS_PER_EM, _CANVAS = 24, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Face:
-  """One font style: a file and the index in it."""
+  """One font style: a font file and the index of the style in it."""
 
   path: str
   index: int
@@ -49,13 +49,16 @@ class Face:
 
   @functools.cached_property
   def font(self) -> ImageFont.FreeTypeFont:
-    # Basic layout: the result does not depend on an installed shaping engine.
+    # The basic layout does not depend on an installed shaping engine.
     return ImageFont.truetype(
-      self.path, _EM, self.index, layout_engine=ImageFont.Layout.BASIC
+      self.path,
+      _PIXELS_PER_EM,
+      self.index,
+      layout_engine=ImageFont.Layout.BASIC,
     )
 
   def draw(self, character: int) -> np.ndarray | None:
-    """Draws a character centred by its ink, uint8 [32, 32]; None if blank."""
+    """Draws a character centered by its ink, uint8 [32, 32]; None if blank."""
     mask, _ = self.font.getmask2(chr(character), mode='L')
     width, height = mask.size
     ink = np.array(mask, np.uint8).reshape(height, width)
@@ -76,7 +79,7 @@ class Face:
 
 @dataclasses.dataclass(kw_only=True)
 class GlyphsConfig(tfds.core.BuilderConfig):
-  """The faces to draw and the fewest different styles of a class."""
+  """The faces to draw and the minimum number of distinct styles per class."""
 
   faces: Sequence[Face] = ()
   min_styles: int = 8
@@ -85,9 +88,9 @@ class GlyphsConfig(tfds.core.BuilderConfig):
 class Glyphs(records.OrderedBuilder):
   """Characters in every style of a set of fonts, 32 x 32 pixels.
 
-  Characters of which any two drawings are the same to the pixel are one class,
-  of which each drawing is kept once: no picture has two labels, and no query
-  finds itself again.
+  Homoglyphs, characters that share a pixel-identical drawing, form one class,
+  and each drawing is kept once. So no image has two labels, and no query has an
+  exact copy in the gallery.
   """
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -100,7 +103,7 @@ class Glyphs(records.OrderedBuilder):
   def _generate_examples(self) -> Iterator[tuple[int, dict]]:
     faces = self.builder_config.faces
     labels, class_names = [], []
-    for characters in alike_characters(faces):
+    for characters in group_homoglyphs(faces):
       drawings = {}
       for face, character, drawing in _draw_all(faces, characters):
         name = f'U+{character:04X} {face.name}'
@@ -108,11 +111,11 @@ class Glyphs(records.OrderedBuilder):
       if len(drawings) < self.builder_config.min_styles:
         continue
       for name, drawing in drawings.values():
-        picture = Image.fromarray(drawing).convert('RGB')
+        image = Image.fromarray(drawing).convert('RGB')
         yield (
           len(labels),
           {
-            'image': images.encode_png(picture),
+            'image': images.encode_png(image),
             'label': len(class_names),
             'name': name,
           },
@@ -121,18 +124,24 @@ class Glyphs(records.OrderedBuilder):
       class_names.append(''.join(map(chr, characters)))
     if not labels:
       raise ValueError(
-        f'No character has {self.builder_config.min_styles} different drawings '
+        f'No character has {self.builder_config.min_styles} distinct drawings '
         f'in the {len(faces)} fonts: lower config.dataset.min_styles.'
       )
     self.info.metadata.update(labels=labels, class_names=class_names)
 
 
-def alike_characters(faces: Sequence[Face]) -> list[list[int]]:
-  """Groups the characters that share a drawing, by union-find over hashes.
+def group_homoglyphs(faces: Sequence[Face]) -> list[list[int]]:
+  """Groups characters that share a drawing, by union-find over hashes.
 
-  Only hashes are held, eight bytes a drawing, never the drawings. A chance
-  collision would merge two classes: at 10 million drawings about one in
-  400,000 sets of fonts sees one.
+  Only an 8-byte hash of each drawing stays in memory. A hash collision would
+  merge two classes; with 10 million drawings, its probability is about one in
+  400,000.
+
+  Args:
+    faces: the font styles.
+
+  Returns:
+    Groups of Unicode code points, in ascending order of their first members.
   """
   characters = sorted(frozenset().union(*(face.characters for face in faces)))
   characters = [c for c in characters if _is_visible(c)]
@@ -156,7 +165,7 @@ def alike_characters(faces: Sequence[Face]) -> list[list[int]]:
 
 
 def _is_visible(character: int) -> bool:
-  """Letters, numbers, punctuation, symbols; no marks, spaces, controls."""
+  """Whether it is a letter, number, punctuation or symbol."""
   return unicodedata.category(chr(character))[0] in 'LNPS'
 
 
@@ -182,8 +191,8 @@ def _fonts_in(fonts_dir: str) -> list[str]:
   if not os.path.isdir(fonts_dir):
     raise ValueError(
       f'No folder {fonts_dir!r} (config.dataset.fonts_dir): name a folder of '
-      f'fonts ({", ".join(_SUFFIXES)}), or leave it empty for the fonts that '
-      'matplotlib ships.'
+      f'fonts ({", ".join(_SUFFIXES)}), or leave it empty to use the fonts '
+      'that matplotlib ships.'
     )
   return [
     os.path.join(folder, name)
@@ -197,7 +206,7 @@ def _faces(path: str) -> list[Face]:
   """Returns the styles in a font file.
 
   Raises:
-    ValueError: if the file is no font that can be drawn.
+    ValueError: if the file is not a font that can be drawn.
   """
   try:
     with open(path, 'rb') as file:
@@ -210,8 +219,8 @@ def _faces(path: str) -> list[Face]:
     for face in faces:
       _ = face.characters, face.font
     return faces
-  # fontTools raises many types for a broken table, AssertionError and
-  # struct.error among them.
+  # fontTools raises many types for broken tables, including AssertionError and
+  # struct.error.
   except Exception as error:
     raise ValueError(f'{path}: {errors.one_line(error)}') from error
 
@@ -219,19 +228,19 @@ def _faces(path: str) -> list[Face]:
 def make_builder(
   *, data_dir: str, fonts_dir: str, min_styles: int
 ) -> tuple[tfds.core.DatasetBuilder, list[list[str]]]:
-  """Returns the builder for a set of fonts, and the files that are no fonts.
+  """Returns the builder for a set of fonts, and the files that are not fonts.
 
   Args:
-    data_dir: where prepared data sets lie.
-    fonts_dir: a folder of fonts, searched with its sub-folders; '' takes the
-      text fonts of matplotlib.
-    min_styles: the fewest different drawings of a class.
+    data_dir: the folder of prepared datasets.
+    fonts_dir: a folder of fonts, searched recursively; '' uses the text fonts
+      of matplotlib.
+    min_styles: classes with fewer distinct drawings are left out.
 
   Returns:
-    (builder, skipped): skipped holds [file, reason] of unreadable fonts.
+    (builder, skipped): skipped has [file, reason] of each unreadable font.
 
   Raises:
-    ValueError: if the folder is missing or holds no font.
+    ValueError: if the folder is missing or has no readable font.
   """
   faces, skipped, contents = [], [], hashlib.sha256()
   for path in _fonts_in(fonts_dir) if fonts_dir else _text_fonts():
@@ -247,10 +256,10 @@ def make_builder(
       f'No readable font in {fonts_dir!r} (config.dataset.fonts_dir): expected '
       f'files ending in {", ".join(_SUFFIXES)}.'
     )
-  # What the drawings depend on: the fonts, the rule and the rasteriser.
+  # The dataset depends on the fonts, these settings and the rasterizer.
   freetype = features.version('freetype2')
-  rule = [min_styles, freetype, unicodedata.unidata_version]
-  contents.update(json.dumps(rule).encode())
+  settings = [min_styles, freetype, unicodedata.unidata_version]
+  contents.update(json.dumps(settings).encode())
   config = GlyphsConfig(
     name=contents.hexdigest()[:16], faces=faces, min_styles=min_styles
   )

@@ -1,4 +1,4 @@
-"""A user's own pictures: sub-folders are classes."""
+"""The user's own images, in one sub-folder per class."""
 
 import dataclasses
 import hashlib
@@ -11,13 +11,13 @@ import tensorflow_datasets as tfds
 from proxy_nca_jax import images
 from proxy_nca_jax.datasets import records
 
-# Files that an operating system leaves in folders, besides hidden ones.
+# Files that operating systems leave in folders, in addition to hidden ones.
 _LITTER = ('thumbs.db', 'desktop.ini')
 
 
 @dataclasses.dataclass(kw_only=True)
 class ImageFolderConfig(tfds.core.BuilderConfig):
-  """The classes' files, and how their pictures are resized."""
+  """The files of each class, and how the images are resized."""
 
   root: str = ''
   classes: Sequence[tuple[str, Sequence[str]]] = ()
@@ -28,10 +28,10 @@ class ImageFolderConfig(tfds.core.BuilderConfig):
 
 
 class ImageFolder(records.OrderedBuilder):
-  """Pictures in folders, upright RGB, resized without cropping.
+  """Images in folders, stored upright, in RGB, and resized without cropping.
 
-  Resizing first and cropping later is the protocol of the papers. It bounds the
-  size of a record whatever the size of the picture.
+  Resizing first and cropping later is the protocol of the papers. It also
+  bounds the size of a record.
   """
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -49,24 +49,24 @@ class ImageFolder(records.OrderedBuilder):
     num_train_classes = config.num_train_classes
 
     def convert(encoded):
-      picture = images.resize(
+      image = images.resize(
         images.decode(encoded),
         side=config.resize,
         mode=config.resize_mode,
         interpolation=config.interpolation,
       )
-      return images.encode_png(picture)
+      return images.encode_png(image)
 
     for number, (class_name, files) in enumerate(config.classes):
       num_before = len(labels)
-      for name, picture in records.read_pictures(config.root, files, convert):
-        if isinstance(picture, ValueError):
-          skipped.append([name, str(picture)])
+      for name, encoded in records.read_images(config.root, files, convert):
+        if isinstance(encoded, ValueError):
+          skipped.append([name, str(encoded)])
           continue
         yield (
           len(labels),
           {
-            'image': picture,
+            'image': encoded,
             'label': len(class_names),
             'name': name,
           },
@@ -75,13 +75,13 @@ class ImageFolder(records.OrderedBuilder):
       if len(labels) > num_before:
         class_names.append(class_name)
       else:
-        skipped.append([class_name + os.sep, 'no readable picture'])
+        skipped.append([class_name + os.sep, 'no readable image'])
       if number + 1 == config.num_train_classes:
         num_train_classes = len(class_names)
     if not labels:
       raise ValueError(
         f'No file in {config.root!r} (config.dataset.root) is a readable '
-        f'picture, such as {skipped[0][0]!r}: {skipped[0][1]}.'
+        f'image; for example, {skipped[0][0]!r}: {skipped[0][1]}.'
       )
     self.info.metadata.update(
       labels=labels,
@@ -99,33 +99,33 @@ def make_builder(
   resize_mode: str,
   interpolation: str,
 ) -> tuple[tfds.core.DatasetBuilder, list[list[str]]]:
-  """Returns the builder for a folder, and the files that belong to no class.
+  """Returns the builder of an image folder, and the files outside of classes.
 
-  A change of any file's name, size or time makes a new data set.
+  A change to any file's name, size or modification time makes a new dataset.
 
   Args:
-    data_dir: where prepared data sets lie.
-    root: the folder; its sub-folders are the classes, or those of root/train
-      and root/test where both exist.
-    resize: side of the stored pictures, in pixels.
+    data_dir: the folder of prepared datasets.
+    root: the folder whose sub-folders are the classes. If it contains `train`
+      and `test`, their sub-folders are the classes of the two splits.
+    resize: side of the stored images in pixels, as of `images.resize`.
     resize_mode: 'square' or 'shorter', as of `images.resize`.
     interpolation: 'bilinear' or 'bicubic', as of `images.resize`.
 
   Returns:
-    (builder, skipped): skipped holds [file, reason].
+    (builder, skipped): skipped has [file, reason] of each file left out.
 
   Raises:
     ValueError: if the folder is missing or has no sub-folder with a file.
   """
   if not root:
     raise ValueError(
-      'config.dataset.root is empty: name the folder of your pictures, whose '
-      'sub-folders are classes, with --config.dataset.root=DIR.'
+      'config.dataset.root is empty: set --config.dataset.root=DIR to a folder '
+      'with one sub-folder of images per class.'
     )
   if not os.path.isdir(root):
     raise ValueError(
-      f'No folder {root!r} (config.dataset.root): name the folder of your '
-      'pictures, whose sub-folders are classes.'
+      f'No folder {root!r} (config.dataset.root): name a folder with one '
+      'sub-folder of images per class.'
     )
   if resize < 1:
     raise ValueError(
@@ -142,15 +142,15 @@ def make_builder(
   if not classes:
     raise ValueError(
       f'{root!r} (config.dataset.root) has no sub-folder with a file: expected '
-      'a folder for each class with its pictures in it.'
+      'one sub-folder of images per class.'
     )
   stray = [
-    [os.path.join(part, name), 'not in a class folder']
+    [os.path.join(part, name), 'not in the folder of a class']
     for part in parts
     for name in _files(os.path.join(root, part))
   ]
   inputs = [root, resize, resize_mode]
-  # What was stored before there was a choice is bilinear, and stays valid.
+  # Datasets made before interpolation was configurable are bilinear, and valid.
   if interpolation != 'bilinear':
     inputs.append(interpolation)
   contents = hashlib.sha256(json.dumps(inputs).encode())
@@ -176,7 +176,7 @@ def make_builder(
 
 
 def _list_classes(root: str, part: str) -> list[tuple[str, list[str]]]:
-  """Returns (class, files relative to root), both sorted by name."""
+  """Returns (class, its files relative to root), both sorted by name."""
   classes = []
   with os.scandir(os.path.join(root, part)) as entries:
     folders = sorted(
@@ -204,6 +204,6 @@ def _files(folder: str) -> list[str]:
       if not entry.is_dir()
       and not entry.name.startswith('.')
       and entry.name.lower() not in _LITTER
-      # A dangling link has no content to name a version by.
+      # A dangling link has no size or time.
       and os.path.exists(entry.path)
     )

@@ -1,20 +1,20 @@
-"""In-Shop Clothes Retrieval of DeepFashion, the standard 256-pixel pictures.
+"""In-Shop Clothes Retrieval of DeepFashion, the standard 256-pixel images.
 
-Liu et al., DeepFashion, CVPR 2016. Queries search a gallery of other pictures
-of the same items; training has items of its own.
+Liu et al., DeepFashion, CVPR 2016. Queries search a gallery of other images of
+the same items; the items for training are different ones.
 """
 
 import os
 
 import tensorflow_datasets as tfds
 
-from proxy_nca_jax.datasets import downloads, published
+from proxy_nca_jax.datasets import annotations, downloads, published
 
 _PARTITION = 'list_eval_partition.txt'
 
 
 class Inshop(published.PublishedBuilder):
-  """52,712 pictures of 7,982 pieces of clothing, split by piece."""
+  """52,712 images of 7,982 clothing items, split by item."""
 
   homepage = (
     'https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html '
@@ -30,7 +30,7 @@ class Inshop(published.PublishedBuilder):
       ),
     ),
   )
-  # Side by side, as the archives are extracted; or in the published folders.
+  # The extracted archives side by side, or in the published folders.
   markers = ((_PARTITION, 'img'), (f'Eval/{_PARTITION}', 'Img/img'))
   counts = {
     'train': (25882, 3997),
@@ -41,7 +41,7 @@ class Inshop(published.PublishedBuilder):
 
   def read_annotations(self, root):
     is_flat = os.path.exists(os.path.join(root, _PARTITION))
-    rows, problems = published.read_rows(
+    rows, problems = annotations.read_rows(
       root,
       _PARTITION if is_flat else f'Eval/{_PARTITION}',
       ('image_name', 'item_id', 'evaluation_status'),
@@ -52,7 +52,7 @@ class Inshop(published.PublishedBuilder):
       path, split = row['image_name'], row['evaluation_status']
       if split in self.counts:
         examples.append(
-          published.Example(
+          annotations.Example(
             split=split,
             path=path if is_flat else os.path.join('Img', path),
             class_name=row['item_id'],

@@ -1,16 +1,9 @@
-"""Prepares a data set once and splits it by class."""
+"""Loads the datasets of a run: prepared records, resized and split by class."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
-import io
-import logging
 import os
-import pathlib
-import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
@@ -18,299 +11,84 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from proxy_nca_jax import images
+from proxy_nca_jax import images as images_lib
 from proxy_nca_jax.datasets import (
-  cars196,
   class_splits,
-  cub200,
-  glyphs,
-  image_folder,
-  inshop,
-  market1501,
-  published,
+  preparation,
   records,
   resized,
-  sop,
+  splits,
 )
-from proxy_nca_jax.runtime import lock
 
-PUBLISHED = {
-  'cars196': cars196.Cars196,
-  'cub200': cub200.Cub200,
-  'inshop': inshop.Inshop,
-  'market1501': market1501.Market1501,
-  'sop': sop.Sop,
-}
-DATASETS = {
-  'glyphs': glyphs.make_builder,
-  'image_folder': image_folder.make_builder,
-} | {
-  name: functools.partial(published.make_builder, builder_cls)
-  for name, builder_cls in PUBLISHED.items()
-}
-
-# Those of a data set, in the order of their records.
-_SPLITS = ('images', 'train', 'test', 'query', 'gallery')
-
-_logger = logging.getLogger(__name__)
+# Stored splits, in the order of their records in the source.
+_STORED_SPLITS = ('images', 'train', 'test', 'query', 'gallery')
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-  """Records of some classes, read by index.
-
-  Attributes:
-    source: random access to the records of the whole data set.
-    images: maps a row of `source` to uint8 [height, width, 3].
-    rows: int64 [num_records], the split's records in `source`.
-    labels: int32 [num_records], in [0, num_classes).
-    class_names: the names of the classes.
-    is_query: bool [num_records], True for queries, False for the gallery that
-      they search; None where each record queries all others.
-    cameras: int32 [num_records]; None where the protocol knows no cameras.
-  """
-
-  source: Sequence[dict]
-  images: Callable[[int], np.ndarray]
-  rows: np.ndarray
-  labels: np.ndarray
-  class_names: tuple[str, ...]
-  is_query: np.ndarray | None = None
-  cameras: np.ndarray | None = None
-
-  @property
-  def num_classes(self) -> int:
-    return len(self.class_names)
-
-  @property
-  def class_sizes(self) -> np.ndarray:
-    """int64 [num_classes], the records of each class."""
-    return np.bincount(self.labels, minlength=self.num_classes)
-
-  def __len__(self) -> int:
-    return len(self.rows)
-
-  def subset(self, indices: np.ndarray) -> 'Split':
-    """Returns the split of these records, int [num_taken], in this order."""
-    return dataclasses.replace(
-      self,
-      rows=self.rows[indices],
-      labels=self.labels[indices],
-      is_query=None if self.is_query is None else self.is_query[indices],
-      cameras=None if self.cameras is None else self.cameras[indices],
-    )
-
-  def __getitem__(self, index: int) -> dict:
-    """Returns a record as it is stored, with its label in this split.
-
-    Returns:
-      {'image': bytes of a file, 'label': int, 'class_name': str, 'name': str},
-      and what else the data set knows, as its camera.
-    """
-    record = self.source[int(self.rows[index])]
-    texts = {
-      name: value.decode()
-      for name, value in record.items()
-      if isinstance(value, bytes) and name != 'image'
-    }
-    return (
-      record
-      | texts
-      | {
-        'label': int(self.labels[index]),
-        'class_name': self.class_names[self.labels[index]],
-      }
-    )
-
-  def image(self, index: int) -> np.ndarray:
-    """Returns uint8 [height, width, 3], after the recipe's first resize."""
-    return self.images(int(self.rows[index]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Datasets:
-  """The splits, what was left out, and a digest of it all.
-
-  Attributes:
-    train: the records to learn from.
-    validation: of classes kept from training, to select by; None if not asked.
-    test: the records to measure on.
-    seen: a quarter of the pictures of each train class, kept from training,
-      as queries, and those that are learned as the gallery; None without
-      `config.long_tail`.
-    skipped: (file, reason) of what could not be read.
-    num_shared_classes: classes of the test split that training sees too; 0
-      but where a user's own train and test folders share names.
-    is_resized_source: whether training crops from pictures that were resized
-      first, where the recipe crops the original.
-    digest: of the records' number, labels and classes, and of the splits.
-  """
-
-  train: Split
-  validation: Split | None
-  test: Split
-  seen: Split | None
-  skipped: tuple[tuple[str, str], ...]
-  num_shared_classes: int
-  is_resized_source: bool
-  digest: str
-
-
-def load(config: ml_collections.ConfigDict) -> Datasets:
-  """Prepares `config.dataset` unless it is prepared, and splits it by class.
+def load(config: ml_collections.ConfigDict) -> splits.Datasets:
+  """Loads `config.dataset`: prepares it if necessary and splits it by class.
 
   Raises:
-    ValueError: if the data set is unknown, missing or too small for the split,
-      or the fields do not fit each other.
+    ValueError: if the dataset is unknown, unavailable or too small for the
+      split, or its fields contradict each other.
   """
   config = config.dataset
   is_resized_source = _check_resizes(config)
-  builder, skipped = prepare(config)
+  builder, skipped = preparation.prepare(config)
   metadata = builder.info.metadata
-  labels = np.asarray(metadata['labels'], np.int32)
-  class_names = metadata['class_names']
+  source, stored_splits = _open_records(builder)
+
+  eval_images = make_read_image(builder, source, config, side=config.resize)
+  train_images = eval_images
+  if config.crop == 'random_resized' and not is_resized_source:
+    # The recipe crops from the original images.
+    train_images = make_read_image(builder, source, config, side=0)
+
   train_classes, validation_classes, test_classes = _split_classes(
     config, metadata
   )
-  names = [name for name in _SPLITS if name in builder.info.splits]
-  source = records.StoredRecords(builder, names)
-  roles = np.repeat(
-    names, [builder.info.splits[name].num_examples for name in names]
+  make_split = functools.partial(
+    _make_split, source, stored_splits=stored_splits, metadata=metadata
   )
-  evaluated = make_pictures(builder, source, config, side=config.resize)
-  trained = evaluated
-  if config.crop == 'random_resized' and not is_resized_source:
-    trained = make_pictures(builder, source, config, side=0)
-
-  def make_split(classes, images):
-    rows = np.flatnonzero(np.isin(labels, classes))
-    cameras = metadata.get('cameras')
-    is_query = roles[rows] == 'query'
-    return Split(
-      source=source,
-      images=images,
-      rows=rows,
-      labels=np.searchsorted(classes, labels[rows]).astype(np.int32),
-      class_names=tuple(class_names[c] for c in classes),
-      is_query=is_query if np.any(is_query) else None,
-      cameras=np.asarray(cameras, np.int32)[rows] if cameras else None,
-    )
-
-  train = make_split(train_classes, trained)
-  test = make_split(test_classes, evaluated)
-  seen = None
+  train = make_split(train_images, train_classes)
+  test = make_split(eval_images, test_classes)
+  validation = seen = None
+  if config.validation:
+    validation = make_split(eval_images, validation_classes)
   if config.long_tail:
-    train, seen = _thin_out(config, train, make_split(train_classes, evaluated))
-  train_names, test_names = (
-    {os.path.basename(name) for name in split.class_names}
-    for split in (train, test)
+    train, seen = _split_long_tail(
+      config, train, make_split(eval_images, train_classes)
+    )
+  digest = _digest(
+    metadata['class_names'],
+    metadata['labels'],
+    train_classes,
+    validation_classes,
+    test_classes,
+    *(() if seen is None else (train.rows, seen.rows)),
   )
-  return Datasets(
+  return splits.Datasets(
     train=train,
-    validation=(
-      make_split(validation_classes, evaluated) if config.validation else None
-    ),
+    validation=validation,
     test=test,
     seen=seen,
     skipped=tuple((name, reason) for name, reason in skipped),
-    num_shared_classes=len(train_names & test_names),
+    num_shared_classes=_count_shared_names(train, test),
     is_resized_source=is_resized_source,
-    digest=_digest(
-      class_names,
-      labels,
-      train_classes,
-      validation_classes,
-      test_classes,
-      *(() if seen is None else (train.rows, seen.rows)),
-    ),
+    digest=digest,
   )
-
-
-def _split_classes(
-  config: ml_collections.ConfigDict, metadata: Mapping
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the classes to train on, to validate on and to test on."""
-  train, test = class_splits.split_classes(
-    len(metadata['class_names']),
-    num_train_classes=metadata.get('num_train_classes'),
-    num_classes=config.num_classes,
-    test_fraction=config.test_fraction,
-    seed=config.split_seed,
-  )
-  train, validation = class_splits.split_validation(train, config.validation)
-  train = class_splits.choose_classes(
-    train, config.num_train_classes, seed=config.split_seed
-  )
-  return train, validation, test
-
-
-def _thin_out(
-  config: ml_collections.ConfigDict, train: Split, evaluated: Split
-) -> tuple[Split, Split]:
-  """Returns the long tail of a train split, and what is measured on it.
-
-  Args:
-    config: of the data set.
-    train: the split with the pictures of training.
-    evaluated: the same records with the pictures of evaluation.
-  """
-  learned, held_out = class_splits.thin_out(
-    train.labels, config.long_tail, seed=config.split_seed
-  )
-  everything = np.sort(np.concatenate([learned, held_out]))
-  seen = dataclasses.replace(
-    evaluated.subset(everything), is_query=np.isin(everything, held_out)
-  )
-  return train.subset(learned), seen
-
-
-def find_data_dir(data_dir: str) -> str:
-  """Returns where prepared data sets lie; '' is TFDS's own place."""
-  return os.path.expanduser(data_dir or str(tfds.core.constants.DATA_DIR))
-
-
-def prepare(
-  fields: Mapping[str, str | int],
-) -> tuple[tfds.core.DatasetBuilder, list[tuple[str, str]]]:
-  """Prepares a data set unless it is prepared.
-
-  Args:
-    fields: its `name`, `data_dir`, and what its builder takes; the part
-      `dataset` of a run's config has them all.
-
-  Returns:
-    (builder, skipped): skipped holds (file, reason).
-
-  Raises:
-    ValueError: if the data set is unknown, or cannot be had or written.
-  """
-  name = fields['name']
-  if name not in DATASETS:
-    raise ValueError(
-      f'Unknown data set {name!r} (config.dataset.name): choose one of '
-      f'{", ".join(sorted(DATASETS))}.'
-    )
-  data_dir = find_data_dir(fields['data_dir'])
-  names = set(inspect.signature(DATASETS[name]).parameters)
-  names -= {'builder_cls', 'data_dir'}
-  os.makedirs(os.path.join(data_dir, name), exist_ok=True)
-  # Two runs that need the same data set prepare it once. A builder reads what
-  # is prepared when it is made: so after the wait.
-  with lock.locked(os.path.join(data_dir, name, 'lock')):
-    builder, skipped = DATASETS[name](
-      data_dir=data_dir, **{field: fields[field] for field in names}
-    )
-    _prepare(builder)
-  return builder, [*skipped, *builder.info.metadata.get('skipped', ())]
 
 
 def _check_resizes(config: ml_collections.ConfigDict) -> bool:
-  """Returns whether the recipe crops originals and is given resized ones.
+  """Checks the fields about resizing and cropping.
+
+  Returns:
+    Whether the recipe crops from the original images but gets resized ones.
 
   Raises:
-    ValueError: if the fields do not fit, or this is so and is not allowed.
+    ValueError: if the fields contradict each other, or if resized images
+      replace the originals without `config.allow_resized_source`.
   """
-  images.resize(
+  images_lib.resize(
     Image.new('RGB', (1, 1)),
     side=0,
     mode=config.resize_mode,
@@ -321,48 +99,73 @@ def _check_resizes(config: ml_collections.ConfigDict) -> bool:
       f'Unknown config.dataset.crop {config.crop!r}: choose random or '
       'random_resized.'
     )
-  if config.resize < 0 or (config.name in PUBLISHED and config.resize < 1):
+  is_published = config.name in preparation.PUBLISHED
+  if config.resize < 0 or (is_published and config.resize < 1):
     raise ValueError(
       f'config.dataset.resize ({config.resize}) must be at least 1 pixel.'
     )
   if config.cache_size not in (0, config.resize):
     raise ValueError(
-      f'config.dataset.cache_size ({config.cache_size}) must be 0, or '
-      f'config.dataset.resize ({config.resize}): the cache holds what the '
-      'recipe crops from.'
+      f'config.dataset.cache_size ({config.cache_size}) must be 0 or equal to '
+      f'config.dataset.resize ({config.resize}): the cache holds the images '
+      'that the recipe crops from.'
     )
   if config.crop == 'random':
     return False
   is_resized_source = bool(config.cache_size) or config.name == 'image_folder'
   if is_resized_source and not config.allow_resized_source:
-    what = (
-      'config.dataset.cache_size stores'
-      if config.cache_size
-      else 'image_folder stores'
+    storage = (
+      'config.dataset.cache_size' if config.cache_size else 'image_folder'
     )
     raise ValueError(
-      'config.dataset.crop=random_resized crops the original pictures, and '
-      f'{what} resized ones: other pixels. Set '
-      'config.dataset.allow_resized_source=True to train on those all the '
-      'same; the report tells.'
+      'config.dataset.crop=random_resized crops from the original images, but '
+      f'{storage} stores resized ones, which gives other pixels. To train on '
+      'those anyway, set config.dataset.allow_resized_source=True; the results '
+      'will say so.'
     )
   return is_resized_source
 
 
-def make_pictures(
+def _open_records(
+  builder: tfds.core.DatasetBuilder,
+) -> tuple[records.StoredRecords, np.ndarray]:
+  """Opens the records of all stored splits as one source.
+
+  Returns:
+    (source, stored_splits): stored_splits has the name of the stored split of
+    each record, [num_records].
+  """
+  infos = builder.info.splits
+  names = [name for name in _STORED_SPLITS if name in infos]
+  return (
+    records.StoredRecords(builder, names),
+    np.repeat(names, [infos[name].num_examples for name in names]),
+  )
+
+
+def make_read_image(
   builder: tfds.core.DatasetBuilder,
   source: Sequence[dict],
   config: ml_collections.ConfigDict,
   *,
   side: int,
 ) -> Callable[[int], np.ndarray]:
-  """Returns a function from a row to its picture, uint8 [height, width, 3].
+  """Makes the function that reads a record's image, decoded and resized.
 
-  The picture is decoded and resized, now or from what `config.cache_size` has
-  stored: the same pixels.
+  With `config.cache_size`, images are decoded and resized once and then read
+  from a file; the pixels are the same.
+
+  Args:
+    builder: the prepared dataset.
+    source: its records.
+    config: the config of the dataset.
+    side: as of `images.resize`; 0 keeps the original size.
+
+  Returns:
+    A function that maps an index of `source` to uint8 [height, width, 3].
   """
   read = functools.partial(
-    _read_picture,
+    _read_image,
     source,
     side=side,
     mode=config.resize_mode,
@@ -378,44 +181,99 @@ def make_pictures(
     'side': side,
     'mode': config.resize_mode,
   }
-  # What was stored before there was a choice is bilinear, and stays valid.
+  # Caches made before interpolation was configurable are bilinear, and valid.
   if config.interpolation != 'bilinear':
     inputs['interpolation'] = config.interpolation
-  folder = os.path.join(find_data_dir(config.data_dir), 'resized')
-  return resized.prepare(folder, inputs, read, len(source)).__getitem__
+  data_dir = preparation.find_data_dir(config.data_dir)
+  cached = resized.load_or_write(
+    os.path.join(data_dir, 'resized'), inputs, read, len(source)
+  )
+  return cached.__getitem__
 
 
-def _read_picture(source, row, **resize):
-  # As every published number: no data set of the papers is turned by EXIF.
-  # What image_folder stores is upright already.
-  picture = images.decode(source[row]['image'], upright=False)
-  return np.asarray(images.resize(picture, **resize))
+def _read_image(source: Sequence[dict], row: int, **resize) -> np.ndarray:
+  # EXIF rotation is ignored, as in the code behind all published numbers.
+  # Images of image_folder were rotated when they were stored.
+  image = images_lib.decode(source[row]['image'], upright=False)
+  return np.asarray(images_lib.resize(image, **resize))
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-  """Writes the records, unless they are there; half-written ones are removed.
+def _split_classes(
+  config: ml_collections.ConfigDict, metadata: Mapping
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the train, validation and test classes, int64 and ascending."""
+  train, test = class_splits.split_classes(
+    len(metadata['class_names']),
+    num_train_classes=metadata.get('num_train_classes'),
+    num_classes=config.num_classes,
+    test_fraction=config.test_fraction,
+    seed=config.split_seed,
+  )
+  train, validation = class_splits.split_validation(train, config.validation)
+  train = class_splits.choose_classes(
+    train, config.num_train_classes, seed=config.split_seed
+  )
+  return train, validation, test
 
-  Raises:
-    ValueError: if they cannot be written.
+
+def _make_split(
+  source: records.StoredRecords,
+  images: Callable[[int], np.ndarray],
+  classes: np.ndarray,
+  *,
+  stored_splits: np.ndarray,
+  metadata: Mapping,
+) -> splits.Split:
+  """Returns the split of all records of some classes, int64 and ascending."""
+  labels = np.asarray(metadata['labels'], np.int32)
+  rows = np.flatnonzero(np.isin(labels, classes))
+  is_query = stored_splits[rows] == 'query'
+  cameras = metadata.get('cameras')
+  return splits.Split(
+    source=source,
+    images=images,
+    rows=rows,
+    labels=np.searchsorted(classes, labels[rows]).astype(np.int32),
+    class_names=tuple(metadata['class_names'][c] for c in classes),
+    is_query=is_query if np.any(is_query) else None,
+    cameras=np.asarray(cameras, np.int32)[rows] if cameras else None,
+  )
+
+
+def _split_long_tail(
+  config: ml_collections.ConfigDict,
+  train: splits.Split,
+  evaluated: splits.Split,
+) -> tuple[splits.Split, splits.Split]:
+  """Makes a train split long-tailed and holds out records of its classes.
+
+  Args:
+    config: the config of the dataset.
+    train: the train split with the images for training.
+    evaluated: the same records with the images for evaluation.
+
+  Returns:
+    (train, seen), as in `splits.Datasets`.
   """
-  if os.path.exists(builder.data_path):
-    return
-  _logger.info('Preparing %s in %s', builder.name, builder.data_path)
-  for left in pathlib.Path(builder.data_path).parent.glob('incomplete.*'):
-    shutil.rmtree(left)
-  if not sys.stderr.isatty():
-    tfds.disable_progress_bar()
-  try:
-    # What it prints is said already.
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(file_format='array_record')
-  except RuntimeError as error:  # Of TFDS and of ArrayRecord's writer.
-    raise ValueError(
-      f'{builder.name} could not be prepared in {builder.data_path}: {error}'
-    ) from error
+  learned, held_out = class_splits.make_long_tailed(
+    train.labels, config.long_tail, seed=config.split_seed
+  )
+  both = np.sort(np.concatenate([learned, held_out]))
+  seen = dataclasses.replace(
+    evaluated.subset(both), is_query=np.isin(both, held_out)
+  )
+  return train.subset(learned), seen
 
 
-def _digest(class_names, *arrays) -> str:
+def _count_shared_names(train: splits.Split, test: splits.Split) -> int:
+  train_names, test_names = (
+    {os.path.basename(name) for name in split.class_names}
+    for split in (train, test)
+  )
+  return len(train_names & test_names)
+
+
+def _digest(class_names: Sequence[str], *arrays) -> str:
   digest = hashlib.sha256('\0'.join(class_names).encode())
   for array in arrays:
     digest.update(np.asarray(array, np.int64).tobytes())

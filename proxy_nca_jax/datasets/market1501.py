@@ -1,7 +1,7 @@
 """Market-1501: people seen by six cameras, for re-identification.
 
-Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015. A
-file's name tells the person and the camera: 0002_c1s1_000451_03.jpg.
+Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015. File
+names contain the person and the camera: 0002_c1s1_000451_03.jpg.
 """
 
 import os
@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from proxy_nca_jax.datasets import downloads, published
+from proxy_nca_jax.datasets import annotations, downloads, published
 
 _FOLDERS = {
   'train': 'bounding_box_train',
@@ -21,10 +21,10 @@ _JUNK = '-1'
 
 
 class Market1501(published.PublishedBuilder):
-  """32,217 pictures of 1,501 people, split by person.
+  """32,217 images of 1,501 people, split by person.
 
-  Person 0000 of the gallery stands for everyone else: nobody's match. What is
-  marked -1 is junk that the protocol ignores.
+  Person 0000 of the gallery is a class of distractors that matches no query.
+  Images of person -1 are junk, which the protocol ignores.
   """
 
   homepage = 'https://zheng-lab.cecs.anu.edu.au/Project/project_reid.html'
@@ -56,7 +56,7 @@ class Market1501(published.PublishedBuilder):
         match = _NAME.fullmatch(name)
         if match:
           examples.append(
-            published.Example(
+            annotations.Example(
               split=split if match[1] != _JUNK else '',
               path=os.path.join(folder, name),
               class_name=match[1],
@@ -65,5 +65,7 @@ class Market1501(published.PublishedBuilder):
           )
         elif name.lower().endswith(('.jpg', '.jpeg')) and name[0] != '.':
           path = os.path.join(folder, name)
-          problems.append((path, 'expected a name as 0002_c1s1_000451_03.jpg'))
+          problems.append(
+            (path, 'expected a name such as 0002_c1s1_000451_03.jpg')
+          )
     return examples, problems

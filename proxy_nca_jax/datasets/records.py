@@ -1,4 +1,4 @@
-"""What the records of every data set have in common."""
+"""Records, common to all datasets: features, writing and random access."""
 
 import itertools
 import os
@@ -11,19 +11,25 @@ import tqdm
 
 from proxy_nca_jax.runtime import errors, signals
 
+# Files per chunk of `read_images`, and records per call of TFDS's writer, which
+# saves its progress at each call.
+_NUM_FILES, _NUM_RECORDS = 64, 256
+_MAX_RECORDS_PER_SHARD = 2**16
+
 
 def make_info(
   builder: tfds.core.DatasetBuilder, *, side: int | None, **features
 ) -> tfds.core.DatasetInfo:
-  """Describes pictures with a label and a name, in a given order.
+  """Describes records of an image, a label and a name, in a fixed order.
 
-  The metadata, filled when the records are written, holds `labels` of all
-  records and `class_names`, so that a split by class reads no record.
+  The metadata has the `labels` of all records and the `class_names`, filled in
+  while the records are written, so that a split by class reads no record.
 
   Args:
-    builder: the info is its.
-    side: of the square pictures, in pixels; None if they are of any size.
-    **features: what else a record holds.
+    builder: the builder that the info belongs to.
+    side: side of the images in pixels if all are squares of one size, which are
+      stored as PNG; None for files of any size and format.
+    **features: further features of a record.
   """
   return tfds.core.DatasetInfo(
     builder=builder,
@@ -43,18 +49,21 @@ def make_info(
   )
 
 
-def read_pictures(
+def read_images(
   root: str, names: Sequence[str], convert: Callable[[bytes], bytes]
 ) -> Iterator[tuple[str, bytes | ValueError]]:
-  """Reads files in threads and in order, a bounded number of them ahead.
+  """Reads and converts files in parallel threads, yielding them in order.
+
+  Memory is bounded: files are read in chunks.
 
   Args:
-    root: the folder that the names are in.
-    names: of the files.
-    convert: checks a file's bytes, and returns those to store.
+    root: the folder of the files.
+    names: file names, relative to the root.
+    convert: maps a file's bytes to the bytes to store; raises ValueError for a
+      file that is not an image.
 
   Yields:
-    (name, what `convert` returned, or the error that it raised).
+    (name, converted bytes or the error).
   """
 
   def read(name):
@@ -67,13 +76,13 @@ def read_pictures(
       return ValueError(error.strerror)
 
   with futures.ThreadPoolExecutor() as pool:
-    for start in range(0, len(names), 64):
-      chunk = names[start : start + 64]
+    for start in range(0, len(names), _NUM_FILES):
+      chunk = names[start : start + _NUM_FILES]
       yield from zip(chunk, pool.map(read, chunk))
 
 
 class StoredRecords(Sequence):
-  """Prepared records by index; an error names the file that is at fault."""
+  """Random access to prepared records; errors name the file at fault."""
 
   def __init__(self, builder: tfds.core.DatasetBuilder, splits: Sequence[str]):
     self._source = builder.as_data_source(
@@ -87,32 +96,33 @@ class StoredRecords(Sequence):
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict:
-    """Reads a record, its image as the bytes of a file.
+    """Reads a record, whose image is the bytes of an encoded file.
 
     Raises:
-      ValueError: if it cannot be read.
+      ValueError: if the record cannot be read.
     """
     try:
       record = self._source[index]
-      # From a file that was cut short ArrayRecord reads None, and no error.
+      # From a truncated file, ArrayRecord reads None without an error.
       if record['image'] is not None:
         return record
-      reason = 'it is cut short'
-    except Exception as error:  # ArrayRecord's are RuntimeErrors, TFDS's any.
+      reason = 'the file is truncated'
+    except Exception as error:  # ArrayRecord and TFDS raise many types.
       reason = errors.one_line(error)
     path = self._files[np.searchsorted(self._ends, index, side='right')]
     raise ValueError(
       f'Record {index} cannot be read from {path!r} ({reason}). Restore that '
-      'file, or delete its folder, so that it is prepared again; then start '
-      'the same command: the run goes on from its last checkpoint.'
+      'file, or delete its folder to prepare the dataset again; then start the '
+      'same command to resume from the last checkpoint.'
     )
 
 
 class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
-  """Writes records as they are yielded, holding a few at a time.
+  """Base of builders that write records in the order they are generated.
 
-  TFDS's own writer sorts them first: up to 1 GB in memory, beyond that on disk
-  with the help of TensorFlow. Subclasses yield (anything, record).
+  TFDS's default writer sorts records first, in up to 1 GB of memory and beyond
+  that on disk, with TensorFlow. This one holds a few records at a time and
+  ignores the keys that `_generate_examples` yields.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -120,17 +130,18 @@ class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
 
   def _download_and_prepare(self, dl_manager, download_config) -> None:
     del download_config
-    # A second info: it takes the folder of now, which is renamed when whole.
+    # A second info, bound to the temporary folder that TFDS renames at the end.
     info = self._info()
     writer = tfds.core.SequentialWriter(
-      info, max_examples_per_shard=2**16, file_format='array_record'
+      info,
+      max_examples_per_shard=_MAX_RECORDS_PER_SHARD,
+      file_format='array_record',
     )
     for split, examples in self._split_generators(dl_manager).items():
       writer.initialize_splits([split])
       title = f'{self.name} {split}'
       with tqdm.tqdm(unit=' images', desc=title, disable=None) as progress:
-        # The writer saves its progress at each call: not for each record.
-        while chunk := list(itertools.islice(examples, 256)):
+        while chunk := list(itertools.islice(examples, _NUM_RECORDS)):
           signals.check()
           writer.add_examples({split: [example for _, example in chunk]})
           progress.update(len(chunk))

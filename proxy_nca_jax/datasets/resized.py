@@ -1,8 +1,8 @@
-"""Pictures after a recipe's first resize, decoded, in one file on disk.
+"""A cache of decoded and resized images, in one file on disk.
 
-Decoding and resizing a photo takes milliseconds, each epoch anew. Done once,
-the pixels are read from a file that all runs and reading processes share
-through the operating system's cache.
+Decoding and resizing a photo takes milliseconds, in every epoch. With the
+cache, the pixels are read from a file that all runs and data workers share
+through the operating system's page cache.
 """
 
 import functools
@@ -23,11 +23,11 @@ from proxy_nca_jax.runtime import files, lock, signals
 _logger = logging.getLogger(__name__)
 
 
-class ResizedPictures(Sequence):
-  """uint8 [height, width, 3] pictures in a folder that `prepare` made.
+class ResizedImages(Sequence):
+  """Random access to the cached images, each uint8 [height, width, 3].
 
-  The file is opened when the first picture is read, in each process for itself.
-  It is not mapped: a mapped file that is cut short kills the process.
+  Each process opens the file when it first reads an image. The file is not
+  memory-mapped: access to a truncated mapped file kills the process.
   """
 
   def __init__(self, folder: str):
@@ -37,7 +37,7 @@ class ResizedPictures(Sequence):
     self._starts = np.concatenate([[0], np.cumsum(sizes)])
 
   def __reduce__(self):
-    return ResizedPictures, (self._folder,)
+    return ResizedImages, (self._folder,)
 
   @functools.cached_property
   def _file(self) -> BinaryIO:
@@ -49,36 +49,35 @@ class ResizedPictures(Sequence):
   def __getitem__(self, index: int) -> np.ndarray:
     start, end = map(int, self._starts[index : index + 2])
     try:
-      # With no position that threads would share.
+      # Unlike read(), pread() has no file position for threads to share.
       pixels = os.pread(self._file.fileno(), end - start, start)
-      reason = 'it is cut short'
+      reason = 'the file is truncated'
     except OSError as error:
       pixels, reason = b'', error.strerror
     if len(pixels) != end - start:
       raise ValueError(
-        f'The resized picture {index} cannot be read from {self._folder!r} '
-        f'({reason}). Delete that folder, so that it is prepared again; then '
-        'start the same command: the run goes on from its last checkpoint.'
+        f'Resized image {index} cannot be read from {self._folder!r} '
+        f'({reason}). Delete that folder to write it again; then start the '
+        'same command to resume from the last checkpoint.'
       )
     return np.frombuffer(pixels, np.uint8).reshape(*self._shapes[index], 3)
 
 
-def prepare(
+def load_or_write(
   folder: str,
   inputs: dict[str, str | int],
   read: Callable[[int], np.ndarray],
-  num_pictures: int,
-) -> ResizedPictures:
-  """Writes the pictures of one data set and resize, unless they are there.
+  num_images: int,
+) -> ResizedImages:
+  """Returns the cached images of a dataset, written on the first call.
 
-  They appear by a rename when they are whole; one process writes, and others
-  that need the same wait for it.
+  One process writes, while others that need the same images wait.
 
   Args:
-    folder: gets a folder for each `inputs`.
-    inputs: all that the pixels depend on, besides the version of Pillow.
-    read: maps an index to uint8 [height, width, 3].
-    num_pictures: indices are in [0, num_pictures).
+    folder: holds one cache folder per `inputs`.
+    inputs: everything that the pixels depend on, except the version of Pillow.
+    read: maps an index in [0, num_images) to uint8 [height, width, 3].
+    num_images: number of images.
   """
   inputs = json.dumps(inputs | {'pillow': PIL.__version__}, sort_keys=True)
   key = hashlib.sha256(inputs.encode()).hexdigest()[:16]
@@ -86,27 +85,27 @@ def prepare(
   os.makedirs(folder, exist_ok=True)
   with lock.locked(os.path.join(folder, 'lock')):
     if not os.path.exists(path):
-      _logger.info('Writing resized pictures to %s', path)
+      _logger.info('Writing resized images to %s', path)
       with files.create_folder_atomically(path) as part:
-        _write(part, inputs, read, num_pictures)
-  return ResizedPictures(path)
+        _write(part, inputs, read, num_images)
+  return ResizedImages(path)
 
 
-def _write(folder, inputs, read, num_pictures) -> None:
-  shapes = np.empty((num_pictures, 2), np.int32)
+def _write(folder, inputs, read, num_images) -> None:
+  shapes = np.empty((num_images, 2), np.int32)
   with (
     files.write_atomically(os.path.join(folder, 'pixels.bin'), 'wb') as file,
     tqdm.tqdm(
-      total=num_pictures, unit=' images', desc='resizing', disable=None
+      total=num_images, unit=' images', desc='resizing', disable=None
     ) as progress,
     futures.ThreadPoolExecutor() as pool,
   ):
-    for start in range(0, num_pictures, 64):
+    for start in range(0, num_images, 64):
       signals.check()
-      indices = range(start, min(start + 64, num_pictures))
-      for index, picture in zip(indices, pool.map(read, indices)):
-        shapes[index] = picture.shape[:2]
-        file.write(np.ascontiguousarray(picture))
+      indices = range(start, min(start + 64, num_images))
+      for index, image in zip(indices, pool.map(read, indices)):
+        shapes[index] = image.shape[:2]
+        file.write(np.ascontiguousarray(image))
       progress.update(len(indices))
   with files.write_atomically(os.path.join(folder, 'shapes.npy'), 'wb') as file:
     np.save(file, shapes)

@@ -1,16 +1,16 @@
 """Stanford Online Products, https://cvgl.stanford.edu/projects/lifted_struct/.
 
-Photos of things for sale, a few of each; Ebay_train.txt and Ebay_test.txt
-divide the things.
+A few photos of each product for sale; Ebay_train.txt and Ebay_test.txt split
+the products.
 """
 
 import tensorflow_datasets as tfds
 
-from proxy_nca_jax.datasets import downloads, published
+from proxy_nca_jax.datasets import annotations, downloads, published
 
 
 class Sop(published.PublishedBuilder):
-  """120,053 pictures of 22,634 products of 12 kinds, split by product."""
+  """120,053 images of 22,634 products in 12 categories, split by product."""
 
   homepage = 'https://cvgl.stanford.edu/projects/lifted_struct/'
   files = (
@@ -35,12 +35,12 @@ class Sop(published.PublishedBuilder):
     fields = ('image_id', 'class_id', 'super_class_id', 'path')
     examples, problems = [], []
     for split in self.counts:
-      rows, more = published.read_rows(
+      rows, more = annotations.read_rows(
         root, f'Ebay_{split}.txt', fields, skip=1
       )
       problems += more
       examples += [
-        published.Example(
+        annotations.Example(
           split=split,
           path=row['path'],
           class_name=row['class_id'],

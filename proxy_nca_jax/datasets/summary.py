@@ -1,16 +1,19 @@
-"""How many images and classes a run has: for the log and results.json."""
+"""Reports the datasets of a run, in the log and in results.json."""
 
 import logging
 
-from proxy_nca_jax.datasets import loading
+from proxy_nca_jax.datasets import splits
+
+_MAX_LOGGED = 20
 
 _logger = logging.getLogger(__name__)
 
 
-def log(data: loading.Datasets) -> None:
-  """Logs how many images and classes there are, and what was left out."""
+def log(data: splits.Datasets) -> None:
+  """Logs the numbers of images and classes, and the skipped files."""
   _logger.info(
-    'Training on %d images of %d classes, measuring on %d images of %d others',
+    'Training on %d images of %d classes, testing on %d images of %d other '
+    'classes',
     len(data.train),
     data.train.num_classes,
     len(data.test),
@@ -18,34 +21,34 @@ def log(data: loading.Datasets) -> None:
   )
   if data.validation:
     _logger.info(
-      'Selecting on %d images of %d classes more',
+      'Selecting by %d validation images of %d other classes',
       len(data.validation),
       data.validation.num_classes,
     )
   if data.num_shared_classes:
     _logger.warning(
-      '%d test classes have the name of a train class: the scores are not of '
-      'unseen classes.',
+      '%d test classes share their name with a train class: the scores do not '
+      'measure unseen classes only.',
       data.num_shared_classes,
     )
   if data.skipped:
-    _logger.warning('%d files were left out:', len(data.skipped))
-    for name, reason in data.skipped[:20]:
+    _logger.warning('Skipped %d files:', len(data.skipped))
+    for name, reason in data.skipped[:_MAX_LOGGED]:
       _logger.warning('  %s: %s', name, reason)
-    if len(data.skipped) > 20:
-      _logger.warning('  ... all of them are in results.json')
+    if len(data.skipped) > _MAX_LOGGED:
+      _logger.warning('  ... results.json lists all of them')
 
 
-def summarize(data: loading.Datasets) -> dict:
-  """Returns what results.json tells of the data, with its digest."""
-  splits = {
+def summarize(data: splits.Datasets) -> dict:
+  """Returns the entry of results.json that describes the datasets."""
+  parts = {
     'train': data.train,
     'validation': data.validation,
     'test': data.test,
   }
   summary = {
     name: {'images': len(split), 'classes': split.num_classes}
-    for name, split in splits.items()
+    for name, split in parts.items()
     if split
   }
   return summary | {

@@ -1,1 +1,1 @@
-"""Nearest neighbors in an index of images; `python -m proxy_nca_jax.search`."""
+"""Search in an index of images; the command is `proxy_nca_jax.search`."""

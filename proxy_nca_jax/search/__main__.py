@@ -1,11 +1,11 @@
-"""Searches, clusters and classifies pictures by a trained network.
+"""Searches, clusters and classifies images with a trained network.
 
-python -m proxy_nca_jax.search index --workdir=RUN --images=DIR --index=FILE
-python -m proxy_nca_jax.search query --index=FILE picture.jpg --k=10
+  %(prog)s index --workdir=RUN --images=DIR --index=FILE
+  %(prog)s query --index=FILE image.jpg --k=10
 
-Distances are Euclidean on the unit sphere, from 0 to 2: the square root of the
-distance in the loss. Search is exact; from a million pictures on it uses FAISS
-where that is installed, and says so.
+Distances are Euclidean distances on the unit sphere, from 0 to 2: the square
+root of the distance in the loss. Search is exact; above a million images it is
+approximate if FAISS is installed, and says so.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -29,19 +29,24 @@ from proxy_nca_jax.runtime import errors, files
 from proxy_nca_jax.search import find
 from proxy_nca_jax.search import index as index_lib
 
+# Rounding error of an inner product of unit vectors, with a margin.
+_PRODUCT_TOLERANCE = 1e-6
+
+# The columns of the files keep the names of their first version, such as
+# 'picture', since other programs read them.
 Rows = list[dict[str, str | int | float | None]]
 
 
 def _load_embedder(
   content: index_lib.Content, workdir: str
 ) -> inference.Embedder:
-  """Loads the network of an index, from another place if one is given."""
+  """Loads the network of an index, from `workdir` if given."""
   embedder = inference.load(workdir or content.workdir)
   if embedder.digest != content.digest:
     raise ValueError(
-      f'The network in {workdir or content.workdir!r} is not the one that the '
-      'index is of: it has other weights or prepares pictures otherwise. Name '
-      'the right one with --workdir, or make the index anew.'
+      f'The network in {workdir or content.workdir!r} is not the one that made '
+      'the index: it has other weights or another preprocessing. Name the '
+      'right one with --workdir, or create a new index.'
     )
   return embedder
 
@@ -54,26 +59,26 @@ def make_index(arguments: argparse.Namespace) -> None:
     workdir=arguments.workdir,
   )
   for name, reason in index_lib.read_errors(arguments.index):
-    print(f'left out: {name}: {reason}')
+    print(f'skipped {name}: {reason}')
   print(', '.join(f'{n:,} {name}' for name, n in counts._asdict().items()))
 
 
 def query(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
   embedder = _load_embedder(content, arguments.workdir)
-  found = find.find_in_index(
-    arguments.index, content, embedder(arguments.pictures), arguments.k
+  distances, indices = find.find_in_index(
+    arguments.index, content, embedder(arguments.images), arguments.k
   )
   paths = content.paths
   rows = [
     {
-      'query': picture,
+      'query': image,
       'rank': rank,
       'distance': float(distance),
-      'picture': paths[number],
+      'picture': paths[index],
     }
-    for picture, *neighbours in zip(arguments.pictures, *found)
-    for rank, (distance, number) in enumerate(zip(*neighbours), 1)
+    for image, *neighbors in zip(arguments.images, distances, indices)
+    for rank, (distance, index) in enumerate(zip(*neighbors), 1)
   ]
   if arguments.html:
     with files.write_atomically(arguments.html) as file:
@@ -83,61 +88,62 @@ def query(arguments: argparse.Namespace) -> None:
 
 
 def _page(rows: Rows) -> str:
-  """Shows each query before its neighbours."""
+  """Returns an HTML page with each query followed by its neighbors."""
   by_query = collections.defaultdict(list)
   for row in rows:
     by_query[row['query']].append(row)
   return pages.page(
-    'Nearest pictures',
+    'Nearest images',
     [
       (
-        os.path.basename(picture),
+        os.path.basename(query_path),
         pages.row(
-          [pages.Card(_thumbnail(picture), 'query')]
+          [pages.Card(_thumbnail(query_path), 'query')]
           + [
             pages.Card(
               _thumbnail(row['picture']),
               f'{row["distance"]:.3f} {os.path.basename(row["picture"])}',
             )
-            for row in neighbours
+            for row in neighbors
           ]
         ),
       )
-      for picture, neighbours in by_query.items()
+      for query_path, neighbors in by_query.items()
     ],
   )
 
 
 def _thumbnail(path: str) -> str:
+  """Returns the thumbnail of an image file, gray if it no longer exists."""
   try:
     with open(path, 'rb') as file:
       return pages.thumbnail(images_lib.decode(file.read()))
-  except (OSError, ValueError):  # It is in the index, and gone.
+  except (OSError, ValueError):
     return pages.thumbnail(Image.new('RGB', (112, 112), 'gray'))
 
 
 def cluster(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
-  points = find.project(content.embeddings)
+  embeddings = find.normalize(content.embeddings)
   clusters = clustering.kmeans(
-    points,
+    embeddings,
     num_clusters=arguments.clusters,
     key=jax.random.key(arguments.seed),
     start='k-means++',
   )
   assignments = np.asarray(clusters.assignments)
   centroids = np.asarray(clusters.centroids)[assignments]
-  away = np.linalg.norm(points - centroids, axis=1)
+  distances = np.linalg.norm(embeddings - centroids, axis=1)
+  paths = content.paths
   _write(
     [
       {
         'cluster': int(assignments[i]),
-        'distance': float(away[i]),
-        'picture': path,
+        'distance': float(distances[i]),
+        'picture': paths[i],
       }
-      for i, path in sorted(
-        enumerate(content.paths), key=lambda x: (assignments[x[0]], away[x[0]])
-      )
+      # By cluster, then by distance to its centroid.
+      for i in np.lexsort([distances, assignments])
     ],
     arguments.output,
   )
@@ -145,24 +151,31 @@ def cluster(arguments: argparse.Namespace) -> None:
 
 def duplicates(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
-  points = find.project(content.embeddings)
-  # |x - y|^2 = 2 - 2 x.y; the products' rounding is let in, then taken away.
-  least = 1 - arguments.threshold**2 / 2 - 1e-6
-  pairs = []
+  embeddings = find.normalize(content.embeddings)
+  # |x - y|^2 = 2 - 2 x.y on the unit sphere. The tolerance admits pairs whose
+  # product is rounded down; their exact distances decide below.
+  min_product = 1 - arguments.threshold**2 / 2 - _PRODUCT_TOLERANCE
+  blocks = []
   with tqdm.tqdm(
-    total=len(points), unit=' pictures', disable=None, leave=False, delay=1
+    total=len(embeddings), unit=' images', disable=None, leave=False, delay=1
   ) as bar:
-    for number, more in retrieval.pairs_above(points, least):
-      pairs.append(more)
-      bar.update(number)
-  pairs = np.concatenate(pairs)
-  away = np.linalg.norm(points[pairs[:, 0]] - points[pairs[:, 1]], axis=1)
+    for num_rows, block in retrieval.pairs_above(embeddings, min_product):
+      blocks.append(block)
+      bar.update(num_rows)
+  pairs = np.concatenate(blocks)
+  distances = np.linalg.norm(
+    embeddings[pairs[:, 0]] - embeddings[pairs[:, 1]], axis=1
+  )
   paths = content.paths
   _write(
     [
-      {'distance': float(away[i]), 'picture': paths[a], 'other': paths[b]}
-      for i, (a, b) in sorted(enumerate(pairs), key=lambda x: away[x[0]])
-      if away[i] < arguments.threshold
+      {
+        'distance': float(distances[i]),
+        'picture': paths[pairs[i, 0]],
+        'other': paths[pairs[i, 1]],
+      }
+      for i in np.argsort(distances, kind='stable')
+      if distances[i] < arguments.threshold
     ],
     arguments.output,
     columns=('distance', 'picture', 'other'),
@@ -172,34 +185,42 @@ def duplicates(arguments: argparse.Namespace) -> None:
 def classify(arguments: argparse.Namespace) -> None:
   content = index_lib.read(arguments.index)
   embedder = _load_embedder(content, arguments.workdir)
-  queries = embedder(arguments.pictures)
+  queries = embedder(arguments.images)
   if arguments.by == 'proxies':
-    labels, points = _proxies(embedder)
-    found = find.find(queries, points, 1)
+    labels, proxies = _labelled_proxies(embedder)
+    distances, indices = find.find(queries, proxies, 1)
   else:
     labels = content.labels
-    found = find.find_in_index(arguments.index, content, queries, arguments.k)
+    distances, indices = find.find_in_index(
+      arguments.index, content, queries, arguments.k
+    )
   rows = []
-  for picture, away, numbers in zip(arguments.pictures, *found):
-    # The most frequent; of as frequent ones the nearest, as they are counted.
-    votes = collections.Counter(labels[number] for number in numbers)
-    is_far = arguments.threshold is not None and away[0] > arguments.threshold
+  for image, nearest_distance, neighbors in zip(
+    arguments.images, distances[:, 0], indices
+  ):
+    # Counter keeps the order of insertion, so the nearest label wins a tie.
+    votes = collections.Counter(labels[index] for index in neighbors)
+    is_unknown = (
+      arguments.threshold is not None and nearest_distance > arguments.threshold
+    )
     rows.append(
       {
-        'picture': picture,
-        'class': None if is_far else votes.most_common(1)[0][0],
-        'distance': float(away[0]),
+        'picture': image,
+        'class': None if is_unknown else votes.most_common(1)[0][0],
+        'distance': float(nearest_distance),
       }
     )
   _write(rows, arguments.output)
 
 
-def _proxies(embedder: inference.Embedder) -> tuple[list[str], np.ndarray]:
-  """Returns the class and the place of each proxy."""
+def _labelled_proxies(
+  embedder: inference.Embedder,
+) -> tuple[list[str], np.ndarray]:
+  """Returns the class names and the proxies, float32 [num_proxies, dim]."""
   name = embedder.config.loss.name
   if not losses.LOSSES[name].has_class_proxies:
     raise ValueError(
-      f'The loss of this run ({name}) learned no proxies of classes: use '
+      f'The loss of this run ({name}) has no proxies of classes: use '
       '--by=neighbours.'
     )
   proxies = np.asarray(embedder.params['proxies'])
@@ -209,7 +230,7 @@ def _proxies(embedder: inference.Embedder) -> tuple[list[str], np.ndarray]:
 
 
 def export(arguments: argparse.Namespace) -> None:
-  """Writes the embeddings of an index to a file of arrays or columns."""
+  """Writes the embeddings of an index as NumPy arrays or as a Parquet table."""
   content = index_lib.read(arguments.index)
   if arguments.output.endswith('.npz'):
     with files.write_atomically(arguments.output, 'wb') as file:
@@ -241,7 +262,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _write(rows: Rows, output: str, columns: Sequence[str] = ()) -> None:
-  """Writes a table to a .csv or .json file, or as CSV to stdout."""
+  """Writes a table to a .csv or .json file, or as CSV to stdout if ''."""
   columns = columns or list(rows[0])
   if output.endswith('.json'):
     with files.write_atomically(output) as file:
@@ -256,7 +277,7 @@ def _write(rows: Rows, output: str, columns: Sequence[str] = ()) -> None:
     _write_csv(rows, columns, sys.stdout)
 
 
-def _write_csv(rows: Rows, columns: Sequence[str], file) -> None:
+def _write_csv(rows: Iterable[dict], columns: Sequence[str], file) -> None:
   writer = csv.DictWriter(file, columns, lineterminator='\n')
   writer.writeheader()
   for row in rows:
@@ -268,9 +289,9 @@ def _write_csv(rows: Rows, columns: Sequence[str], file) -> None:
     )
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-    prog='python -m proxy_nca_jax.search',
+    prog=prog,
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -279,77 +300,108 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   def add(name, work, text):
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(work=work)
-    command.add_argument('--index', required=True, metavar='FILE')
+    command.add_argument(
+      '--index', required=True, metavar='FILE', help='the index file'
+    )
     return command
 
-  made = add(
+  index_command = add(
     'index',
     make_index,
-    'Embed a folder, or what is new or changed in it since. A stopped one goes '
-    'on; what is no picture is reported and left out.',
+    'Create or update an index of a folder: embed its new and changed images. '
+    'A stopped update resumes; unreadable files are listed and skipped.',
   )
-  made.add_argument(
+  index_command.add_argument(
     '--workdir',
     required=True,
     metavar='RUN',
-    help='of a run, or the folder of a saved embedder',
+    help='workdir of a run, or folder of a saved embedder',
   )
-  made.add_argument(
-    '--images', required=True, metavar='DIR', help='the folder of pictures'
+  index_command.add_argument(
+    '--images',
+    required=True,
+    metavar='DIR',
+    help='folder of images, searched recursively',
   )
-  asked = add('query', query, 'Find the nearest pictures of the index.')
-  asked.add_argument(
-    '--html', metavar='FILE', default='', help='a page of them'
+  query_command = add('query', query, 'Find the nearest images in the index.')
+  query_command.add_argument(
+    '--html',
+    metavar='FILE',
+    default='',
+    help='write an HTML page of the images',
   )
-  sorted_in = add(
+  classify_command = add(
     'classify',
     classify,
-    'Find the class of pictures, by folders of the index or learned proxies.',
+    'Classify images by the folders in the index or by learned proxies.',
   )
-  sorted_in.add_argument(
+  classify_command.add_argument(
     '--by',
     choices=('neighbours', 'proxies'),
     default='neighbours',
-    help='the most frequent folder of the --k nearest pictures, or the class '
-    'of the nearest proxy',
+    help='the most frequent folder among the --k nearest images, or the class '
+    'of the nearest proxy (default: neighbours)',
   )
-  sorted_in.add_argument(
+  classify_command.add_argument(
     '--threshold',
     type=_non_negative,
     metavar='DISTANCE',
-    help='farther than this is none of the classes',
+    help='leave the class empty beyond this distance from the nearest image or '
+    'proxy',
   )
-  for command, k in ((asked, 10), (sorted_in, 1)):
-    command.add_argument('pictures', nargs='+', metavar='PICTURE')
+  for command, k in ((query_command, 10), (classify_command, 1)):
     command.add_argument(
-      '--k', type=_positive, default=k, help=f'{k} by default'
+      'images', nargs='+', metavar='IMAGE', help='image files'
+    )
+    command.add_argument(
+      '--k',
+      type=_positive,
+      default=k,
+      help=f'number of nearest images (default: {k})',
     )
     command.add_argument(
       '--workdir',
       default='',
       metavar='RUN',
-      help='where the network of the index lies now, if not where it was',
+      help="location of the index's network, if it has moved",
     )
-  grouped = add('cluster', cluster, 'Group the pictures of the index: k-means.')
-  grouped.add_argument('--clusters', type=_positive, required=True)
-  grouped.add_argument('--seed', type=int, default=0)
-  paired = add('duplicates', duplicates, 'List the pairs that are near.')
-  paired.add_argument(
+  cluster_command = add(
+    'cluster', cluster, 'Cluster the images of the index by k-means.'
+  )
+  cluster_command.add_argument(
+    '--clusters', type=_positive, required=True, help='number of clusters'
+  )
+  cluster_command.add_argument(
+    '--seed', type=int, default=0, help='seed of k-means (default: 0)'
+  )
+  duplicates_command = add(
+    'duplicates', duplicates, 'List pairs of nearly identical images.'
+  )
+  duplicates_command.add_argument(
     '--threshold',
     type=_non_negative,
     required=True,
     metavar='DISTANCE',
-    help='pairs nearer than this',
+    help='list pairs at a smaller distance than this',
   )
-  for command in (asked, sorted_in, grouped, paired):
+  for command in (
+    query_command,
+    classify_command,
+    cluster_command,
+    duplicates_command,
+  ):
     command.add_argument(
       '--output',
       default='',
       metavar='FILE.csv|.json',
-      help='by default CSV on stdout',
+      help='output file (default: CSV on stdout)',
     )
-  written = add('export', export, 'Write the embeddings of the index.')
-  written.add_argument('--output', required=True, metavar='FILE.npz|.parquet')
+  export_command = add(
+    'export', export, 'Write the embeddings of the index to a file.'
+  )
+  export_command.add_argument(
+    '--output', required=True, metavar='FILE.npz|.parquet', help='output file'
+  )
   return parser.parse_args(arguments)
 
 
@@ -367,9 +419,21 @@ def _non_negative(text: str) -> float:
   return value
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  arguments = _parse(arguments)
-  with errors.in_one_line(stopped='Stopped. The same command goes on.'):
+def main(
+  arguments: Sequence[str] | None = None,
+  *,
+  prog: str = 'python -m proxy_nca_jax.search',
+) -> None:
+  """Runs the command line.
+
+  Args:
+    arguments: the command's arguments; by default those of the process.
+    prog: the name by which --help refers to the command.
+  """
+  arguments = _parse(arguments, prog)
+  with errors.in_one_line(
+    stopped='Stopped. Start the same command again to resume.'
+  ):
     arguments.work(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Exact nearest neighbors on the unit sphere; FAISS for very large indexes."""
+"""Nearest neighbors on the unit sphere: exact, or with FAISS if very many."""
 
 import importlib.util
 import os
@@ -11,66 +11,90 @@ from proxy_nca_jax import distances, retrieval
 from proxy_nca_jax.runtime import errors, files
 from proxy_nca_jax.search import index as index_lib
 
-# Pictures from which FAISS answers, if it is there: an exact search of so many
-# reads gigabytes.
-_MANY = 1_000_000
-
-
-def find(
-  queries: np.ndarray, items: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Finds the k nearest items of each query on the unit sphere, exactly.
-
-  Args:
-    queries: float32 [num_queries, dim].
-    items: float32 [num_items, dim].
-    k: at least 1; at most as many as there are are found.
-
-  Returns:
-    (distances, indices): float32 and int32 [num_queries, k], nearest first.
-  """
-  queries, items = project(queries), project(items)
-  _, indices = retrieval.nearest(queries, min(k, len(items)), gallery=items)
-  indices = np.asarray(indices)
-  return retrieval.neighbor_distances(queries, items, indices), indices
-
-
-def project(rows: np.ndarray) -> np.ndarray:
-  return np.asarray(_unit_norm(np.asarray(rows, np.float32)))
+# From this number of images on, FAISS is used if installed: an exact search
+# would read gigabytes per batch of queries.
+_MIN_FAISS_IMAGES = 1_000_000
+# FAISS divides the images into 4 sqrt(num_images) inverted lists, of which a
+# query searches one in 16. Their centers are trained on 64 images per list.
+_LISTS_PER_ROOT, _LISTS_PER_PROBE, _TRAIN_IMAGES_PER_LIST = 4, 16, 64
 
 
 _unit_norm = jax.jit(distances.unit_norm)
 
 
+def normalize(rows: np.ndarray) -> np.ndarray:
+  """Returns the rows scaled to unit length, float32 [num_rows, dim]."""
+  return np.asarray(_unit_norm(np.asarray(rows, np.float32)))
+
+
+def find(
+  queries: np.ndarray, items: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Finds the exact k nearest items of each query on the unit sphere.
+
+  Args:
+    queries: float [num_queries, dim], nonzero rows; normalized here.
+    items: float [num_items, dim], likewise.
+    k: number of neighbors, at least 1; clipped to num_items.
+
+  Returns:
+    (distances, indices): Euclidean distances in [0, 2], float32, and indices of
+    `items`, int32, both [num_queries, min(k, num_items)], nearest first.
+  """
+  queries, items = normalize(queries), normalize(items)
+  _, indices = retrieval.nearest(queries, min(k, len(items)), gallery=items)
+  indices = np.asarray(indices)
+  return retrieval.neighbor_distances(queries, items, indices), indices
+
+
+def _load_or_build_lists(path: str, items: np.ndarray):
+  """Returns the FAISS index of an index file, built if older than the file."""
+  import faiss
+
+  stored = f'{path}.faiss'
+  modified = os.stat(path).st_mtime_ns
+  if os.path.exists(stored) and os.stat(stored).st_mtime_ns > modified:
+    return faiss.read_index(stored)
+  print(f'Building {stored}, once for this index.', file=sys.stderr)
+  num_lists = int(_LISTS_PER_ROOT * len(items) ** 0.5)
+  lists = faiss.index_factory(
+    items.shape[1], f'IVF{num_lists},Flat', faiss.METRIC_INNER_PRODUCT
+  )
+  order = np.random.default_rng(0).permutation(len(items))
+  lists.train(items[order[: _TRAIN_IMAGES_PER_LIST * num_lists]])
+  lists.add(items)
+  with files.write_atomically(stored, 'wb') as file:
+    try:
+      faiss.write_index(lists, file.name)
+    except RuntimeError as error:  # FAISS has no OSError.
+      raise OSError(
+        f'Cannot write {stored!r}: {errors.one_line(error)}.'
+      ) from error
+  return lists
+
+
 def find_in_index(
   path: str, content: index_lib.Content, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """As `find`, in an index, with FAISS where there are many pictures."""
-  if len(content.names) < _MANY or not importlib.util.find_spec('faiss'):
-    return find(queries, content.embeddings, k)
-  import faiss
+  """As `find`, for an index; uses FAISS for very large ones, approximately.
 
-  queries, items = project(queries), project(content.embeddings)
-  stored, stamp = f'{path}.faiss', os.stat(path).st_mtime_ns
-  if os.path.exists(stored) and os.stat(stored).st_mtime_ns > stamp:
-    lists = faiss.read_index(stored)
-  else:
-    print(f'Making {stored}: once for this index.', file=sys.stderr)
-    num_lists = int(4 * len(items) ** 0.5)
-    lists = faiss.index_factory(
-      items.shape[1], f'IVF{num_lists},Flat', faiss.METRIC_INNER_PRODUCT
-    )
-    # Sixty-four pictures tell where the centre of a list is.
-    order = np.random.default_rng(0).permutation(len(items))
-    lists.train(items[order[: 64 * num_lists]])
-    lists.add(items)
-    with files.write_atomically(stored, 'wb') as file:
-      try:
-        faiss.write_index(lists, file.name)
-      except RuntimeError as error:  # The library raises no OSError.
-        raise OSError(errors.one_line(error)) from error
-  # A sixteenth of the lists is looked through.
-  lists.nprobe = max(lists.nlist // 16, 1)
-  print('The search is approximate (FAISS).', file=sys.stderr)
+  The lists of FAISS are built once and stored beside the index, in PATH.faiss.
+
+  Args:
+    path: the index file.
+    content: its content.
+    queries: float [num_queries, dim].
+    k: number of neighbors, at least 1.
+
+  Returns:
+    (distances, indices), as `find`.
+  """
+  is_large = len(content.names) >= _MIN_FAISS_IMAGES
+  if not is_large or not importlib.util.find_spec('faiss'):
+    return find(queries, content.embeddings, k)
+  queries, items = normalize(queries), normalize(content.embeddings)
+  lists = _load_or_build_lists(path, items)
+  lists.nprobe = max(lists.nlist // _LISTS_PER_PROBE, 1)
+  print('This search is approximate (FAISS).', file=sys.stderr)
   _, indices = lists.search(queries, min(k, len(items)))
   return retrieval.neighbor_distances(queries, items, indices), indices

@@ -1,9 +1,9 @@
-"""An index: one file with the embeddings of a folder of pictures.
+"""An index: one file with the embeddings of a folder of images.
 
-It is an SQLite database. Each batch of pictures is one transaction, so that a
-killed update goes on where it was; a picture is embedded again only if its size
-or its time has changed. It knows which network its embeddings are of, and takes
-none of another.
+It is an SQLite database. Each batch of images is one transaction, so that a
+killed update resumes where it stopped. An image is embedded again only if its
+file size or modification time has changed. The index records the digest of its
+network and rejects embeddings of any other.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from proxy_nca_jax.runtime import errors as errors_lib
+from proxy_nca_jax.runtime import errors
 
 _VERSION = '1'
 _TABLES = """
@@ -26,12 +26,11 @@ _TABLES = """
     error TEXT
   );
 """
-# Pictures looked at before the bar moves.
-_BATCH = 256
+_BATCH_SIZE = 256  # Images per transaction.
 
 
 class Counts(NamedTuple):
-  """What an update did, in pictures."""
+  """Numbers of images in an update, by what happened to them."""
 
   added: int
   changed: int
@@ -41,14 +40,14 @@ class Counts(NamedTuple):
 
 
 class Content(NamedTuple):
-  """What an index holds.
+  """The content of an index.
 
   Attributes:
-    root: the folder of the pictures.
-    workdir: of the run, or the saved embedder, whose embeddings these are.
-    digest: of that embedder.
-    names: of the pictures, relative to the folder, in order.
-    embeddings: float32 [number, dim], as the network gives them.
+    root: the folder of the images.
+    workdir: the workdir of the run, or the saved embedder, that embedded them.
+    digest: the digest of that embedder.
+    names: file names relative to `root`, in ascending order.
+    embeddings: float32 [num_images, dim], the network's output, not normalized.
   """
 
   root: str
@@ -63,38 +62,42 @@ class Content(NamedTuple):
 
   @property
   def labels(self) -> list[str]:
-    """The folder of each picture, relative to the root."""
+    """The folder of each image, relative to `root`."""
     return [os.path.dirname(name) for name in self.names]
 
 
 def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
-  """Brings an index up to date with a folder; makes it if there is none.
+  """Updates an index to the current files of a folder, or creates it.
 
-  Files that are no pictures are kept by their reason: see `read_errors`.
+  Files that cannot be read as images are recorded with the reason: see
+  `read_errors`.
 
   Args:
-    path: of the index.
-    embedder: of `inference.load`.
-    root: the folder; all files in it and below count, but hidden ones.
-    workdir: where the embedder was loaded from.
+    path: the index file.
+    embedder: an `inference.Embedder`.
+    root: the folder of images, searched recursively without hidden files.
+    workdir: the path that the embedder was loaded from.
+
+  Returns:
+    The numbers of images added, changed and so on.
 
   Raises:
-    ValueError: if the folder is missing or has no file, or the index is of
+    ValueError: if the folder is missing or empty, or if the index belongs to
       another folder or another network.
   """
   root, workdir = os.path.abspath(root), os.path.abspath(workdir)
   if not os.path.isdir(root):
-    raise ValueError(f'No folder {root!r} (--images): name one of pictures.')
+    raise ValueError(f'No folder {root!r} (--images): name a folder of images.')
   files = dict(_list_files(root))
   if not files:
-    raise ValueError(f'There is no file in {root!r} (--images).')
+    raise ValueError(f'The folder {root!r} (--images) has no files.')
   with _open(path, is_new=not os.path.exists(path)) as database:
     _check_about(
       database,
       path,
       {'version': _VERSION, 'digest': embedder.digest, 'root': root},
     )
-    # Where the same network lies may change.
+    # The same network may have moved.
     database.execute(
       'INSERT OR REPLACE INTO about VALUES ("workdir", ?)', [workdir]
     )
@@ -108,10 +111,10 @@ def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
     database.executemany('DELETE FROM pictures WHERE name = ?', removed)
     database.commit()
     due = [name for name in files if known.get(name) != files[name]]
-    unreadable = 0
-    with tqdm.tqdm(total=len(due), unit=' pictures', disable=None) as bar:
-      for begin in range(0, len(due), _BATCH):
-        names = due[begin : begin + _BATCH]
+    num_unreadable = 0
+    with tqdm.tqdm(total=len(due), unit=' images', disable=None) as bar:
+      for begin in range(0, len(due), _BATCH_SIZE):
+        names = due[begin : begin + _BATCH_SIZE]
         rows = _embed(embedder, root, names)
         database.executemany(
           'INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?)',
@@ -121,36 +124,38 @@ def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
           ],
         )
         database.commit()
-        unreadable += sum(error is not None for _, error in rows)
+        num_unreadable += sum(error is not None for _, error in rows)
         bar.update(len(names))
-    added = len(files.keys() - known.keys())
+    num_added = len(files.keys() - known.keys())
     return Counts(
-      added=added,
-      changed=len(due) - added,
+      added=num_added,
+      changed=len(due) - num_added,
       removed=len(removed),
       unchanged=len(files) - len(due),
-      unreadable=unreadable,
+      unreadable=num_unreadable,
     )
 
 
 def _embed(
   embedder, root: str, names: Sequence[str]
 ) -> list[tuple[bytes | None, str | None]]:
-  """Returns (embedding, None) or (None, why not) of each file."""
+  """Embeds files; returns (float32 bytes, None) or (None, error) for each."""
 
-  def read_picture(name):
+  def read_image(name):
     try:
       return embedder.read(os.path.join(root, name)), None
     except (ValueError, OSError) as error:
-      return None, errors_lib.one_line(error)
+      return None, errors.one_line(error)
 
   with futures.ThreadPoolExecutor() as pool:
-    pictures, errors = zip(*pool.map(read_picture, names))
-  readable = [picture for picture in pictures if picture is not None]
+    images, reasons = zip(*pool.map(read_image, names))
+  readable = [image for image in images if image is not None]
   embeddings = iter(embedder.embed(np.stack(readable)) if readable else ())
   return [
-    (None, error) if error else (next(embeddings).astype('<f4').tobytes(), None)
-    for error in errors
+    (None, reason)
+    if reason
+    else (next(embeddings).astype('<f4').tobytes(), None)
+    for reason in reasons
   ]
 
 
@@ -158,7 +163,7 @@ def read(path: str) -> Content:
   """Reads an index.
 
   Raises:
-    ValueError: if there is none, or it holds no embedding.
+    ValueError: if it does not exist, or has no embeddings.
   """
   with _open(path) as database:
     about = dict(database.execute('SELECT name, value FROM about'))
@@ -166,7 +171,9 @@ def read(path: str) -> Content:
       'SELECT name, embedding FROM pictures WHERE error IS NULL ORDER BY name'
     ).fetchall()
   if not rows:
-    raise ValueError(f'The index {path!r} holds no picture: update it.')
+    raise ValueError(
+      f'The index {path!r} has no images: update it with `index`.'
+    )
   names, blobs = zip(*rows)
   embeddings = np.frombuffer(b''.join(blobs), '<f4').reshape(len(names), -1)
   return Content(
@@ -189,19 +196,19 @@ def read_errors(path: str) -> list[tuple[str, str]]:
 @contextlib.contextmanager
 def _open(path: str, *, is_new: bool = False) -> Iterator[sqlite3.Connection]:
   if not is_new and not os.path.isfile(path):
-    raise ValueError(f'There is no index {path!r}: make it with `index`.')
+    raise ValueError(f'No index {path!r}: create it with `index`.')
   try:
     with contextlib.closing(sqlite3.connect(path)) as database:
       database.executescript(_TABLES)
       yield database
   except sqlite3.Error as error:
     raise ValueError(
-      f'{path!r} cannot be used as an index: {error}.'
+      f'{path!r} is not a valid index: {errors.one_line(error)}.'
     ) from error
 
 
 def _check_about(database, path: str, about: dict[str, str]) -> None:
-  """Writes what an index is of, or raises ValueError if it is of another."""
+  """Records what an index belongs to; ValueError if to something else."""
   saved = dict(database.execute('SELECT name, value FROM about'))
   meanings = {
     'version': 'another version of this program',
@@ -211,8 +218,8 @@ def _check_about(database, path: str, about: dict[str, str]) -> None:
   for name, value in about.items():
     if saved.get(name, value) != value:
       raise ValueError(
-        f'The index {path!r} is of {meanings[name]}: name another file, or '
-        'delete this one.'
+        f'The index {path!r} belongs to {meanings[name]}: name another file, '
+        'or delete this one.'
       )
   database.executemany(
     'INSERT OR REPLACE INTO about VALUES (?, ?)', about.items()
@@ -221,12 +228,12 @@ def _check_about(database, path: str, about: dict[str, str]) -> None:
 
 
 def _list_files(root: str) -> Iterator[tuple[str, tuple[int, int]]]:
-  """Yields (name relative to root, (size, time)), in order."""
+  """Yields (name relative to root, (size, modification time)), in order."""
   for folder, folders, names in os.walk(root):
     folders[:] = sorted(name for name in folders if not name.startswith('.'))
     for name in sorted(names):
       path = os.path.join(folder, name)
-      # A dangling link is no file.
+      # `os.path.exists` is False for a dangling link.
       if not name.startswith('.') and os.path.exists(path):
         status = os.stat(path)
         yield os.path.relpath(path, root), (status.st_size, status.st_mtime_ns)

@@ -1,0 +1,109 @@
+"""Splits of a dataset: records of some classes with their labels."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Records of some classes of a dataset, with random access.
+
+  `split[i]` is a stored record and `split.image(i)` its image, for i in
+  [0, len(split)).
+
+  Attributes:
+    source: the records of the whole dataset.
+    images: maps an index of `source` to an image, uint8 [height, width, 3].
+    rows: int64 [num_records], the split's records as indices of `source`.
+    labels: int32 [num_records], in [0, num_classes).
+    class_names: the name of each class, [num_classes].
+    is_query: bool [num_records], True for queries and False for the gallery
+      that they search; None if each record queries all others.
+    cameras: int32 [num_records]; None if the protocol has no cameras.
+  """
+
+  source: Sequence[dict]
+  images: Callable[[int], np.ndarray]
+  rows: np.ndarray
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+  is_query: np.ndarray | None = None
+  cameras: np.ndarray | None = None
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @property
+  def class_sizes(self) -> np.ndarray:
+    """int64 [num_classes], the number of records of each class."""
+    return np.bincount(self.labels, minlength=self.num_classes)
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def subset(self, indices: np.ndarray) -> 'Split':
+    """Returns a split of the records at `indices`, in that order.
+
+    Args:
+      indices: int [num_selected], in [0, len(self)).
+    """
+    return dataclasses.replace(
+      self,
+      rows=self.rows[indices],
+      labels=self.labels[indices],
+      is_query=None if self.is_query is None else self.is_query[indices],
+      cameras=None if self.cameras is None else self.cameras[indices],
+    )
+
+  def __getitem__(self, index: int) -> dict:
+    """Returns a stored record, with its label in this split.
+
+    Returns:
+      {'image': bytes of an image file, 'label': int, 'class_name': str,
+      'name': str}, and further features of the dataset, such as 'camera'.
+    """
+    record = self.source[int(self.rows[index])]
+    texts = {
+      name: value.decode()
+      for name, value in record.items()
+      if isinstance(value, bytes) and name != 'image'
+    }
+    label = int(self.labels[index])
+    own = {'label': label, 'class_name': self.class_names[label]}
+    return record | texts | own
+
+  def image(self, index: int) -> np.ndarray:
+    """Returns a resized image, uint8 [height, width, 3]."""
+    return self.images(int(self.rows[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+  """The splits of a run and what it should report about them.
+
+  Attributes:
+    train: records to train on.
+    validation: records of classes held out from training, for selecting a
+      checkpoint; None unless `config.validation` asks for them.
+    test: records to evaluate on.
+    seen: with `config.long_tail`, records of the train classes: those held out
+      from training as queries, those trained on as their gallery; else None.
+    skipped: (file, reason) of each file that is not part of the dataset.
+    num_shared_classes: the number of test classes that training sees too: 0
+      unless the user's own train and test folders share names.
+    is_resized_source: whether training crops from resized images although the
+      recipe crops from the originals.
+    digest: a hash of the labels, the class names and the splits.
+  """
+
+  train: Split
+  validation: Split | None
+  test: Split
+  seen: Split | None
+  skipped: tuple[tuple[str, str], ...]
+  num_shared_classes: int
+  is_resized_source: bool
+  digest: str
