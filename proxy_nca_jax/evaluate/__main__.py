@@ -14,9 +14,9 @@ from proxy_nca_jax.evaluate import scores as scores_lib
 from proxy_nca_jax.runtime import errors, files
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-    prog='python -m proxy_nca_jax.evaluate',
+    prog=prog,
     description='Scores embeddings by retrieval and by clustering.',
   )
   files = {
@@ -95,8 +95,18 @@ def _load(path: str) -> np.ndarray:
     ) from error
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  arguments = _parse(arguments)
+def main(
+  arguments: Sequence[str] | None = None,
+  *,
+  prog: str = 'python -m proxy_nca_jax.evaluate',
+) -> None:
+  """Runs the command line.
+
+  Args:
+    arguments: the command's arguments; by default those of the process.
+    prog: the name by which --help refers to the command.
+  """
+  arguments = _parse(arguments, prog)
   names = (
     'recall_at',
     'nearest_only',
