@@ -50,7 +50,7 @@ _ROWS = [
 
 
 def _embedded(num_classes=10, each=4, **fields):
-  """Classes of a colour and a direction of their own, and names with <&>."""
+  """Makes classes with distinct colors and directions, and names with <&>."""
   rng = np.random.default_rng(0)
   labels = np.repeat(np.arange(num_classes), each).astype(np.int32)
   colors = rng.integers(0, 256, (num_classes, 3))
@@ -92,30 +92,30 @@ class ReportTest(parameterized.TestCase):
     self.root = pathlib.Path(tempfile.mkdtemp())
     self.addCleanup(shutil.rmtree, self.root)
 
-  def test_it_is_one_file_with_every_part(self):
+  def test_it_is_one_file_with_every_section(self):
     page = _write(self.root / 'report.html', _embedded())
     for heading in (
       'Scores',
       'Training',
-      'Queries and their nearest neighbours',
+      'Queries and their nearest neighbors',
       'The embedding space',
       'Distances',
-      'Classes most confused',
-      'Nearest images to a proxy',
+      'Most confused classes',
+      'Proxies and their nearest images',
       'The run',
     ):
       self.assertIn(f'<h2>{heading}</h2>', page)
-    # Published beside ours, with their source.
+    # Published results, with their source, next to ours.
     self.assertIn('49.21', page)
     self.assertIn('github.com/dichotomies/proxy-nca', page)
     self.assertIn('50.00', page)
     self.assertIn('<td>resnet50, 128</td>', page)
-    # Nothing is fetched, and what names hold is text.
+    # Nothing is fetched, and class names are escaped.
     self.assertEmpty(re.findall(r'(?:src|href|url\()="?(?!data:)\w', page))
     self.assertNotIn('<class & ', page)
     self.assertIn('&lt;class &amp; 3&gt;', page)
 
-  def test_curves_are_of_every_recall_that_was_scored_while_training(self):
+  def test_curves_show_every_recall_evaluated_during_training(self):
     rows = [
       {'step': 0, 'untrained.recall@1': 0.1, 'untrained.recall@8': 0.2},
       {'step': 9, 'test.recall@1': 0.3, 'test.recall@8': 0.4, 'test.map': 0.1},
@@ -130,49 +130,49 @@ class ReportTest(parameterized.TestCase):
     self.assertIn('recall@1: 50 at 4', curves)
     self.assertNotIn('recall@8', curves)
 
-  def test_neighbours_are_of_a_full_sort_and_no_query_is_its_own(self):
+  def test_neighbors_equal_a_full_sort_without_the_query(self):
     test = _embedded()
-    found = report_of_run._find_neighbours(test)
+    neighbors = report_of_run._find_neighbors(test)
     unit = test.embeddings / np.linalg.norm(
       test.embeddings, axis=1, keepdims=True
     )
-    away = np.linalg.norm(unit[:, None] - unit, axis=2)
-    np.fill_diagonal(away, np.inf)
+    distances = np.linalg.norm(unit[:, None] - unit, axis=2)
+    np.fill_diagonal(distances, np.inf)
     np.testing.assert_allclose(
-      found.distances, np.sort(away, axis=1)[:, :8], atol=1e-5
+      neighbors.distances, np.sort(distances, axis=1)[:, :8], atol=1e-5
     )
     np.testing.assert_array_equal(
-      found.is_right,
-      test.split.labels[found.items] == test.split.labels[:, None],
+      neighbors.is_correct,
+      test.split.labels[neighbors.items] == test.split.labels[:, None],
     )
 
-  def test_queries_search_the_gallery_alone(self):
+  def test_queries_search_only_the_gallery(self):
     is_query = np.arange(40) % 4 == 0
     test = _embedded(is_query=is_query)
-    found = report_of_run._find_neighbours(test)
-    np.testing.assert_array_equal(found.queries, np.flatnonzero(is_query))
-    self.assertFalse(is_query[found.items].any())
+    neighbors = report_of_run._find_neighbors(test)
+    np.testing.assert_array_equal(neighbors.queries, np.flatnonzero(is_query))
+    self.assertFalse(is_query[neighbors.items].any())
 
-  def test_the_same_camera_is_left_out(self):
+  def test_matches_by_the_same_camera_are_ignored(self):
     cameras = np.tile([0, 0, 1, 1], 10).astype(np.int32)
     test = _embedded(is_query=np.arange(40) % 4 == 0, cameras=cameras)
-    found = report_of_run._find_neighbours(test)
+    neighbors = report_of_run._find_neighbors(test)
     self.assertFalse(
       np.any(
-        found.is_right
-        & (cameras[found.items] == cameras[found.queries][:, None])
+        neighbors.is_correct
+        & (cameras[neighbors.items] == cameras[neighbors.queries][:, None])
       )
     )
 
-  def test_the_smallest_data_set_has_a_report(self):
+  def test_the_smallest_dataset_has_a_report(self):
     test = _embedded(num_classes=2, each=2)
     page = _write(self.root / 'report.html', test, proxies=None)
-    self.assertNotIn('Nearest images to a proxy', page)
+    self.assertNotIn('Proxies and their nearest images', page)
 
   def test_several_proxies_of_a_class(self):
     proxies = np.random.default_rng(1).normal(size=(10, 3, 6))
     page = _write(self.root / 'report.html', _embedded(), proxies=proxies)
-    self.assertIn('Nearest images to a proxy', page)
+    self.assertIn('Proxies and their nearest images', page)
 
 
 class CompareTest(absltest.TestCase):
@@ -194,7 +194,7 @@ class CompareTest(absltest.TestCase):
     self.root = pathlib.Path(tempfile.mkdtemp())
     self.addCleanup(shutil.rmtree, self.root)
 
-  def test_seeds_are_one_row_and_other_fields_are_told(self):
+  def test_seeds_share_a_row_and_other_fields_are_listed(self):
     page = comparison.compare(
       [
         self._run('a', 0.5),
@@ -209,12 +209,14 @@ class CompareTest(absltest.TestCase):
 
   def test_an_unfinished_run_is_named(self):
     (self.root / 'x').mkdir()
-    with self.assertRaisesRegex(ValueError, 'holds no finished run'):
+    with self.assertRaisesRegex(
+      ValueError, 'not the workdir of a finished run'
+    ):
       comparison.compare([str(self.root / 'x')])
 
 
 class ChartsTest(absltest.TestCase):
-  def test_points_lie_where_their_values_say(self):
+  def test_points_are_drawn_at_their_values(self):
     svg = charts.lines(
       {'a': ([0, 10], [1.0, 3.0])}, title='t', x_label='x', y_label='y'
     )
@@ -271,7 +273,9 @@ class BrowserTest(parameterized.TestCase):
     return self.driver.find_elements('css selector', selector)
 
   def test_it_opens_without_errors_or_requests(self):
-    self.driver.get_log('performance')  # Of the browser's own first page.
+    self.driver.get_log(
+      'performance'
+    )  # Discards the log of the browser's first page.
     self.driver.get(self.page.as_uri())
     time.sleep(0.2)
     self.assertEqual(self.driver.get_log('browser'), [])
@@ -289,7 +293,7 @@ class BrowserTest(parameterized.TestCase):
       {self.page.as_uri()},
     )
 
-  def test_a_pointer_shows_the_picture_of_a_point(self):
+  def test_hovering_over_a_point_shows_its_image(self):
     from selenium.webdriver import ActionChains
 
     (tip,) = self._all('#tip')
@@ -302,7 +306,7 @@ class BrowserTest(parameterized.TestCase):
     self.assertTrue(tip.is_displayed())
     self.assertEqual(tip.text, '<class & 9>')
 
-  def test_a_table_sorts_by_the_column_that_is_pressed(self):
+  def test_a_click_on_a_header_sorts_the_table(self):
     (button,) = [
       button for button in self._all('th button') if button.text == 'recall@1'
     ]
@@ -323,7 +327,7 @@ class BrowserTest(parameterized.TestCase):
       'descending',
     )
 
-  def test_a_phone_need_not_scroll_sideways(self):
+  def test_phones_need_no_horizontal_scrolling(self):
     self.driver.execute_cdp_cmd(
       'Emulation.setDeviceMetricsOverride',
       {'width': 375, 'height': 700, 'deviceScaleFactor': 2, 'mobile': True},
@@ -337,7 +341,7 @@ class BrowserTest(parameterized.TestCase):
     )
     self.assertLessEqual(width, 375)
 
-  def test_a_screen_reader_hears_of_every_picture_and_chart(self):
+  def test_screen_readers_get_a_text_for_every_image_and_chart(self):
     for image in self._all('img'):
       self.assertTrue(image.get_attribute('alt'))
     for svg in self._all('svg'):
@@ -347,12 +351,12 @@ class BrowserTest(parameterized.TestCase):
     )
 
   @parameterized.parameters('light', 'dark')
-  def test_text_stands_out_from_its_ground(self, scheme):
+  def test_text_contrasts_with_its_background(self, scheme):
     self.driver.execute_cdp_cmd(
       'Emulation.setEmulatedMedia',
       {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]},
     )
-    color, ground = self.driver.execute_script(
+    color, background = self.driver.execute_script(
       'const canvas = document.createElement("div");'
       'canvas.style.background = "Canvas"; document.body.append(canvas);'
       'return [getComputedStyle(document.body).color,'
@@ -360,7 +364,7 @@ class BrowserTest(parameterized.TestCase):
     )
     levels = [
       np.mean([int(x) for x in re.findall(r'\d+', text)[:3]])
-      for text in (color, ground)
+      for text in (color, background)
     ]
     self.assertGreater(abs(levels[0] - levels[1]), 180)
     self.assertEqual(levels[0] > levels[1], scheme == 'dark')

@@ -1,4 +1,4 @@
-"""What runs found, as pages of HTML that open anywhere, offline."""
+"""Reports of runs: self-contained HTML pages that open offline."""
 
 from proxy_nca_jax.report.run import Embedded, write
 

@@ -1,8 +1,7 @@
-"""Compares runs side by side.
+"""Compares finished runs on one HTML page.
 
-python -m proxy_nca_jax.report RUN [RUN ...] --output=comparison.html
-
-Those that differ in their seed alone are one column with their spread.
+Runs that differ only in their seed are one row, with the mean and the range of
+their scores.
 """
 
 import argparse
@@ -21,13 +20,13 @@ from proxy_nca_jax.runtime import workdir as workdir_lib
 
 
 class _Saved(NamedTuple):
-  """What a run left.
+  """The saved results of a run.
 
   Attributes:
-    name: of its folder.
+    name: the name of its workdir.
     config: {'group.field': value}.
-    results: of results.json.
-    rows: of metrics.jsonl.
+    results: the content of results.json.
+    rows: the rows of metrics.jsonl.
   """
 
   name: str
@@ -43,7 +42,7 @@ def _read(workdir: str) -> _Saved:
   )
   if not run or not results:
     raise ValueError(
-      f'{workdir!r} holds no finished run: it has no '
+      f'{workdir!r} is not the workdir of a finished run: it has no '
       f'{"results.json" if run else "run.json"}.'
     )
   return _Saved(
@@ -55,14 +54,17 @@ def _read(workdir: str) -> _Saved:
 
 
 def compare(workdirs: Sequence[str]) -> str:
-  """Returns a page that compares finished runs.
+  """Returns an HTML page that compares finished runs.
+
+  Args:
+    workdirs: the workdirs of the runs.
 
   Raises:
-    ValueError: if one is not finished.
+    ValueError: if a run is not finished.
   """
   groups = collections.defaultdict(list)
   for saved in map(_read, workdirs):
-    # A field that is in one alone counts as different.
+    # A field that only some runs have also counts as a difference.
     key = json.dumps({**saved.config, 'seed': None}, sort_keys=True)
     groups[key].append(saved)
   groups = list(groups.values())
@@ -85,13 +87,16 @@ def compare(workdirs: Sequence[str]) -> str:
   sections = [
     (
       'Scores of the trained networks',
-      '<p>Percent: the mean over the seeds, and their range.</p>' + table,
+      '<p>In percent: mean over the seeds [lowest, highest].</p>' + table,
     ),
     ('Training', _compared_curves(titles, groups)),
   ]
   if differing:
     sections.append(
-      ('Where they differ', pages.table(('field', *titles), differing))
+      (
+        'Differences in the configuration',
+        pages.table(('field', *titles), differing),
+      )
     )
   return pages.page(f'{len(workdirs)} runs', sections)
 
@@ -124,7 +129,7 @@ def _compared_curves(titles, groups) -> str:
   ):
     series = {}
     for title, group in zip(titles, groups):
-      # The first of the seeds: their spread is in the table.
+      # Only the first seed: the table shows the spread.
       values = [
         (row['step'], scale * row[field])
         for row in group[0].rows
@@ -144,24 +149,35 @@ def _compared_curves(titles, groups) -> str:
   return f'<div class="charts">{"".join(parts)}</div>'
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog='python -m proxy_nca_jax.report',
-    description='Compares finished runs on one page.',
+def main(
+  arguments: Sequence[str] | None = None,
+  *,
+  prog: str = 'python -m proxy_nca_jax.report',
+) -> None:
+  """Runs the command line.
+
+  Args:
+    arguments: the command's arguments; by default those of the process.
+    prog: the name by which --help refers to the command.
+  """
+  parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+  parser.add_argument(
+    'runs', nargs='+', metavar='RUN', help='workdir of a finished run'
   )
-  parser.add_argument('runs', nargs='+', metavar='RUN', help='a workdir')
   parser.add_argument(
     '--output',
     default='comparison.html',
     metavar='FILE',
-    help='comparison.html by default',
+    help='HTML file to write (default: comparison.html)',
   )
   arguments = parser.parse_args(arguments)
   with errors.in_one_line():
     page = compare(arguments.runs)
     with files.write_atomically(arguments.output) as file:
       file.write(page)
-  print(f'{len(arguments.runs)} runs are compared in {arguments.output}')
+  print(
+    f'Wrote a comparison of {len(arguments.runs)} runs to {arguments.output}'
+  )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Charts as SVG inside HTML: they take the colours of the page around them."""
+"""Charts as inline SVG, which inherits the colors of the page around it."""
 
 import html
 import math
@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 _WIDTH, _HEIGHT = 480, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
-# Okabe and Ito's, which everybody tells apart; the page's own for the first.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40  # Margins.
+_MAX_MARKERS = 60
+# The palette of Okabe and Ito, distinguishable with color vision deficiencies.
 COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 
 
@@ -19,28 +20,31 @@ def lines(
   x_label: str,
   y_label: str,
 ) -> str:
-  """Draws lines through points, whose values a pointer shows.
+  """Draws a line chart; hovering over a point shows its values.
 
   Args:
     series: {name: (x, y)}, not empty.
-    title: what a screen reader says.
-    x_label: under the axis.
-    y_label: beside it.
+    title: description for screen readers.
+    x_label: label of the horizontal axis.
+    y_label: label of the vertical axis.
+
+  Returns:
+    HTML.
   """
   xs, ys = (np.concatenate([s[i] for s in series.values()]) for i in (0, 1))
-  x_place, x_ticks = _scale(xs.min(), xs.max(), _LEFT, _WIDTH - _RIGHT)
-  y_place, y_ticks = _scale(ys.min(), ys.max(), _HEIGHT - _BOTTOM, _TOP)
-  parts = [_axes(x_place, x_ticks, y_place, y_ticks, x_label, y_label)]
+  x_position, x_ticks = _scale(xs.min(), xs.max(), _LEFT, _WIDTH - _RIGHT)
+  y_position, y_ticks = _scale(ys.min(), ys.max(), _HEIGHT - _BOTTOM, _TOP)
+  parts = [_axes(x_position, x_ticks, y_position, y_ticks, x_label, y_label)]
   for number, (name, (x, y)) in enumerate(series.items()):
     color = COLORS[number % len(COLORS)]
-    points = [(x_place(a), y_place(b)) for a, b in zip(x, y)]
+    points = [(x_position(a), y_position(b)) for a, b in zip(x, y)]
     path = ' '.join(f'{a:.1f},{b:.1f}' for a, b in points)
     parts.append(
       f'<polyline points="{path}" fill="none" stroke="{color}" '
       'stroke-width="2"/>'
     )
-    # Of very many, a pointer could not tell.
-    step = max(len(points) // 60, 1)
+    # More markers would overlap.
+    step = max(len(points) // _MAX_MARKERS, 1)
     parts += [
       f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"><title>'
       f'{html.escape(name)}: {_format(y[i])} at {_format(x[i])}</title>'
@@ -57,23 +61,34 @@ def histograms(
   x_label: str,
   num_bins: int = 40,
 ) -> str:
-  """Draws how values are distributed, each series as shares of its own."""
+  """Draws a histogram of each series, as fractions of that series.
+
+  Args:
+    series: {name: values}, not empty.
+    title: description for screen readers.
+    x_label: label of the horizontal axis.
+    num_bins: number of bins, shared by all series.
+
+  Returns:
+    HTML.
+  """
   values = np.concatenate(list(series.values()))
   edges = np.linspace(values.min(), values.max() + 1e-9, num_bins + 1)
-  shares = {
+  fractions = {
     name: np.histogram(v, edges)[0] / max(len(v), 1)
     for name, v in series.items()
   }
-  x_place, x_ticks = _scale(edges[0], edges[-1], _LEFT, _WIDTH - _RIGHT)
-  top = max(s.max() for s in shares.values())
-  y_place, y_ticks = _scale(0, top, _HEIGHT - _BOTTOM, _TOP)
-  parts = [_axes(x_place, x_ticks, y_place, y_ticks, x_label, 'share')]
-  for number, (name, each) in enumerate(shares.items()):
+  x_position, x_ticks = _scale(edges[0], edges[-1], _LEFT, _WIDTH - _RIGHT)
+  top = max(s.max() for s in fractions.values())
+  y_position, y_ticks = _scale(0, top, _HEIGHT - _BOTTOM, _TOP)
+  parts = [_axes(x_position, x_ticks, y_position, y_ticks, x_label, 'fraction')]
+  for number, (name, each) in enumerate(fractions.items()):
     color = COLORS[number % len(COLORS)]
     parts += [
-      f'<rect x="{x_place(a):.1f}" y="{y_place(s):.1f}" '
-      f'width="{x_place(b) - x_place(a):.1f}" '
-      f'height="{y_place(0) - y_place(s):.1f}" fill="{color}" opacity="0.6">'
+      f'<rect x="{x_position(a):.1f}" y="{y_position(s):.1f}" '
+      f'width="{x_position(b) - x_position(a):.1f}" '
+      f'height="{y_position(0) - y_position(s):.1f}" fill="{color}" '
+      'opacity="0.6">'
       f'<title>{html.escape(name)}, {a:.2f} to {b:.2f}: {100 * s:.1f}%</title>'
       '</rect>'
       for a, b, s in zip(edges, edges[1:], each)
@@ -83,7 +98,7 @@ def histograms(
 
 
 def _scale(low, high, start, end):
-  """Returns value -> place, and round values to write there."""
+  """Returns (function from values to positions, round values for ticks)."""
   low, high = float(low), float(high)
   if high <= low:
     low, high = low - 0.5, high + 0.5
@@ -93,15 +108,15 @@ def _scale(low, high, start, end):
   return lambda x: start + (x - low) / (high - low) * (end - start), ticks
 
 
-def _axes(x_place, x_ticks, y_place, y_ticks, x_label, y_label) -> str:
+def _axes(x_position, x_ticks, y_position, y_ticks, x_label, y_label) -> str:
   bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
   marks = [
-    f'<line x1="{_LEFT}" x2="{right}" y1="{y_place(y):.1f}" '
-    f'y2="{y_place(y):.1f}" class="grid"/><text x="{_LEFT - 6}" '
-    f'y="{y_place(y) + 4:.1f}" text-anchor="end">{_format(y)}</text>'
+    f'<line x1="{_LEFT}" x2="{right}" y1="{y_position(y):.1f}" '
+    f'y2="{y_position(y):.1f}" class="grid"/><text x="{_LEFT - 6}" '
+    f'y="{y_position(y) + 4:.1f}" text-anchor="end">{_format(y)}</text>'
     for y in y_ticks
   ] + [
-    f'<text x="{x_place(x):.1f}" y="{bottom + 16}" text-anchor="middle">'
+    f'<text x="{x_position(x):.1f}" y="{bottom + 16}" text-anchor="middle">'
     f'{_format(x)}</text>'
     for x in x_ticks
   ]

@@ -1,7 +1,7 @@
-"""Published results on the papers' data sets, each with where it stands.
+"""Published results on the papers' datasets, each with its source.
 
-Scores are fractions. Only what a named public source states is here; where the
-paper itself was not at hand, the source is the page that quotes it.
+Scores are fractions, as stated by the named public source. Where the source is
+not the paper itself, it is a page that quotes the paper.
 """
 
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-  """A row of a paper's table.
+  """A published result.
 
   Attributes:
-    name: of the method.
-    network: backbone and dimensions of the embedding.
-    scores: by the names of `evaluate.score`.
-    source: where they stand.
+    name: the method.
+    network: the backbone and the embedding dimension.
+    scores: {name: fraction}, with the names of `evaluate.scores.score`.
+    source: where the scores are published.
   """
 
   name: str

@@ -1,7 +1,7 @@
-"""Pages of HTML that are one file: pictures are inside, nothing is fetched.
+"""Self-contained HTML pages: images are embedded, and nothing is fetched.
 
-They are readable on a phone, in the dark and by a screen reader: what a colour
-says, a mark or a word says too.
+The pages support phones, dark mode and screen readers. Information that a color
+conveys is also conveyed by a mark or a word.
 """
 
 import base64
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 _STYLE = """
-:root { color-scheme: light dark; --right: #1a7f37; --wrong: #c62828;
+:root { color-scheme: light dark; --correct: #1a7f37; --wrong: #c62828;
   --faint: color-mix(in srgb, currentColor 15%, transparent); }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; padding: 0 1rem;
@@ -24,7 +24,7 @@ h1, h2, h3 { line-height: 1.2; } h3 { margin-bottom: .25rem; }
 figure { margin: 0; flex: none; width: 6.5rem; }
 figure img { width: 100%; display: block; border: 4px solid transparent;
   border-radius: 4px; }
-figure.right img { border-color: var(--right); }
+figure.correct img { border-color: var(--correct); }
 figure.wrong img { border-color: var(--wrong); border-style: dashed; }
 figcaption { font-size: .75rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
@@ -90,21 +90,21 @@ for (const point of document.querySelectorAll('.map circle')) {
 
 
 class Card(NamedTuple):
-  """A picture with a caption.
+  """An image with a caption.
 
   Attributes:
-    image: its source, of `thumbnail`.
-    caption: one line, plain text.
-    is_right: whether it is framed as right, as wrong, or, by default, not.
+    image: the source of the image, from `thumbnail`.
+    caption: one line of plain text.
+    is_correct: frames the image as correct or wrong; None draws no frame.
   """
 
   image: str
   caption: str
-  is_right: bool | None = None
+  is_correct: bool | None = None
 
 
 def thumbnail(image: Image.Image, *, side: int = 96) -> str:
-  """Returns a small copy as the source of an <img>, a data: URL."""
+  """Returns a small copy of an image as a data: URL, for <img>."""
   image = image.convert('RGB')
   image.thumbnail((side, side))
   return _data_url(image)
@@ -119,15 +119,15 @@ def _data_url(image: Image.Image) -> str:
 
 
 def row(cards: Iterable[Card]) -> str:
-  """Returns pictures side by side."""
+  """Returns the HTML of images side by side."""
   return f'<div class="row">{"".join(map(_figure, cards))}</div>'
 
 
 def _figure(card: Card) -> str:
   caption, kind = html.escape(card.caption), ''
-  if card.is_right is not None:
-    kind = 'right' if card.is_right else 'wrong'
-    caption = f'{"✓" if card.is_right else "✗"} {caption}'
+  if card.is_correct is not None:
+    kind = 'correct' if card.is_correct else 'wrong'
+    caption = f'{"✓" if card.is_correct else "✗"} {caption}'
   return (
     f'<figure class="{kind}"><img src="{card.image}" alt="{caption}" '
     f'loading="lazy"><figcaption>{caption}</figcaption></figure>'
@@ -135,9 +135,9 @@ def _figure(card: Card) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-  """Returns a table that sorts by a column when its title is pressed.
+  """Returns the HTML of a table; a click on a header sorts by its column.
 
-  Floats are shares, and shown in percent; None is left empty.
+  Floats are fractions, shown in percent; None is an empty cell.
   """
   head = ''.join(
     f'<th scope="col"><button type="button">{html.escape(name)}</button></th>'
@@ -161,34 +161,36 @@ def _cell(value: object) -> str:
 
 
 def points(
-  places: np.ndarray,
+  positions: np.ndarray,
   groups: Sequence[int],
   names: Sequence[str],
   images: Sequence[Image.Image],
   *,
   title: str,
 ) -> str:
-  """Returns a map whose points show a picture under a pointer; once a page.
+  """Returns the HTML of a scatter plot; hovering over a point shows its image.
+
+  At most one per page, since its tooltip has a fixed id.
 
   Args:
-    places: float [number, 2].
-    groups: of each point, for its colour.
-    names: of each point.
-    images: of each point.
-    title: what a screen reader says.
+    positions: float [num_points, 2].
+    groups: the group of each point, [num_points], which determines its color.
+    names: the name of each point, [num_points].
+    images: the image of each point, [num_points].
+    title: description for screen readers.
   """
-  number, side = len(places), 48
-  columns = int(np.ceil(np.sqrt(number)))
-  sheet = Image.new('RGB', (columns * side, -(-number // columns) * side))
-  low, high = places.min(axis=0), places.max(axis=0)
-  places = 10 + 620 * (places - low) / np.maximum(high - low, 1e-9)
+  num_points, side = len(positions), 48
+  columns = int(np.ceil(np.sqrt(num_points)))
+  sheet = Image.new('RGB', (columns * side, -(-num_points // columns) * side))
+  low, high = positions.min(axis=0), positions.max(axis=0)
+  positions = 10 + 620 * (positions - low) / np.maximum(high - low, 1e-9)
   circles = []
   for index, ((x, y), group, name, image) in enumerate(
-    zip(places, groups, names, images)
+    zip(positions, groups, names, images)
   ):
     line, column = divmod(index, columns)
     sheet.paste(image.resize((side, side)), (column * side, line * side))
-    # Neighbouring numbers are far apart on the circle.
+    # The golden angle: consecutive groups get very different hues.
     hue = group * 137.508 % 360
     circles.append(
       f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="hsl({hue:.0f} 65% 50%)" '
@@ -204,7 +206,7 @@ def points(
 
 
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-  """Returns a whole page of sections, each a heading and HTML."""
+  """Returns a complete page; a section is (heading, HTML)."""
   title = html.escape(title)
   body = ''.join(
     f'<section><h2>{html.escape(heading)}</h2>{content}</section>'

@@ -1,4 +1,4 @@
-"""What a run found, as one page of HTML that opens anywhere, offline."""
+"""The report of a run: one self-contained HTML page."""
 
 import collections
 import html
@@ -15,17 +15,20 @@ from proxy_nca_jax.evaluate import scores as scores_lib
 from proxy_nca_jax.report import charts, literature, pages
 from proxy_nca_jax.runtime import files
 
-# What a page shows of each kind.
-_NUM_QUERIES, _NUM_NEIGHBOURS, _NUM_PROXIES = 6, 8, 6
+# How many items of each kind the report shows.
+_NUM_QUERIES, _NUM_NEIGHBORS, _NUM_PROXIES = 6, 8, 6
 _NUM_CONFUSIONS, _NUM_CLASSES_ON_MAP, _NUM_POINTS = 30, 40, 800
 _NUM_PAIRS = 20_000
+# Extra neighbors to search for where those of the query's class and camera,
+# which the protocol ignores, are dropped.
+_NUM_EXTRA_NEIGHBORS = 32
 
 
 class Embedded(NamedTuple):
-  """A split, or some of it, with its embeddings.
+  """A split, or a subset of one, with its embeddings.
 
   Attributes:
-    split: of the data set.
+    split: a split of the dataset.
     embeddings: float32 [len(split), dim].
   """
 
@@ -39,20 +42,20 @@ class Embedded(NamedTuple):
     return self.split.class_names[self.split.labels[index]]
 
 
-class _Neighbours(NamedTuple):
-  """The nearest items of each query.
+class _Neighbors(NamedTuple):
+  """The nearest neighbors of each query.
 
   Attributes:
-    queries: int [num_queries], numbers of items.
-    items: int [num_queries, k], likewise, nearest first.
-    distances: float [num_queries, k].
-    is_right: bool [num_queries, k], whether they are of the query's class.
+    queries: int [num_queries], indices into the split.
+    items: int [num_queries, k], indices into the split, nearest first.
+    distances: float32 [num_queries, k], Euclidean, on the unit sphere.
+    is_correct: bool [num_queries, k], whether they have the query's label.
   """
 
   queries: np.ndarray
   items: np.ndarray
   distances: np.ndarray
-  is_right: np.ndarray
+  is_correct: np.ndarray
 
 
 def write(
@@ -70,30 +73,30 @@ def write(
   """Writes the report of a run.
 
   Args:
-    path: of the file.
+    path: the HTML file to write.
     results: the content of results.json.
-    config: of the run, as nested dicts of JSON.
-    overrides: what of it differs from the defaults, {'group.field': value}.
-    facts: what else to tell of it, as its wall time.
-    rows: of metrics.jsonl.
-    test: what was measured.
-    train: some of what was learned from.
-    proxies: float [num_classes, ..., dim], of the train classes; None if the
-      loss has none of classes.
+    config: the config of the run, as nested dicts of JSON.
+    overrides: {'group.field': value} of its differences from the defaults.
+    facts: further facts to list, such as {'wall time': '0:10:00'}.
+    rows: the rows of metrics.jsonl.
+    test: the evaluated split.
+    train: a sample of the train split, for the images nearest to proxies.
+    proxies: float [num_train_classes, ..., dim]; None if the loss has no
+      proxies of classes.
   """
   rng = np.random.default_rng(0)
-  found = _find_neighbours(test)
+  neighbors = _find_neighbors(test)
   sections = [
     ('Scores', _scores(results, config)),
     ('Training', _curves(rows)),
-    ('Queries and their nearest neighbours', _queries(test, found)),
+    ('Queries and their nearest neighbors', _queries(test, neighbors)),
     ('The embedding space', _map(test, rng)),
     ('Distances', _histograms(test, rng)),
-    ('Classes most confused', _confusions(test, found)),
+    ('Most confused classes', _confusions(test, neighbors)),
   ]
   if proxies is not None:
     nearest = _proxies(train, proxies, rng)
-    sections.append(('Nearest images to a proxy', nearest))
+    sections.append(('Proxies and their nearest images', nearest))
   sections.append(('The run', _about(results, config, overrides, facts)))
   name = f'{config["dataset"]["name"]}, {config["loss"]["name"]}'
   with files.write_atomically(path) as file:
@@ -104,36 +107,39 @@ def _unit(rows: np.ndarray) -> np.ndarray:
   return np.asarray(distances.unit_norm(np.asarray(rows, np.float32)))
 
 
-def _find_neighbours(test: Embedded) -> _Neighbours:
-  """Finds the nearest items as the scores do: no query finds itself."""
-  split, points = test.split, _unit(test.embeddings)
-  queries = gallery = np.arange(len(points))
-  k = min(_NUM_NEIGHBOURS, len(points) - 1)
+def _find_neighbors(test: Embedded) -> _Neighbors:
+  """Finds the nearest items by the scores' protocol, without the query."""
+  split, embeddings = test.split, _unit(test.embeddings)
+  queries = gallery = np.arange(len(embeddings))
+  k = min(_NUM_NEIGHBORS, len(embeddings) - 1)
   if split.is_query is None:
-    _, found = retrieval.nearest(points, k)
+    _, indices = retrieval.nearest(embeddings, k)
   else:
     queries, gallery = (
       np.flatnonzero(rows) for rows in (split.is_query, ~split.is_query)
     )
-    # Of pictures of the same class and camera, which do not count, there may
-    # be some before.
-    extra = 0 if split.cameras is None else 32
+    extra = 0 if split.cameras is None else _NUM_EXTRA_NEIGHBORS
     k = min(k + extra, len(gallery))
-    _, found = retrieval.nearest(points[queries], k, gallery=points[gallery])
-  items = gallery[np.asarray(found)]
-  if split.cameras is not None:
-    counts = (split.labels[items] != split.labels[queries][:, None]) | (
-      split.cameras[items] != split.cameras[queries][:, None]
+    _, indices = retrieval.nearest(
+      embeddings[queries], k, gallery=embeddings[gallery]
     )
-    order = np.argsort(~counts, axis=1, kind='stable')[:, :_NUM_NEIGHBOURS]
+  items = gallery[np.asarray(indices)]
+  if split.cameras is not None:
+    is_ignored = (split.labels[items] == split.labels[queries][:, None]) & (
+      split.cameras[items] == split.cameras[queries][:, None]
+    )
+    order = np.argsort(is_ignored, axis=1, kind='stable')[:, :_NUM_NEIGHBORS]
     items = np.take_along_axis(items, order, axis=1)
-  away = retrieval.neighbor_distances(points[queries], points, items)
-  is_right = split.labels[items] == split.labels[queries][:, None]
-  return _Neighbours(queries, items, away, is_right)
+  return _Neighbors(
+    queries,
+    items,
+    retrieval.neighbor_distances(embeddings[queries], embeddings, items),
+    split.labels[items] == split.labels[queries][:, None],
+  )
 
 
 def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-  """The table of the run's scores, above those that are published."""
+  """Returns a table of the run's scores, followed by published ones."""
   network = f'{config["model"]["name"]}, {config["model"]["embedding_dim"]}'
   titles = [
     title
@@ -161,10 +167,16 @@ def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for row in literature.PUBLISHED.get(config['dataset']['name'], ())
   ]
   header = ['method', 'network', *names, 'source']
-  note = 'Percent, on classes that training did not see.'
+  note = 'In percent, on classes not seen in training.'
+  if 'seen_classes' in results:
+    note = (
+      'In percent, on classes not seen in training, except for seen classes.'
+    )
   if theirs:
-    note += ' Published results are of other code, and some are the best on '
-    note += 'the test classes.'
+    note += (
+      ' Published results come from other code; some are the best of several '
+      'evaluations on the test classes.'
+    )
   return f'<p>{note}</p>' + pages.table(header, ours + theirs)
 
 
@@ -173,7 +185,7 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> str:
   losses = [(row['step'], row['loss']) for row in rows if 'loss' in row]
   if losses:
     series['loss'] = {'loss': tuple(zip(*losses))}
-  # Of the classes that were scored while training.
+  # The classes that were evaluated during training.
   is_validated = any(
     name.startswith('validation.') for row in rows for name in row
   )
@@ -200,67 +212,69 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> str:
   )
 
 
-def _queries(test: Embedded, found: _Neighbours) -> str:
-  """The best, typical and worst queries, of different classes."""
-  # Sure and right first, sure and wrong last.
-  precision = found.is_right.mean(axis=1)
-  away = found.distances.mean(axis=1)
-  order = np.lexsort([np.where(precision > 0.5, away, -away), -precision])
+def _queries(test: Embedded, neighbors: _Neighbors) -> str:
+  """Returns the best, typical and worst queries, of distinct classes."""
+  # By precision; of equal ones, near correct neighbors first, near wrong ones
+  # last.
+  precision = neighbors.is_correct.mean(axis=1)
+  distance = neighbors.distances.mean(axis=1)
+  order = np.lexsort(
+    [np.where(precision > 0.5, distance, -distance), -precision]
+  )
   middle = np.argsort(np.abs(np.arange(len(order)) - len(order) // 2))
   kinds = {'Best': order, 'Typical': order[middle], 'Worst': order[::-1]}
   parts, seen = [], set()
   for title, candidates in kinds.items():
     parts.append(f'<h3>{title}</h3>')
-    number = 0
+    num_shown = 0
     for row in candidates:
-      label = test.split.labels[found.queries[row]]
+      label = test.split.labels[neighbors.queries[row]]
       if label in seen:
         continue
       seen.add(label)
-      parts.append(_query(test, found, row))
-      number += 1
-      if number == _NUM_QUERIES // 2:
+      parts.append(_query(test, neighbors, row))
+      num_shown += 1
+      if num_shown == _NUM_QUERIES // 2:
         break
   return ''.join(parts)
 
 
-def _query(test: Embedded, found: _Neighbours, row: int) -> str:
-  query = found.queries[row]
+def _query(test: Embedded, neighbors: _Neighbors, row: int) -> str:
+  query = neighbors.queries[row]
   cards = [_card(test, query, f'query: {test.name(query)}')]
-  for item, away, is_right in zip(
-    found.items[row], found.distances[row], found.is_right[row]
+  for item, distance, is_correct in zip(
+    neighbors.items[row], neighbors.distances[row], neighbors.is_correct[row]
   ):
-    cards.append(
-      _card(test, item, f'{test.name(item)} ({away:.2f})', bool(is_right))
-    )
+    caption = f'{test.name(item)} ({distance:.2f})'
+    cards.append(_card(test, item, caption, bool(is_correct)))
   return pages.row(cards)
 
 
-def _card(embedded, index, caption, is_right=None) -> pages.Card:
-  return pages.Card(pages.thumbnail(embedded.image(index)), caption, is_right)
+def _card(embedded, index, caption, is_correct=None) -> pages.Card:
+  return pages.Card(pages.thumbnail(embedded.image(index)), caption, is_correct)
 
 
 def _map(test: Embedded, rng: np.random.Generator) -> str:
-  """A t-SNE of some classes."""
-  # It takes two seconds, for which runs without a report need not wait.
+  """Returns a t-SNE map of a random sample of classes."""
+  # Imported here, since it takes two seconds that only reports need.
   from sklearn import manifold
 
   labels = test.split.labels
   classes = rng.permutation(test.split.num_classes)[:_NUM_CLASSES_ON_MAP]
   members = np.flatnonzero(np.isin(labels, classes))
   members = np.sort(rng.permutation(members)[:_NUM_POINTS])
-  points = _unit(test.embeddings[members])
-  # Van der Maaten's default, as far as there are points for it.
-  perplexity = min(30, (len(points) - 1) / 3)
-  places = manifold.TSNE(
+  embeddings = _unit(test.embeddings[members])
+  # Van der Maaten's default of 30, limited by the number of points.
+  perplexity = min(30, (len(embeddings) - 1) / 3)
+  positions = manifold.TSNE(
     perplexity=perplexity,
-    init='pca' if len(points) > 2 else 'random',
+    init='pca' if len(embeddings) > 2 else 'random',
     random_state=0,
-  ).fit_transform(points)
-  number = len(np.unique(labels[members]))
-  title = f'Map of {len(members)} images of {number} classes'
-  return f'<p>{title} (t-SNE); a pointer shows the image.</p>' + pages.points(
-    places,
+  ).fit_transform(embeddings)
+  num_classes = len(np.unique(labels[members]))
+  title = f't-SNE map of {len(members)} images of {num_classes} classes'
+  return f'<p>{title}; hover over a point to see its image.</p>' + pages.points(
+    positions,
     labels[members].tolist(),
     [test.name(i) for i in members],
     [test.image(i) for i in members],
@@ -269,72 +283,74 @@ def _map(test: Embedded, rng: np.random.Generator) -> str:
 
 
 def _histograms(test: Embedded, rng: np.random.Generator) -> str:
-  points, labels = _unit(test.embeddings), test.split.labels
+  embeddings, labels = _unit(test.embeddings), test.split.labels
   a, b = rng.integers(len(labels), size=(2, 20 * _NUM_PAIRS))
-  # Pairs of the same class are rare among all: they are drawn by class.
+  # Positive pairs are rare, so they are sampled separately: a random member of
+  # the class of each `a`.
   order = np.argsort(labels, kind='stable')
   starts = np.searchsorted(labels[order], labels[a])
   sizes = np.bincount(labels)[labels[a]]
-  mate = order[starts + rng.integers(sizes)]
+  positives = order[starts + rng.integers(sizes)]
   series = {}
   for name, others, keep in (
-    ('the same class', mate, mate != a),
+    ('same class', positives, positives != a),
     ('different classes', b, labels[a] != labels[b]),
   ):
     rows = np.flatnonzero(keep)[:_NUM_PAIRS]
-    away = np.linalg.norm(points[a[rows]] - points[others[rows]], axis=1)
-    if len(away):
-      series[name] = away
+    if len(rows):
+      series[name] = np.linalg.norm(
+        embeddings[a[rows]] - embeddings[others[rows]], axis=1
+      )
   return charts.histograms(
-    series, title='Distances of pairs of images', x_label='distance'
+    series, title='Distances between pairs of images', x_label='distance'
   )
 
 
-def _confusions(test: Embedded, found: _Neighbours) -> str:
+def _confusions(test: Embedded, neighbors: _Neighbors) -> str:
   labels = test.split.labels
-  queries, nearest = labels[found.queries], labels[found.items[:, 0]]
+  queries, nearest = labels[neighbors.queries], labels[neighbors.items[:, 0]]
   sizes = np.bincount(queries, minlength=test.split.num_classes)
   pairs = collections.Counter(
     (a, b) for a, b in zip(queries.tolist(), nearest.tolist()) if a != b
   )
   names = test.split.class_names
   rows = [
-    (names[a], names[b], number, number / int(sizes[a]))
-    for (a, b), number in pairs.most_common(_NUM_CONFUSIONS)
+    (names[a], names[b], count, count / int(sizes[a]))
+    for (a, b), count in pairs.most_common(_NUM_CONFUSIONS)
   ]
   if not rows:
-    return '<p>None: the nearest neighbour of each query is right.</p>'
-  return '<p>How often the nearest neighbour is of another class.</p>' + (
-    pages.table(('class', 'taken for', 'queries', '% of its queries'), rows)
+    return '<p>None: the nearest neighbor of every query is correct.</p>'
+  return '<p>How often the nearest neighbor has another class.</p>' + (
+    pages.table(('class', 'confused with', 'queries', '% of its queries'), rows)
   )
 
 
 def _proxies(
   train: Embedded, proxies: np.ndarray, rng: np.random.Generator
 ) -> str:
-  """Some proxies with the nearest of the images that were embedded."""
+  """Returns a random sample of proxies with their nearest train images."""
   present = np.unique(train.split.labels)
   chosen = np.sort(rng.permutation(present)[:_NUM_PROXIES])
   centers = _unit(proxies[chosen].reshape(len(chosen), -1, proxies.shape[-1]))
-  points, parts = _unit(train.embeddings), []
-  for label, points_of_class in zip(chosen, centers):
-    away = np.linalg.norm(points - points_of_class[0], axis=1)
-    nearest = np.argsort(away)[:_NUM_NEIGHBOURS]
+  embeddings, parts = _unit(train.embeddings), []
+  for label, class_centers in zip(chosen, centers):
+    distances_to_proxy = np.linalg.norm(embeddings - class_centers[0], axis=1)
+    nearest = np.argsort(distances_to_proxy)[:_NUM_NEIGHBORS]
     parts.append(
       f'<h3>{html.escape(train.split.class_names[label])}</h3>'
       + pages.row(
         _card(
           train,
           i,
-          f'{train.name(i)} ({away[i]:.2f})',
+          f'{train.name(i)} ({distances_to_proxy[i]:.2f})',
           bool(train.split.labels[i] == label),
         )
         for i in nearest
       )
     )
   note = (
-    f'Among {len(points):,} of the images that were learned from. Of several '
-    'proxies of a class, the first.'
+    f'The nearest of {len(embeddings):,} train images. If a class has several '
+    'proxies, its first one is shown.'
   )
   return f'<p>{note}</p>' + ''.join(parts)
 
@@ -348,14 +364,14 @@ def _about(results, config, overrides, facts) -> str:
   }
   return (
     pages.table(
-      ('what', 'value'), [(name, str(value)) for name, value in facts.items()]
+      ('fact', 'value'), [(name, str(value)) for name, value in facts.items()]
     )
-    + '<h3>What differs from the defaults</h3>'
+    + '<h3>Differences from the default configuration</h3>'
     + pages.table(
       ('field', 'value'),
       [(name, json.dumps(value)) for name, value in sorted(overrides.items())],
     )
-    + '<details><summary>The whole configuration</summary><pre>'
+    + '<details><summary>Complete configuration</summary><pre>'
     + html.escape(json.dumps(config, indent=2))
     + '</pre></details>'
   )
