@@ -1,13 +1,13 @@
-"""Trains a network, and scores it on classes that it never saw.
+"""Trains an embedding network and scores it on unseen classes.
 
   python main.py --config=glyphs --workdir=/tmp/run
   python main.py --config=image_folder --config.dataset.root=DIR --workdir=RUN
   python main.py --config=cub200:proxynca_pp --workdir=/tmp/cub
 
---config.FIELD=VALUE sets a field of the config; configs/default.py has all of
-them, each with a word on it. --config.dry_run=True prints what would be done.
-The workdir gets checkpoints, metrics, results.json and report.html. A run that
-was stopped goes on when the same command is given again.
+--config.FIELD=VALUE overrides a field of the config; configs/default.py
+documents all fields. --config.dry_run=True prints the plan and exits. The
+workdir receives checkpoints, metrics, results.json and report.html. Repeat the
+same command to resume a run that was stopped.
 """
 
 from absl import flags
@@ -16,7 +16,10 @@ from proxy_nca_jax import train
 from proxy_nca_jax.runtime import command_line
 
 flags.DEFINE_enum(
-  'mode', 'train', ['train', 'eval'], 'eval scores the newest checkpoint.'
+  'mode',
+  'train',
+  ['train', 'eval'],
+  'train trains and scores; eval only scores the newest checkpoint.',
 )
 
 
