@@ -116,6 +116,9 @@ class DocsTest(parameterized.TestCase):
       images = rng.normal(size=(8, 16, 16, 3)).astype(np.float32)
       gradients = jax.grad(names['objective'])(params, images, np.arange(8) % 4)
       self.assertGreater(np.abs(gradients['proxies']).max(), 0)
+    if 'train_step' in names:
+      self.assertTrue(np.isfinite(names['loss']))
+      self.assertLessEqual({'recall@1', 'map@r', 'nmi'}, set(names['scores']))
     if 'network' in names:
       np.testing.assert_allclose(
         names['embeddings'],
@@ -140,7 +143,7 @@ class DocsTest(parameterized.TestCase):
     for module, *arguments in commands:
       for old, new in replacements.items():
         arguments = [x.replace(old, new) for x in arguments]
-      importlib.import_module(module).main(arguments)
+      importlib.import_module(f'{module}.__main__').main(arguments)
     written = ('images.index', 'found.html', 'images.npz', 'scores.json')
     for name in written:
       if name in (_ROOT / page).read_text():
