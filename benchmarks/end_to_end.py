@@ -1,24 +1,23 @@
-"""What data and loop cost: training beside the bare step on one batch.
+"""Measures the overhead of data and training loop over the bare step.
 
 python benchmarks/end_to_end.py [glyphs] [--steps=100] [--rounds=5]
 python benchmarks/end_to_end.py photos [--model=resnet50] [--dtype=bfloat16]
   [--batch_size=32] [--resize=288] [--image_size=256] [--pictures=5864]
 
-`glyphs` trains configs/glyphs.py. `photos` is for accelerators: as many
-pictures of noise as CUB has to learn, stored resized as with
-config.dataset.cache_size, cropped and flipped, at the sizes of ProxyNCA++. In
-one process and in turn:
+`glyphs` trains configs/glyphs.py. `photos` is for accelerators: random images,
+as many as CUB has for training, stored resized as with
+config.dataset.cache_size, cropped and flipped, at the sizes of ProxyNCA++.
+These variants take turns in one process:
 
-  step        the jitted step alone, over and over on one batch on the device
-  loop        the trainer's loop, given one and the same batch by the host
-  host        the trainer's loop, from data: images are cropped by the host
+  step        only the jitted step, repeated on one batch on the device
+  loop        the trainer's loop, repeating one batch from the host
+  host        the trainer's loop from data; the host crops the images
   on_device   the same with config.dataset.on_device=True
 
-The trainer's loop is loop.fit with logging and TensorBoard, no evaluation and
-no checkpoints. Prints medians over the rounds, in milliseconds a step, of the
-clock and of processor time, which other work on the machine disturbs less; and
-the median over the rounds of each one's ratio to the bare step of the same
-round.
+The trainer's loop is loop.fit with logging and TensorBoard, but without
+evaluation and checkpoints. Prints medians over the rounds in milliseconds per
+step, of wall-clock time and of processor time, which is less sensitive to other
+work on the machine, and the median ratio to the bare step of the same round.
 """
 
 import argparse
@@ -52,11 +51,11 @@ from proxy_nca_jax.runtime import metric_writer, monitoring, signals
 from proxy_nca_jax.runtime import progress as progress_lib
 
 flags.FLAGS.mark_as_parsed()
-_WAYS = ('step', 'loop', 'host', 'on_device')
+_VARIANTS = ('step', 'loop', 'host', 'on_device')
 
 
 def make_photos(arguments) -> tuple[ml_collections.ConfigDict, datasets.Split]:
-  """Returns a config, and pictures of noise of 100 classes."""
+  """Returns a config, and random images of 100 classes."""
   config = default.get_config()
   config.batch_size = arguments.batch_size
   config.model.name, config.model.dtype = arguments.model, arguments.dtype
@@ -64,13 +63,13 @@ def make_photos(arguments) -> tuple[ml_collections.ConfigDict, datasets.Split]:
   config.dataset.image_size = arguments.image_size
   config.optimizer.backbone.learning_rate = 1e-5  # Noise teaches nothing.
   shape = (arguments.pictures, arguments.resize, arguments.resize, 3)
-  # One picture of noise at another offset each: quick to make.
+  # All images are views of one noise array at different offsets, for speed.
   noise = np.random.default_rng(0).integers(
     0, 256, np.prod(shape[1:]) + shape[0], np.uint8
   )
   pixels = np.empty(shape, np.uint8)
-  for index, picture in enumerate(pixels):
-    picture.reshape(-1)[:] = noise[index : index + picture.size]
+  for index, image in enumerate(pixels):
+    image.reshape(-1)[:] = noise[index : index + image.size]
   split = datasets.Split(
     source=(),
     images=pixels.__getitem__,
@@ -82,11 +81,12 @@ def make_photos(arguments) -> tuple[ml_collections.ConfigDict, datasets.Split]:
 
 
 def read_clocks() -> np.ndarray:
+  """Returns wall-clock and processor time, in seconds."""
   return np.array([time.perf_counter(), time.process_time()])
 
 
 class Contest:
-  """One state to begin with, one compiled step, and four ways to train."""
+  """An initial state, a compiled step, and four variants of training."""
 
   def __init__(self, config, split, workdir, stop_signals):
     self._config, self._split = config, split
@@ -122,28 +122,28 @@ class Contest:
     self._config.dataset.on_device = is_on_device
     return input_pipeline.train_batches(self._split, self._config)
 
-  def seconds(self, way: str) -> np.ndarray:
-    """Trains `config.num_steps` in one of the ways.
+  def seconds(self, variant: str) -> np.ndarray:
+    """Trains `config.num_steps` in one of `_VARIANTS`.
 
-    The start of the reading threads and the first batch do not count.
+    Starting the reading threads and the first batch are not measured.
 
     Returns:
-      The time it took, and that of all processors.
+      float64 [2], wall-clock and processor time in seconds.
     """
     state = jax.block_until_ready(
       jax.device_put(self._start, mesh_lib.replicated(self._mesh))
     )
-    if way == 'step':
+    if variant == 'step':
       batch = jax.block_until_ready(self._prepare[False](self._batch))
       start = read_clocks()
       for _ in range(self._config.num_steps):
         state, metrics = self._step(state, batch, 1.0, freeze_batch_norm=False)
       jax.block_until_ready((state, metrics))
       return read_clocks() - start
-    is_on_device = way == 'on_device'
+    is_on_device = variant == 'on_device'
     with contextlib.ExitStack() as stack:
       batches = itertools.repeat(self._batch)
-      if way != 'loop':
+      if variant != 'loop':
         batches = self._batches(is_on_device)
         stack.callback(batches.close)
         next(batches)
@@ -188,14 +188,21 @@ def main() -> None:
   parser.add_argument(
     'data', nargs='?', default='glyphs', choices=('glyphs', 'photos')
   )
-  parser.add_argument('--steps', type=int, default=100)
-  parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--model', default='resnet50')
-  parser.add_argument('--dtype', default='bfloat16')
-  parser.add_argument('--batch_size', type=int, default=32)
-  parser.add_argument('--resize', type=int, default=288)
-  parser.add_argument('--image_size', type=int, default=256)
-  parser.add_argument('--pictures', type=int, default=5864)
+  parser.add_argument(
+    '--model', default='resnet50', help='photos: config.model.name'
+  )
+  parser.add_argument(
+    '--dtype', default='bfloat16', help='photos: config.model.dtype'
+  )
+  for name, value, text in (
+    ('steps', 100, 'steps of each measurement'),
+    ('rounds', 5, 'repetitions of each measurement'),
+    ('batch_size', 32, 'photos: batch size'),
+    ('resize', 288, 'photos: side of the stored images, in pixels'),
+    ('image_size', 256, 'photos: side of the crops, in pixels'),
+    ('pictures', 5864, 'photos: number of images'),
+  ):
+    parser.add_argument(f'--{name}', type=int, default=value, help=text)
   arguments = parser.parse_args()
   if arguments.data == 'glyphs':
     config = glyphs.get_config()
@@ -208,27 +215,29 @@ def main() -> None:
     signals.StopSignals() as stop_signals,
   ):
     contest = Contest(config, split, workdir, stop_signals)
-    seconds = {way: [] for way in _WAYS}
-    for way in _WAYS:  # Compiles.
-      contest.seconds(way)
+    seconds = {variant: [] for variant in _VARIANTS}
+    for variant in _VARIANTS:  # Compiles.
+      contest.seconds(variant)
     for number in range(arguments.rounds):
-      # Each way is as often after each other one.
-      turn = number % len(_WAYS)
-      for way in _WAYS[turn:] + _WAYS[:turn]:
-        seconds[way].append(contest.seconds(way))
+      # Rotates, so that each variant comes first equally often.
+      turn = number % len(_VARIANTS)
+      for variant in _VARIANTS[turn:] + _VARIANTS[:turn]:
+        seconds[variant].append(contest.seconds(variant))
   size = config.dataset.image_size
   print(
     f'{config.model.name}, {config.model.dtype}, batches of '
-    f'{config.batch_size} images of {size} x {size}, {len(split)} pictures; '
+    f'{config.batch_size} images of {size} x {size}, {len(split)} images; '
     f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax '
     f'{jax.__version__}; {arguments.rounds} rounds of {arguments.steps} steps'
   )
-  print(f'{"":12}{"ms a step":>11}{"ratio":>9}{"processor ms":>14}{"ratio":>9}')
-  for way, values in seconds.items():
+  print(
+    f'{"":12}{"ms per step":>12}{"ratio":>9}{"processor ms":>14}{"ratio":>9}'
+  )
+  for variant, values in seconds.items():
     ratios = np.median(np.divide(values, seconds['step']), axis=0)
     clock, processor = 1e3 * np.median(values, axis=0) / arguments.steps
     print(
-      f'{way:12}{clock:11.2f}{ratios[0]:9.3f}{processor:14.2f}{ratios[1]:9.3f}'
+      f'{variant:12}{clock:12.2f}{ratios[0]:9.3f}{processor:14.2f}{ratios[1]:9.3f}'
     )
 
 

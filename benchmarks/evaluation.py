@@ -1,27 +1,29 @@
-"""Evaluation at the size of Stanford Online Products, beside its peers'.
+"""Compares evaluation with other libraries, at the size of SOP.
 
 python benchmarks/evaluation.py [--rounds=3] [--dims=64,512]
 
-Needs faiss-cpu, scikit-learn, torch and pytorch-metric-learning besides. The
-embeddings are random points of unit norm around 11,316 class centres; classes
-have 2 to 12 of the 60,502 items. In one process, each with two threads, in
-turn: medians after a first round that compiles, and ratios to the peer's.
+Needs Linux, and:
+pip install faiss-cpu scikit-learn torch pytorch-metric-learning
 
-* Ranking: Recall@{1,10,100,1000} by the nearest positives alone, and with MAP@R
-  and the other scores of all positives, against the search of FAISS's flat
-  index at k = 1001, which Recall@1000 needs. Recall is compared.
-* pytorch-metric-learning's AccuracyCalculator for Recall@1, R-precision and
-  MAP@R, at the first dimension; scores are compared.
+The embeddings are 60,502 random unit vectors around 11,316 class centers, as
+many as Stanford Online Products (SOP) tests on; classes have 2 to 12 items.
+The libraries take turns in one process, with two threads each. Prints medians
+after a first round that compiles, and ratios to the other library.
+
+* Ranking: Recall@{1,10,100,1000} only, and with MAP@R and the other scores that
+  need all positives, against a search in FAISS's flat index with k = 1001,
+  which Recall@1000 needs. The values of Recall are compared.
+* Recall@1, R-precision and MAP@R against pytorch-metric-learning's
+  AccuracyCalculator, at the first dimension. The scores are compared.
 * 20 iterations of k-means with 11,316 clusters against FAISS's from the same
-  start, at the first dimension; assignments are compared.
-* NMI of two partitions into 11,316 parts against scikit-learn's.
+  initial centroids, at the first dimension. The assignments are compared.
+* NMI of two partitions with 11,316 parts against scikit-learn's.
 
-The floor is the time of the products alone at the rate of one large product
-measured in the same process: half of all pairs for ranking, all points with all
-centroids for k-means. Memory is the peak above the embeddings, of a process of
-its own that runs twice: of the second run, so that the compiler's is not
-counted, and after what the first one freed was given back. It is read from
-/proc: Linux alone.
+"floor" is the time that the matrix products alone would take at the speed of
+one large product in the same process: half of all pairs for ranking, all points
+with all centroids for k-means. Memory is the peak beyond the embeddings, read
+from /proc, in the second run of a separate process: the first run compiles, and
+its freed memory is returned to the system in between.
 """
 
 import argparse
@@ -33,9 +35,26 @@ import subprocess
 import sys
 import time
 
+
+def _parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--rounds', type=int, default=3, help='repetitions of each measurement'
+  )
+  parser.add_argument(
+    '--dims', default='64,512', help='dimensions of the embeddings'
+  )
+  parser.add_argument('--memory', default='', help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+# Parsed here because --help must work without the packages imported below.
+_ARGUMENTS = _parse()
 _THREADS = 2
 if hasattr(os, 'sched_setaffinity'):
-  # XLA takes as many threads as the process has processors.
+  # XLA starts one thread per processor that the process may use.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_THREADS])
 
 import faiss
@@ -62,9 +81,9 @@ def make_split(dim: int) -> tuple[np.ndarray, np.ndarray]:
   rng = np.random.default_rng(0)
   sizes = np.clip(rng.poisson(5.35, _NUM_CLASSES), 2, 12)
   labels = np.resize(np.repeat(np.arange(_NUM_CLASSES), sizes), _NUM_ITEMS)
-  centres = rng.standard_normal((_NUM_CLASSES, dim), np.float32)
+  centers = rng.standard_normal((_NUM_CLASSES, dim), np.float32)
   noise = rng.standard_normal((_NUM_ITEMS, dim), np.float32)
-  rows = centres[labels] + 1.2 * noise
+  rows = centers[labels] + 1.2 * noise
   return rows / np.linalg.norm(rows, axis=1, keepdims=True), labels
 
 
@@ -77,13 +96,13 @@ def ranks(rows, labels, nearest_only: bool):
   ]
 
 
-def recall_here(rows, labels) -> list[float]:
+def our_recall(rows, labels) -> list[float]:
   first = np.concatenate([r[:, 0] for r in ranks(rows, labels, True)])
   return [float(np.mean(first[first > 0] <= k)) for k in _RECALL_AT]
 
 
-def scores_here(rows, labels) -> list[float]:
-  """Recall@K, then MAP@R, R-precision, MRR and mAP."""
+def our_scores(rows, labels) -> list[float]:
+  """Returns Recall@K, then MAP@R, R-precision, MRR and mAP."""
   parts = ranks(rows, labels, False)
   fns = [lambda r, k=k: metrics.recall_at_k(r, k) for k in _RECALL_AT]
   fns += [
@@ -98,19 +117,19 @@ def scores_here(rows, labels) -> list[float]:
   ]
 
 
-def recall_by_faiss(rows, labels) -> list[float]:
+def faiss_recall(rows, labels) -> list[float]:
   index = faiss.IndexFlatIP(rows.shape[1])
   index.add(rows)
-  _, found = index.search(rows, max(_RECALL_AT) + 1)
-  is_self = found == np.arange(len(rows))[:, None]
-  is_match = (labels[found] == labels[:, None]) & ~is_self
-  place = np.cumsum(~is_self, axis=1)
-  first = np.where(is_match, place, len(rows)).min(axis=1)
+  _, neighbors = index.search(rows, max(_RECALL_AT) + 1)
+  is_self = neighbors == np.arange(len(rows))[:, None]
+  is_match = (labels[neighbors] == labels[:, None]) & ~is_self
+  ranks = np.cumsum(~is_self, axis=1)
+  first = np.where(is_match, ranks, len(rows)).min(axis=1)
   return [float(np.mean(first <= k)) for k in _RECALL_AT]
 
 
-def product_rate() -> float:
-  """Floating-point operations a second of a matrix product."""
+def measure_flops() -> float:
+  """Returns floating-point operations per second of a large matrix product."""
   square = jnp.ones((4096, 4096))
   multiply = jax.jit(lambda a: jnp.dot(a, a, precision='highest'))
   times = [
@@ -126,7 +145,7 @@ def timed(run):
 
 
 def alternate(runs: dict, rounds: int) -> tuple[dict, dict]:
-  """Runs each in turn; returns the medians without the first, and results."""
+  """Runs all in turn; returns medians without the first round, and results."""
   times, results = {name: [] for name in runs}, {}
   for _ in range(rounds + 1):
     for name, run in runs.items():
@@ -143,13 +162,13 @@ def print_rows(title, medians, results, *, peer, floor) -> None:
     print(f'{title:22}{name:28}{cells:34}  {results[name]}', flush=True)
 
 
-def compare_ranking(dim: int, rounds: int, rate: float) -> None:
+def compare_ranking(dim: int, rounds: int, flops: float) -> None:
   rows, labels = make_split(dim)
   medians, results = alternate(
     {
-      'Recall@K': lambda: recall_here(rows, labels),
-      'all scores': lambda: scores_here(rows, labels),
-      'FAISS, k = 1001': lambda: recall_by_faiss(rows, labels),
+      'Recall@K': lambda: our_recall(rows, labels),
+      'all scores': lambda: our_scores(rows, labels),
+      'FAISS, k = 1001': lambda: faiss_recall(rows, labels),
     },
     rounds,
   )
@@ -162,7 +181,7 @@ def compare_ranking(dim: int, rounds: int, rate: float) -> None:
     medians,
     texts,
     peer='FAISS, k = 1001',
-    floor=_NUM_ITEMS**2 * dim / rate,
+    floor=_NUM_ITEMS**2 * dim / flops,
   )
   for name in ('Recall@K', 'all scores'):
     output = subprocess.run(
@@ -171,12 +190,12 @@ def compare_ranking(dim: int, rounds: int, rate: float) -> None:
       capture_output=True,
       text=True,
     ).stdout
-    print(f'{"":22}{name:28}{output.strip()} MiB above the embeddings')
+    print(f'{"":22}{name:28}{output.strip()} MiB beyond the embeddings')
 
 
 def print_memory(name: str, dim: int) -> None:
   rows, labels = make_split(dim)
-  run = recall_here if name == 'Recall@K' else scores_here
+  run = our_recall if name == 'Recall@K' else our_scores
   run(rows, labels)
   ctypes.CDLL(None).malloc_trim(0)
   before = _memory('VmRSS')
@@ -186,7 +205,7 @@ def print_memory(name: str, dim: int) -> None:
 
 
 def _memory(field: str) -> float:
-  """A field of this process's status, in MiB."""
+  """Returns a field of this process's status, in MiB."""
   for line in pathlib.Path('/proc/self/status').read_text().splitlines():
     if line.startswith(field):
       return int(line.split()[1]) / 1024
@@ -202,14 +221,14 @@ def compare_calculator(dim: int, rounds: int) -> None:
   queries, targets = torch.tensor(rows), torch.tensor(labels)
   medians, results = alternate(
     {
-      'here': lambda: scores_here(rows, labels),
+      'ours': lambda: our_scores(rows, labels),
       'AccuracyCalculator': lambda: calculator.get_accuracy(queries, targets),
     },
     rounds,
   )
   values, scores = results.values()
   texts = {
-    'here': [values[0], *values[4:6]],
+    'ours': [values[0], *values[4:6]],
     'AccuracyCalculator': [scores[name] for name in names],
   }
   texts = {
@@ -224,18 +243,18 @@ def compare_calculator(dim: int, rounds: int) -> None:
   )
 
 
-def compare_kmeans(dim: int, rounds: int, rate: float) -> None:
+def compare_kmeans(dim: int, rounds: int, flops: float) -> None:
   rows, _ = make_split(dim)
   rng = np.random.default_rng(1)
   start = rows[rng.choice(len(rows), _NUM_CLASSES, replace=False)]
 
-  def here():
+  def ours():
     clusters = clustering.kmeans(
       rows, num_clusters=_NUM_CLASSES, start=start, max_iterations=20
     )
     return np.asarray(clusters.assignments)
 
-  def by_faiss():
+  def theirs():
     kmeans = faiss.Kmeans(
       dim,
       _NUM_CLASSES,
@@ -246,11 +265,13 @@ def compare_kmeans(dim: int, rounds: int, rate: float) -> None:
     kmeans.train(rows, init_centroids=start)
     return kmeans.index.search(rows, 1)[1][:, 0]
 
-  medians, results = alternate({'here': here, 'FAISS': by_faiss}, rounds)
-  same = np.mean(results['here'] == results['FAISS'])
-  texts = {name: f'{100 * same:.3f}% assigned alike' for name in results}
-  # 20 iterations, and the assignment to the last centroids.
-  floor = 21 * 2 * _NUM_ITEMS * _NUM_CLASSES * dim / rate
+  medians, results = alternate({'ours': ours, 'FAISS': theirs}, rounds)
+  same = np.mean(results['ours'] == results['FAISS'])
+  texts = {
+    name: f'{100 * same:.3f}% of the assignments agree' for name in results
+  }
+  # 20 iterations, and the final assignment.
+  floor = 21 * 2 * _NUM_ITEMS * _NUM_CLASSES * dim / flops
   print_rows(f'k-means x {dim}', medians, texts, peer='FAISS', floor=floor)
 
 
@@ -260,7 +281,7 @@ def compare_nmi(rounds: int) -> None:
   clusters = np.where(np.arange(len(labels)) % 3 > 0, labels, clusters)
   medians, results = alternate(
     {
-      'here': lambda: metrics.normalized_mutual_information(labels, clusters),
+      'ours': lambda: metrics.normalized_mutual_information(labels, clusters),
       'scikit-learn': lambda: normalized_mutual_info_score(labels, clusters),
     },
     5 * rounds,
@@ -272,32 +293,26 @@ def compare_nmi(rounds: int) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--dims', default='64,512')
-  parser.add_argument('--memory', default='', help=argparse.SUPPRESS)
-  arguments = parser.parse_args()
+  arguments = _ARGUMENTS
   dims = [int(dim) for dim in arguments.dims.split(',')]
   faiss.omp_set_num_threads(_THREADS)
   torch.set_num_threads(_THREADS)
   if arguments.memory:
     print_memory(arguments.memory, dims[0])
     return
-  rate = product_rate()
+  flops = measure_flops()
   print(
     f'jax {jax.__version__}, faiss {faiss.__version__}, '
     f'pytorch-metric-learning {pytorch_metric_learning.__version__}, '
     f'scikit-learn {sklearn.__version__}; {jax.devices()[0].device_kind}, '
-    f'{_THREADS} threads, {rate / 1e9:.0f} GFLOP/s'
+    f'{_THREADS} threads, {flops / 1e9:.0f} GFLOP/s'
   )
-  columns = f'{"median":>10}{"ratio":>8}{"floor":>8}{"over":>7}'
+  columns = f'{"median":>10}{"ratio":>8}{"floor":>8}{"/floor":>7}'
   print(f'{"":50}{columns}   results, percent')
   for dim in dims:
-    compare_ranking(dim, arguments.rounds, rate)
+    compare_ranking(dim, arguments.rounds, flops)
   compare_calculator(dims[0], arguments.rounds)
-  compare_kmeans(dims[0], arguments.rounds, rate)
+  compare_kmeans(dims[0], arguments.rounds, flops)
   compare_nmi(arguments.rounds)
 
 

@@ -1,19 +1,20 @@
-"""Reading pictures: decoded each time, or from what cache_size has stored.
+"""Compares decoding images in every epoch with reading a cache of pixels.
 
 python benchmarks/input_pipeline.py [--images=600] [--rounds=7]
 
-Makes JPEGs of 500 x 375 pixels (CUB's most common size) from smooth noise, of
-about the bytes of a photo, in a made CUB archive, and reads them in ways that
-alternate in one process, each with as many threads as there are processors:
+Writes a fake CUB archive with JPEGs of smooth noise, of CUB's most common size,
+500 x 375 pixels, and about the file size of a photograph. Then reads them in
+several ways, which take turns in one process, each with one thread per
+processor:
 
-  PIL           plain Pillow: decode, nothing else
-  PIL + resize  plain Pillow: decode and resize to 256 x 256
+  PIL           only Pillow: decode
+  PIL + resize  only Pillow: decode and resize to 256 x 256
   decoded       Split.image with cache_size=0: the same through the records
   stored        Split.image with cache_size=256
-  batches, ...  train_batches of 32 with random crops and flips, of the two
+  batches, ...  train_batches of 32 with random crops and flips, for both
 
-Prints medians over the rounds, the ratio to plain decoding, the bytes of a
-picture, and whether the pictures are equal.
+Prints medians over the rounds, the ratio to decoding by Pillow, the bytes of an
+image, and whether all ways give the same pixels.
 """
 
 import argparse
@@ -42,9 +43,9 @@ flags.FLAGS.mark_as_parsed()
 _CLASSES = (1, 2, 3, 101, 102, 103)
 
 
-def photo(number: int) -> bytes:
-  """A JPEG with detail at all scales, as photos have."""
-  rng = np.random.default_rng(number)
+def photo(seed: int) -> bytes:
+  """Returns a JPEG with detail at all scales, as in photographs."""
+  rng = np.random.default_rng(seed)
   pixels = np.zeros((375, 500, 3), np.float32)
   for side in (4, 16, 64, 256):
     noise = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -71,12 +72,12 @@ def decode(encoded: bytes) -> np.ndarray:
 
 
 def decode_and_resize(encoded: bytes) -> np.ndarray:
-  picture = Image.open(io.BytesIO(encoded)).convert('RGB')
-  return np.asarray(picture.resize((256, 256), Image.Resampling.BILINEAR))
+  image = Image.open(io.BytesIO(encoded)).convert('RGB')
+  return np.asarray(image.resize((256, 256), Image.Resampling.BILINEAR))
 
 
 def read_all(pool, read, items) -> int:
-  """Touches every picture: a mapped one is read when it is used."""
+  """Reads every image, and its pixels: mapped files are read on access."""
   list(pool.map(lambda item: int(read(item)[::8, ::8].sum()), items))
   return len(items)
 
@@ -94,8 +95,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--images', type=int, default=600)
-  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument(
+    '--images', type=int, default=600, help='number of images'
+  )
+  parser.add_argument(
+    '--rounds', type=int, default=7, help='repetitions of each measurement'
+  )
   arguments = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     made_archives.picture = photo
@@ -116,21 +121,21 @@ def main() -> None:
       ways = {
         'PIL': lambda: read_all(pool, decode, files),
         'PIL + resize': lambda: read_all(pool, decode_and_resize, files),
-        'decoded': lambda: read_all(pool, plain.picture, rows),
-        'stored': lambda: read_all(pool, stored.picture, rows),
+        'decoded': lambda: read_all(pool, plain.image, rows),
+        'stored': lambda: read_all(pool, stored.image, rows),
         'batches, decoded': lambda: read_batches(plain, config, epochs=1),
-        # So many that the start of the threads does not count.
+        # Enough batches to amortize starting the threads.
         'batches, stored': lambda: read_batches(stored, config, epochs=8),
       }
       rates = {name: [] for name in ways}
       for _ in range(arguments.rounds):
         for name, run in ways.items():
           start = time.perf_counter()
-          num_pictures = run()
-          rates[name].append(num_pictures / (time.perf_counter() - start))
+          num_images = run()
+          rates[name].append(num_images / (time.perf_counter() - start))
   size = sum(map(len, files)) / len(files)
   print(
-    f'{len(files)} pictures of 500 x 375, {size:,.0f} bytes each; stored '
+    f'{len(files)} images of 500 x 375, {size:,.0f} bytes each; cached '
     f'{256 * 256 * 3:,} bytes; {os.cpu_count()} threads; {arguments.rounds} '
     'rounds'
   )

@@ -1,14 +1,16 @@
-"""Losses and their gradients, compared with pytorch-metric-learning's.
+"""Compares losses and gradients with those of pytorch-metric-learning.
 
 python benchmarks/loss_parity.py [--seeds=3]
 
-Needs pytorch-metric-learning and torch besides. Each loss that both have is
-computed on the same random embeddings, proxies and labels, at three sizes, by
-pytorch-metric-learning in float64 and in float32 and by this project, which
-computes in float32. The columns are the largest differences from float64: of
-the value, relative to it where it is above 1, and of the gradients, relative
-to their largest entry; of this project ("ours"), and of
-pytorch-metric-learning's own float32 ("peer"), which shows what rounding does.
+Needs: pip install torch pytorch-metric-learning
+
+Computes each loss that both libraries define in the same way, on the same
+random embeddings, proxies and labels, at three sizes: by
+pytorch-metric-learning in float64 and float32, and by this project, which
+computes in float32. The columns are the largest differences from the float64
+results. Values are compared relative to max(1, |value|), gradients relative to
+their largest entry. "ours" is this project; "peer" is pytorch-metric-learning
+in float32, which shows the effect of rounding.
 """
 
 import argparse
@@ -16,6 +18,20 @@ import functools
 import math
 import pathlib
 import sys
+
+
+def _parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--seeds', type=int, default=3, help='number of random inputs per size'
+  )
+  return parser.parse_args()
+
+
+# Parsed here because --help must work without the packages imported below.
+_ARGUMENTS = _parse()
 
 import jax
 import jax.numpy as jnp
@@ -39,16 +55,16 @@ _CENTERS = 3
 
 
 def with_proxies(loss_fn, attribute, **kwargs):
-  """Builds the peer's loss around given proxies: (x, p, labels) -> scalar."""
+  """Wraps a loss of the peer as a function (x, p, labels) -> scalar."""
 
   def total(x, p, labels):
     loss = loss_fn(p.shape[0], x.shape[1], **kwargs).to(x.dtype)
     rows = p.reshape(-1, x.shape[1])
-    if attribute != 'proxies':  # It keeps weights as columns.
+    if attribute != 'proxies':  # `W` and `fc` hold the proxies as columns.
       rows = rows.T
     delattr(loss, attribute)
     setattr(loss, attribute, rows)
-    # Its casts write to `.data`, which would cut the gradient.
+    # cast_types writes to `.data`, which would detach the gradient.
     loss.cast_types = lambda dtype, device: None
     return loss(x, labels)
 
@@ -85,57 +101,56 @@ def soft_triple(num_classes, dim):
 
 
 def rows():
-  """Yields (name, our loss, the peer's, what was done to compare them)."""
+  """Yields (name, our loss, the peer's loss, how they are made comparable)."""
   squared = distances.LpDistance(power=2, normalize_embeddings=False)
   plain = distances.LpDistance(normalize_embeddings=False)
   dot = distances.DotProductSimilarity(normalize_embeddings=False)
-  own = {name: loss.fn for name, loss in losses.LOSSES.items()}
   proxy_nca = with_proxies(peer_losses.ProxyNCALoss, 'proxies', softmax_scale=9)
   degrees = math.degrees(0.5)
   yield (
     'proxy_nca',
     softplus_of_proxy_nca,
     proxy_nca,
-    'it has the softmax form alone: softplus of ours',
+    'the peer has only the softmax form, which is softplus of ours',
   )
-  yield 'proxy_nca_pp', own['proxy_nca_pp'], proxy_nca, ''
+  yield 'proxy_nca_pp', losses.LOSSES['proxy_nca_pp'].fn, proxy_nca, ''
   yield (
     'proxy_anchor',
-    own['proxy_anchor'],
+    losses.LOSSES['proxy_anchor'].fn,
     with_proxies(peer_losses.ProxyAnchorLoss, 'proxies'),
     '',
   )
   yield (
     'normalized_softmax',
-    own['normalized_softmax'],
+    losses.LOSSES['normalized_softmax'].fn,
     with_proxies(peer_losses.NormalizedSoftmaxLoss, 'W'),
     '',
   )
   yield (
     'cosface',
-    own['cosface'],
+    losses.LOSSES['cosface'].fn,
     with_proxies(peer_losses.CosFaceLoss, 'W'),
     '',
   )
   yield (
     'arcface',
-    own['arcface'],
+    losses.LOSSES['arcface'].fn,
     with_proxies(peer_losses.ArcFaceLoss, 'W', margin=degrees),
     '',
   )
   yield (
     'subcenter_arcface',
-    own['subcenter_arcface'],
+    losses.LOSSES['subcenter_arcface'].fn,
     with_proxies(subcenter, 'W', margin=degrees, sub_centers=_CENTERS),
     '',
   )
   yield (
     'soft_triple',
-    own['soft_triple'],
+    losses.LOSSES['soft_triple'].fn,
     with_proxies(soft_triple, 'fc'),
     'with its SparseCentersRegularizer',
   )
-  triplet = functools.partial(own['triplet'], margin=5.0)
+  triplet = functools.partial(losses.LOSSES['triplet'].fn, margin=5.0)
   for mining, miner, reducer in (
     ('batch_all', None, reducers.AvgNonZeroReducer()),
     (
@@ -153,37 +168,37 @@ def rows():
         ),
         miner,
       ),
-      'its distance squared, embeddings as they are',
+      'squared distance, embeddings not normalized',
     )
   yield (
     'triplet, semi_hard',
     None,
     None,
-    'it takes all negatives of the band, ours the nearest of it or else the '
-    'farthest at all',
+    'the peer averages over all negatives in the band; ours takes the nearest, '
+    'or the farthest negative if the band is empty',
   )
   yield (
     'contrastive',
     None,
     None,
-    'its penalties are linear, each in the mean of those above 0; the '
-    "paper's are squared, in the mean of all pairs",
+    'the peer has linear penalties, averaged over nonzero ones; those '
+    'of the paper are squared and averaged over all pairs',
   )
   yield (
     'n_pairs',
-    own['n_pairs'],
+    losses.LOSSES['n_pairs'].fn,
     without_proxies(peer_losses.NPairsLoss(distance=dot)),
-    'embeddings as they are',
+    'embeddings not normalized',
   )
   yield (
     'lifted_structure',
-    own['lifted_structure'],
+    losses.LOSSES['lifted_structure'].fn,
     without_proxies(peer_losses.LiftedStructureLoss(distance=plain)),
-    'embeddings as they are',
+    'embeddings not normalized',
   )
   yield (
     'multi_similarity',
-    own['multi_similarity'],
+    losses.LOSSES['multi_similarity'].fn,
     without_proxies(
       peer_losses.MultiSimilarityLoss(),
       miners.MultiSimilarityMiner(epsilon=0.1),
@@ -193,38 +208,41 @@ def rows():
 
 
 def make_inputs(name, size, seed):
-  """Embeddings, maybe proxies; labels, of which none is alone."""
+  """Returns ([embeddings] or [embeddings, proxies], labels).
+
+  Every label occurs at least twice.
+  """
   batch, num_classes, dim = size
   rng = np.random.default_rng(seed)
-  points = [rng.normal(size=(batch, dim))]
+  arrays = [rng.normal(size=(batch, dim))]
   form = losses.LOSSES[name].proxies
   if form:
     shape = (num_classes, dim)
     if form == losses.MULTI_CENTER:
       shape = (num_classes, _CENTERS, dim)
-    points.append(rng.normal(size=shape))
+    arrays.append(rng.normal(size=shape))
   labels = rng.permutation(num_classes)[: max(batch // 4, 2)]
-  return points, rng.permutation(np.resize(labels, batch))
+  return arrays, rng.permutation(np.resize(labels, batch))
 
 
-def ours(loss_fn, points, labels):
-  points = [jnp.asarray(x, jnp.float32) for x in points]
+def ours(loss_fn, arrays, labels):
+  arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
 
-  def mean(points):
-    return jnp.mean(loss_fn(*points, jnp.asarray(labels, jnp.int32)))
+  def mean(arrays):
+    return jnp.mean(loss_fn(*arrays, jnp.asarray(labels, jnp.int32)))
 
-  return jax.jit(jax.value_and_grad(mean))(points)
+  return jax.jit(jax.value_and_grad(mean))(arrays)
 
 
-def peers(loss_fn, points, labels, dtype):
-  points = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in points]
-  value = loss_fn(*points, torch.tensor(labels))
+def peers(loss_fn, arrays, labels, dtype):
+  tensors = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in arrays]
+  value = loss_fn(*tensors, torch.tensor(labels))
   value.backward()
-  return value.item(), [x.grad.numpy() for x in points]
+  return value.item(), [x.grad.numpy() for x in tensors]
 
 
 def differences(actual, expected):
-  """The relative differences of the value and of the gradients."""
+  """Returns the relative differences of the value and of the gradients."""
   value = abs(float(actual[0]) - expected[0]) / max(1, abs(expected[0]))
   return value, max(
     np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
@@ -233,29 +251,25 @@ def differences(actual, expected):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--seeds', type=int, default=3)
-  arguments = parser.parse_args()
+  num_seeds = _ARGUMENTS.seeds
   print(
     f'jax {jax.__version__}, torch {torch.__version__}, '
-    f'pytorch-metric-learning {peer.__version__}, {arguments.seeds} seeds; '
+    f'pytorch-metric-learning {peer.__version__}, {num_seeds} seeds; '
     f'batch, classes, dim: {", ".join(map(str, _SIZES))}'
   )
   print(f'{"":20}{"value":>16}{"":8}{"gradients":>16}')
   print(f'{"":20}' + f'{"ours":>12}{"peer":>12}' * 2)
-  for name, own_loss, peer_loss, note in rows():
-    if own_loss is None:
+  for name, our_loss, peer_loss, note in rows():
+    if our_loss is None:
       print(f'{name:20}  not compared: {note}')
       continue
     worst = np.zeros((2, 2))
     for size in _SIZES:
-      for seed in range(arguments.seeds):
+      for seed in range(num_seeds):
         inputs = make_inputs(name.split(',')[0], size, seed)
         expected = peers(peer_loss, *inputs, torch.float64)
         both = (
-          differences(ours(own_loss, *inputs), expected),
+          differences(ours(our_loss, *inputs), expected),
           differences(peers(peer_loss, *inputs, torch.float32), expected),
         )
         worst = np.maximum(worst, both)

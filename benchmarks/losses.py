@@ -1,14 +1,17 @@
-"""Proxy-NCA against pytorch-metric-learning's: time, memory, a million proxies.
+"""Compares time and memory of Proxy-NCA with pytorch-metric-learning.
 
 python benchmarks/losses.py [--rounds=11]
 
-Needs pytorch-metric-learning and torch besides. First the time of a forward and
-backward pass with gradients for embeddings and proxies: both in one process,
-each with two threads, in turn; medians, and the ratio of the medians. Then the
-peak of memory above inputs and parameters, each in a process of its own, the
-compiler's not counted. At last a million proxies in chunks: memory above
-inputs, parameters and gradients, and the largest difference from the plain form
-at a tenth of the proxies. Memory is read from /proc: Linux alone.
+Needs Linux, and: pip install torch pytorch-metric-learning
+
+* Time of a forward and backward pass, with gradients for embeddings and
+  proxies: both libraries take turns in one process, with two threads each.
+  Prints medians and their ratio.
+* Peak memory beyond inputs and parameters, each library in its own process,
+  without that of the compiler. It is read from /proc.
+* A million proxies in chunks: memory beyond inputs, parameters and gradients,
+  and the largest difference from the unchunked loss with a tenth of the
+  proxies.
 """
 
 import argparse
@@ -19,9 +22,30 @@ import subprocess
 import sys
 import time
 
+
+def _parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--rounds', type=int, default=11, help='repetitions of each measurement'
+  )
+  parser.add_argument(
+    '--peak',
+    metavar='NAME',
+    help='only print the peak memory of one contender, for --size',
+  )
+  parser.add_argument(
+    '--size', type=int, nargs=3, metavar=('BATCH', 'CLASSES', 'DIM')
+  )
+  return parser.parse_args()
+
+
+# Parsed here because --help must work without the packages imported below.
+_ARGUMENTS = _parse()
 _THREADS = 2
 if hasattr(os, 'sched_setaffinity'):
-  # XLA takes as many threads as the process has processors.
+  # XLA starts one thread per processor that the process may use.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_THREADS])
 
 import jax
@@ -98,10 +122,10 @@ CONTENDERS = {
 
 
 def milliseconds(steps, rounds: int) -> dict[str, float]:
-  """Medians of the steps, which take turns of three.
+  """Returns the median time of each step; they take turns of three calls.
 
-  The first of a turn does not count: the threads of the one before still wait
-  for work, busily, and the caches hold its arrays.
+  The first call of a turn is not counted: threads of the previous contender
+  still spin, and the caches hold its arrays.
   """
   times = {name: [] for name in steps}
   for _ in range(rounds):
@@ -115,22 +139,22 @@ def milliseconds(steps, rounds: int) -> dict[str, float]:
 
 
 def read_peak() -> float:
-  """The largest resident memory of this process, in MiB."""
+  """Returns the peak resident memory of this process, in MiB."""
   for line in pathlib.Path('/proc/self/status').read_text().splitlines():
     if line.startswith('VmHWM'):
       return int(line.split()[1]) / 1024
-  raise ValueError('/proc/self/status tells no VmHWM: Linux is needed.')
+  raise ValueError('/proc/self/status has no VmHWM: Linux is needed.')
 
 
 def print_peak(contender: str, size: tuple[int, ...]) -> None:
-  """Prints the MiB that a step takes above its inputs and parameters."""
+  """Prints the MiB that a step needs beyond its inputs and parameters."""
   make = CONTENDERS.get(contender)
   if make is None:
     make = lambda *inputs: make_ours(*inputs, proxy_chunk=_CHUNK)
   make(*make_inputs((4, 8, 16)))()  # Starts the threads.
-  inputs = make_inputs(size)  # Kept: freed memory would hide what is taken.
+  inputs = make_inputs(size)  # Kept alive: reused memory would not count.
   step = make(*inputs)
-  pathlib.Path('/proc/self/clear_refs').write_text('5')  # Forgets the peak.
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # Resets the peak.
   before = read_peak()
   step()
   step()
@@ -165,20 +189,14 @@ def print_million() -> None:
   )
   print(
     f'{num_proxies:,} x {dim}, batch {batch}, chunks of {_CHUNK}: '
-    f'{seconds:.1f} s, {above:.0f} MiB above inputs, parameters and gradients '
-    f'({4 * batch * num_proxies / 2**20:.0f} MiB would hold the similarities); '
-    f'largest difference from the plain form {worst:.1e}'
+    f'{seconds:.1f} s, {above:.0f} MiB beyond inputs, parameters and gradients '
+    f'(the similarities alone: {4 * batch * num_proxies / 2**20:.0f} MiB); '
+    f'largest difference from the unchunked loss {worst:.1e}'
   )
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--rounds', type=int, default=11)
-  parser.add_argument('--peak', help='print the memory of one contender')
-  parser.add_argument('--size', type=int, nargs=3)
-  arguments = parser.parse_args()
+  arguments = _ARGUMENTS
   torch.set_num_threads(_THREADS)
   if arguments.peak:
     print_peak(arguments.peak, tuple(arguments.size))

@@ -1,40 +1,41 @@
-"""How far the backbones are from their torch originals, which run beside them.
+"""Compares the backbones with their torch originals.
 
 python benchmarks/parity.py [models] [--models=resnet18,vit_s16]
 python benchmarks/parity.py trajectory [--models=resnet18] [--steps=50]
 python benchmarks/parity.py originals [--models=resnet18]
 
-needs torch, torchvision, timm, pretrainedmodels (with munch and six), in an
-environment of its own beside this project's requirements.
+Needs an environment of its own with this project's requirements, and:
+pip install torch torchvision timm pretrainedmodels munch six
 
-`models` builds each original with random weights, writes them to a file as its
-authors publish theirs, imports the file, and compares embeddings in evaluation,
-and embeddings, running statistics and gradients of all parameters of a training
-step. A tensor's difference is max|a - b| over the larger of max|b| and 1/1000
-of the largest such value in the model.
+`models` builds each original with random weights, writes them to a file in the
+format that its authors publish, imports the file, and compares embeddings in
+evaluation, and embeddings, running statistics and gradients of all parameters
+in a training step. The difference of a tensor is max|a - b| divided by max|b|,
+or by 1/1000 of the largest max|b| in the model if that is larger.
 
-A rectifier whose input is 0 but for rounding, or a pool with two values that
-are equal but for it, passes the gradient in one library and not in the other,
-and one of the millions in a network changes a gradient by percents. So
-gradients are compared in both: `gradients` of the same float32 weights computed
-in float64 by both libraries, `in float32`, and `torch itself`, which is torch
-in float32 against torch in float64. The gradients of biases that batch
-normalisation takes off again are 0 in theory and stand apart: `of zeros` is the
-size of ours in float32, relative to the model's largest gradient.
+Rounding can change whether a gradient passes a ReLU with an input near 0, or
+which of two nearly equal values a pooling layer selects. A single such case
+among millions changes a gradient by percents. Gradients are therefore compared
+in two precisions: `gradients` are those of the same float32 weights computed in
+float64 by both libraries, `in float32` those computed in float32, and `torch
+itself` compares torch in float32 with torch in float64. Gradients of biases
+that batch normalization cancels are 0 in theory and are reported separately:
+`of zeros` is the size of ours in float32, relative to the model's largest
+gradient.
 
-`trajectory` trains both from the same weights, proxies and pictures by the
-recipe of dichotomies/proxy-nca (Adam with epsilon 1, label smoothing, its
-rates), and compares losses and nearest proxies. Beside it stands the original
-trained from weights that differ by one float32 number at most: rounding grows
-from step to step, in one library as between two.
+`trajectory` trains both from the same weights, proxies and images by the recipe
+of dichotomies/proxy-nca (Adam with epsilon 1, label smoothing, its learning
+rates), and compares losses and nearest proxies. As a control, it also trains
+the original from weights that differ by at most one float32 unit in the last
+place, because rounding errors grow from step to step even within one library.
 
-`originals` writes tests/originals/NAME.npz: the names and shapes of the tensors
-that an original publishes and, of a small picture and weights that
-tests/made_weights.py makes, its pooled features in evaluation and in training,
-the running variance after it that lies deepest or, of a transformer, the
-gradient of the features' sum for the class token; and small files of torch's
-two formats. A change of these files means that an original changed, or what it
-is given.
+`originals` writes tests/originals/NAME.npz: names and shapes of the tensors
+that an original publishes; and for a small image and the weights of
+tests/made_weights.py, the pooled features in evaluation and in training, the
+running variance of the deepest layer after training or, for transformers, the
+gradient of the features' sum with respect to the class token. It also writes
+small files in torch's two formats. A change of these files means that an
+original or its input changed.
 """
 
 import argparse
@@ -46,6 +47,32 @@ import math
 import pathlib
 import sys
 import tempfile
+
+
+def _parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    'part',
+    nargs='?',
+    default='models',
+    choices=('models', 'trajectory', 'originals'),
+  )
+  parser.add_argument(
+    '--models', default='', help='networks, separated by commas'
+  )
+  parser.add_argument(
+    '--steps', type=int, default=50, help='trajectory: number of steps'
+  )
+  parser.add_argument(
+    '--size', type=int, default=128, help='trajectory: image side in pixels'
+  )
+  return parser.parse_args()
+
+
+# Parsed here because --help must work without the packages imported below.
+_ARGUMENTS = _parse()
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +115,7 @@ _CONVOLUTIONAL = ('bn_inception', 'resnet18', 'resnet50', 'resnet101')
 
 
 class _Original(torch.nn.Module):
-  """An original's features, pooled, and a linear layer."""
+  """Pooled features of an original network, and a linear layer."""
 
   def __init__(self, name: str, size: int):
     super().__init__()
@@ -107,7 +134,7 @@ class _Original(torch.nn.Module):
     self.embedding = torch.nn.Linear(width, _DIM)
 
   def used_parameters(self):
-    """All but the classifier that some originals bring."""
+    """Returns all parameters except the classifier of some originals."""
     unused = backbones.BACKBONES[self.name].unused
     return [
       value
@@ -131,7 +158,7 @@ class _Original(torch.nn.Module):
 
 
 def _randomize(net: torch.nn.Module) -> None:
-  """Draws what starts as 0 or 1, or so small that nothing would show."""
+  """Randomizes tensors that are initialized as constants or close to 0."""
   generator = torch.Generator().manual_seed(0)
   for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
     low, high = -0.1, 0.1
@@ -143,7 +170,7 @@ def _randomize(net: torch.nn.Module) -> None:
 
 
 def _write(original: _Original, folder: str) -> str:
-  """Writes the backbone's weights as its authors do, and returns the path."""
+  """Writes the backbone's weights in its authors' format; returns the path."""
   name, state = original.name, original.backbone.state_dict()
   path = f'{folder}/{name}'
   if name in ('vit_s16', 'resnet101'):
@@ -151,14 +178,17 @@ def _write(original: _Original, folder: str) -> str:
     return f'{path}.safetensors'
   if name == 'bn_inception':
     state = {k: v[None] if v.ndim == 1 else v for k, v in state.items()}
-  # The first ResNets were published before torch wrote zip archives.
+  # The first ResNets were published in torch's format before zip archives.
   is_zip = name != 'resnet18'
   torch.save(state, f'{path}.pth', _use_new_zipfile_serialization=is_zip)
   return f'{path}.pth'
 
 
 def _make_model(name: str, size: int, dtype: jnp.dtype):
-  """Returns our model and variables to fill; no config asks for float64."""
+  """Returns our model, and variables of zeros.
+
+  It is not made from a config, which has no float64.
+  """
   make_backbone = functools.partial(
     backbones.make_backbone,
     name,
@@ -191,7 +221,7 @@ def _share_weights(name, size, variables, folder):
   _randomize(original.backbone)
   path = _write(original, folder)
   if name in _TIMM and published != size:
-    original = _regrid(original, size)
+    original = _resize_positions(original, size)
   variables = dict(variables)
   params, model_state = models.load_weights(
     path, name, variables.pop('params'), variables
@@ -206,10 +236,10 @@ def _share_weights(name, size, variables, folder):
   return original, params, model_state
 
 
-def _regrid(original: _Original, size: int) -> _Original:
-  """Moves an original to another size, by its authors' interpolation."""
+def _resize_positions(original: _Original, size: int) -> _Original:
+  """Adapts an original to an image size, by its authors' interpolation."""
   name, state = original.name, original.state_dict()
-  moved = _Original(name, size)
+  resized = _Original(name, size)
   positions = state['backbone.pos_embed']
   old = math.isqrt(positions.shape[1] - 1)
   new = size // original.backbone.patch_embed.patch_size[0]
@@ -225,8 +255,8 @@ def _regrid(original: _Original, size: int) -> _Original:
     )
   grid = grid.permute(0, 2, 3, 1).reshape(1, new**2, -1)
   state['backbone.pos_embed'] = torch.cat([positions[:, :1], grid], dim=1)
-  moved.load_state_dict(state)
-  return moved
+  resized.load_state_dict(state)
+  return resized
 
 
 def _difference(actual, expected, floor: float = 0.0) -> float:
@@ -261,7 +291,7 @@ def _step_ours(name, size, params, model_state, images, weights):
 
 
 def _step_original(original, images, weights, params, model_state):
-  """The same of an original, brought into our trees on the weights' way in."""
+  """Returns the same of an original, in our tree structure."""
   original.zero_grad()
   original.train()
   images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
@@ -306,14 +336,14 @@ def _compare(name: str, size: int) -> dict[str, float]:
   )
   result = {'embeddings': _difference(evaluated, expected)}
 
-  # Statistics are those after one step: the later one starts from a copy.
+  # Copied, because a step changes the running statistics.
   exact_original = copy.deepcopy(original).double()
   theirs, expected = _step_original(original, images, weights, *trees)
   ours, trained = _step_ours(name, size, *trees, images, weights)
   result['trained'] = _difference(trained, expected)
   result['statistics'] = _largest(ours, theirs, 'batch_stats')
   result['in float32'] = _largest(ours, theirs, 'params')
-  result['of zeros'] = _size_of_zeros(ours)
+  result['of zeros'] = _largest_cancelled(ours)
 
   images, weights = images.astype(np.float64), weights.astype(np.float64)
   exact, _ = _step_original(exact_original, images, weights, *trees)
@@ -325,12 +355,12 @@ def _compare(name: str, size: int) -> dict[str, float]:
 
 
 def _is_cancelled(key: tuple[str, ...], tree) -> bool:
-  """Whether batch normalisation takes this bias off again."""
+  """Whether batch normalization cancels this bias."""
   return key[-1] == 'bias' and ('params', f'{key[1]}_bn', 'bias') in tree
 
 
 def _largest(ours, theirs, group: str) -> float:
-  """The largest difference of a group's tensors; NaN if it has none."""
+  """Returns the largest difference of a group's tensors; NaN if it has none."""
   keys = [
     key for key in theirs if key[0] == group and not _is_cancelled(key, theirs)
   ]
@@ -341,7 +371,7 @@ def _largest(ours, theirs, group: str) -> float:
   )
 
 
-def _size_of_zeros(tree) -> float:
+def _largest_cancelled(tree) -> float:
   sizes = {
     key: float(np.abs(value).max())
     for key, value in tree.items()
@@ -363,14 +393,16 @@ def _sizes(name: str) -> tuple[int, ...]:
 
 
 def compare_models(names: list[str]) -> None:
-  asked = ('embeddings', 'trained', 'statistics', 'gradients')
-  titles = (*asked, 'in float32', 'torch itself', 'of zeros')
+  required = ('embeddings', 'trained', 'statistics', 'gradients')
+  titles = (*required, 'in float32', 'torch itself', 'of zeros')
   print(f'{"largest difference":18}' + ''.join(f'{t:>13}' for t in titles))
   worst = 0.0
   for name in names:
     for size in _sizes(name):
       result = _compare(name, size)
-      worst = max(worst, *(result[t] for t in asked if result[t] == result[t]))
+      worst = max(
+        worst, *(result[t] for t in required if result[t] == result[t])
+      )
       print(
         f'{name:14}{size:4}'
         + ''.join(
@@ -380,11 +412,11 @@ def compare_models(names: list[str]) -> None:
         flush=True,
       )
       jax.clear_caches()
-  print(f'worst of the first four: {worst:.1e}; asked: below 1e-4')
+  print(f'worst of the first four: {worst:.1e}; required: below 1e-4')
 
 
 def _make_batches(steps: int, size: int):
-  """Yields uint8 pictures of 20 classes, each a pattern under noise."""
+  """Yields uint8 images of 20 classes, each a pattern with noise."""
   rng = np.random.default_rng(0)
   patterns = rng.integers(0, 128, (20, size, size, 3))
   for _ in range(steps):
@@ -393,32 +425,32 @@ def _make_batches(steps: int, size: int):
     yield (patterns[labels] + noise).astype(np.uint8), labels
 
 
-def _torch_loss(embeddings, points, labels, smoothing: float):
-  """Label-smoothed softmax over squared distances of vectors of norm 3."""
+def _torch_loss(embeddings, proxies, labels, smoothing: float):
+  """Returns the label-smoothed softmax loss for vectors of norm 3."""
   x = 3 * functional.normalize(embeddings)
-  p = 3 * functional.normalize(points)
+  p = 3 * functional.normalize(proxies)
   logs = functional.log_softmax(-(torch.cdist(x, p) ** 2), dim=1)
-  others = smoothing / (len(points) - 1)
+  others = smoothing / (len(proxies) - 1)
   targets = torch.full_like(logs, others)
   targets[torch.arange(len(labels)), labels] = 1 - smoothing
   return -(targets * logs).sum(dim=1).mean()
 
 
-def _train_original(original, points, config, batches, to_torch):
+def _train_original(original, proxies, config, batches, to_torch):
   """Trains an original in place; returns its losses."""
   for module in original.modules():
     if isinstance(module, torch.nn.BatchNorm2d):
       module.momentum = 1 - config.model.batch_norm_momentum
-  rates = config.optimizer
+  fields = config.optimizer
   optimizer = torch.optim.Adam(
     [
-      {'params': original.used_parameters(), 'lr': rates.head.learning_rate},
-      {'params': [points], 'lr': rates.proxies.learning_rate},
+      {'params': original.used_parameters(), 'lr': fields.head.learning_rate},
+      {'params': [proxies], 'lr': fields.proxies.learning_rate},
     ],
-    eps=rates.eps,
+    eps=fields.eps,
   )
   schedule = torch.optim.lr_scheduler.StepLR(
-    optimizer, rates.head.decay_every, rates.head.decay_rate
+    optimizer, fields.head.decay_every, fields.head.decay_rate
   )
   original.train()
   losses = []
@@ -426,7 +458,7 @@ def _train_original(original, points, config, batches, to_torch):
     optimizer.zero_grad()
     loss = _torch_loss(
       original(to_torch(images)),
-      points,
+      proxies,
       torch.tensor(labels),
       config.loss.proxy_nca.label_smoothing,
     )
@@ -438,12 +470,12 @@ def _train_original(original, points, config, batches, to_torch):
 
 
 def _nudge(tensor: torch.Tensor) -> None:
-  """Moves each number to a neighbour in float32, or leaves it."""
+  """Changes each entry by one unit in the last place, or not at all."""
   generator = torch.Generator().manual_seed(1)
   targets = torch.randint(-1, 2, tensor.shape, generator=generator)
-  is_moved = targets != 0
-  neighbours = torch.nextafter(tensor.data, targets * torch.inf)
-  tensor.data[is_moved] = neighbours[is_moved]
+  is_changed = targets != 0
+  adjacent = torch.nextafter(tensor.data, targets * torch.inf)
+  tensor.data[is_changed] = adjacent[is_changed]
 
 
 def compare_trajectories(name: str, steps: int, size: int) -> None:
@@ -451,7 +483,7 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   config.model.name, config.model.init_from = name, ''
   config.dataset.image_size, config.num_steps = size, steps
   for group in ('backbone', 'head', 'proxies'):
-    # An epoch of 10 steps, so that the rates decay within the run.
+    # Epochs of 10 steps, so that the learning rates decay within the run.
     config.optimizer[group].decay_every = 10
   mesh = mesh_lib.make_mesh()
   model = models.create_model(config)
@@ -469,8 +501,10 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
   head = params['head']['embedding']
   original.embedding.weight.data = torch.tensor(np.asarray(head['kernel']).T)
   original.embedding.bias.data = torch.tensor(np.asarray(head['bias']))
-  points = torch.nn.Parameter(torch.tensor(np.asarray(params['proxies'])))
-  nudged, nudged_points = copy.deepcopy((original, points))
+  torch_proxies = torch.nn.Parameter(
+    torch.tensor(np.asarray(params['proxies']))
+  )
+  nudged, nudged_proxies = copy.deepcopy((original, torch_proxies))
   for tensor in nudged.parameters():
     _nudge(tensor)
 
@@ -493,15 +527,15 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
     )
     return torch.tensor(np.asarray(images).transpose(0, 3, 1, 2))
 
-  theirs = _train_original(original, points, config, batches, to_torch)
-  control = _train_original(nudged, nudged_points, config, batches, to_torch)
+  theirs = _train_original(original, torch_proxies, config, batches, to_torch)
+  control = _train_original(nudged, nudged_proxies, config, batches, to_torch)
 
-  def nearest(net, points):
+  def nearest(net, net_proxies):
     net.eval()
     with torch.no_grad():
       rows = net(to_torch(batches[-1][0])).numpy()
     return proxies.nearest_proxies(
-      jnp.asarray(rows), jnp.asarray(points.detach().numpy())
+      jnp.asarray(rows), jnp.asarray(net_proxies.detach().numpy())
     )
 
   embed = embed_lib.make_embed_fn(model, mesh)
@@ -509,28 +543,28 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
     embed(state, {'image': batches[-1][0]})['embedding'],
     state.params['proxies'],
   )
-  expected = nearest(original, points)
+  expected = nearest(original, torch_proxies)
   losses = np.array(losses)
   print(
     f'{name}, {steps} steps at {size} pixels, loss {theirs[0]:.4f} to '
-    f'{theirs[-1]:.4f}; largest relative difference of the losses from the '
-    'original, up to a step, and of the nearest proxies at the end:'
+    f'{theirs[-1]:.4f}. Largest relative difference of the losses from those '
+    'of the original up to each step, and agreement of the nearest proxies:'
   )
   rows = {
-    'here': (losses, ours),
-    'the original, weights one float32 apart': (
+    'ours': (losses, ours),
+    'original, weights 1 ulp apart': (
       control,
-      nearest(nudged, nudged_points),
+      nearest(nudged, nudged_proxies),
     ),
   }
-  for title, (values, points_near) in rows.items():
+  for title, (values, nearest_indices) in rows.items():
     differences = np.maximum.accumulate(np.abs(values / theirs - 1))
     cells = ''.join(
       f'  {k}: {differences[k - 1]:.1e}'
       for k in (1, 2, 5, 10, 20, steps)
       if k <= steps
     )
-    same = np.mean(points_near == expected)
+    same = np.mean(nearest_indices == expected)
     print(f'  {title:40}{cells}; {100 * same:.0f}% the same', flush=True)
 
 
@@ -543,7 +577,7 @@ _DEEP = {
 
 
 def store_original(name: str) -> None:
-  """Writes what the test of an architecture compares with."""
+  """Writes the expected values that the tests of a network compare with."""
   is_vit = name in _TIMM
   patch = 14 if name.startswith('dinov2') else 16
   size = 2 * patch if is_vit else 64
@@ -559,7 +593,7 @@ def store_original(name: str) -> None:
     }
   )
   if is_vit:
-    original = _regrid(original, size)
+    original = _resize_positions(original, size)
   images = made_weights.make_images(size).transpose(0, 3, 1, 2)
   images = torch.from_numpy(images.copy())
   original.eval()
@@ -582,7 +616,7 @@ def store_original(name: str) -> None:
 
 
 def store_files() -> None:
-  """Writes small files of both of torch's formats, and what they hold."""
+  """Writes small files in torch's two formats, and their tensors."""
   square = torch.arange(12.0).reshape(3, 4)
   state = {
     'module.weight': torch.nn.Parameter(square[:, 1:].T),
@@ -609,19 +643,7 @@ def store_files() -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument(
-    'part',
-    nargs='?',
-    default='models',
-    choices=('models', 'trajectory', 'originals'),
-  )
-  parser.add_argument('--models', default='')
-  parser.add_argument('--steps', type=int, default=50)
-  parser.add_argument('--size', type=int, default=128)
-  arguments = parser.parse_args()
+  arguments = _ARGUMENTS
   torch.set_num_threads(2)
   print(
     f'jax {jax.__version__} and torch {torch.__version__}, '

@@ -1,10 +1,10 @@
-"""Peak memory of preparing Stanford Online Products, from a made archive.
+"""Measures the peak memory of preparing Stanford Online Products.
 
 python benchmarks/preparation.py
 
-Makes a zip in the published layout with the published number of pictures and
-classes, each picture a few hundred bytes, prepares it in a process of its own,
-and prints its peak memory. Needs about 1 GB of disk.
+Writes a fake archive with the published layout and numbers of images and
+classes, where each image has a few hundred bytes, prepares it in a separate
+process, and prints the peak memory of that process. Needs about 1 GB of disk.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def prepare(folder: str) -> None:
   data = pathlib.Path(builder.data_path)
   shards = [path.stat().st_size / 2**20 for path in data.glob('*array_record*')]
   print(f'images                    {builder.info.splits.total_num_examples:,}')
-  print(f'left out                  {len(skipped)}')
+  print(f'skipped                   {len(skipped)}')
   print(f'seconds                   {seconds:.0f}')
   print(f'peak after imports        {before:.0f} MiB')
   print(f'peak after preparation    {peak_mib():.0f} MiB')
@@ -76,8 +76,12 @@ def prepare(folder: str) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--folder', help='of an archive that is made already')
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--folder', help='only prepare the archive in this folder'
+  )
   arguments = parser.parse_args()
   if arguments.folder:
     prepare(arguments.folder)
@@ -86,7 +90,7 @@ def main() -> None:
     make_archive(f'{folder}/{_DIR}.zip')
     size = os.path.getsize(f'{folder}/{_DIR}.zip') / 2**20
     print(f'archive                   {size:.0f} MiB')
-    # The making itself must not count.
+    # A new process, so that writing the archive does not count.
     subprocess.run([sys.executable, __file__, f'--folder={folder}'], check=True)
 
 

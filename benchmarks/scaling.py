@@ -1,14 +1,15 @@
-"""What loss, proxies and evaluation cost a device: memory, arithmetic, traffic.
+"""Measures what loss and proxies cost per device: memory, flops, communication.
 
 python benchmarks/scaling.py [--classes=1000000] [--dim=512] [--batch_size=256]
+  [--devices=8]
 
-Compiles, without running it, a step of the softmax form of Proxy-NCA on given
-embeddings with Adam for the proxies, for 1 to --devices devices of this
-machine's processor, with a copy of the proxies on each and with
-config.proxies.sharded. Of each it prints what XLA says of one device: bytes of
-parameters and moments, bytes besides, flops, and the bytes that its collectives
-hold, the largest of them named. Then the cost model of docs/scaling.md, whose
-formulas must agree with what was compiled.
+Compiles, but does not run, a step of the softmax form of Proxy-NCA on given
+embeddings, with Adam for the proxies, for 1 to --devices emulated CPU devices,
+with replicated proxies and with config.proxies.sharded. Prints what XLA reports
+for one device: bytes of arguments (proxies and moments), bytes of temporaries,
+flops, bytes of the results of collectives, and the largest collective. Beside
+them it prints the cost model of docs/scaling.md ("model"), then the cost model
+for more devices, for a step and for evaluation.
 """
 
 import argparse
@@ -23,15 +24,18 @@ def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--classes', type=int, default=10**6)
-  parser.add_argument('--dim', type=int, default=512)
-  parser.add_argument('--batch_size', type=int, default=256)
-  parser.add_argument('--devices', type=int, default=8)
+  for name, value, text in (
+    ('classes', 10**6, 'number of classes, with one proxy each'),
+    ('dim', 512, 'dimension of the embeddings'),
+    ('batch_size', 256, 'global batch size'),
+    ('devices', 8, 'largest number of devices'),
+  ):
+    parser.add_argument(f'--{name}', type=int, default=value, help=text)
   return parser.parse_args()
 
 
 _ARGUMENTS = parse()
-# As many devices of the host's processor as the largest mesh has.
+# Must be set before jax is imported.
 os.environ['XLA_FLAGS'] = (
   f'--xla_force_host_platform_device_count={_ARGUMENTS.devices}'
 )
@@ -56,51 +60,56 @@ _ARRAY = re.compile(r'\b[a-z]+(\d+)\[([\d,]*)\]')
 
 
 def compile_step(num_devices, num_classes, dim, batch_size, *, sharded):
-  """Compiles the step for the first devices of this machine."""
+  """Compiles the step for the first `num_devices` devices."""
   mesh = mesh_lib.make_mesh(jax.devices()[:num_devices])
   config = default.get_config()
   config.proxies.sharded = sharded
   reshard = train_step.make_reshard(config, num_classes, mesh)
   adam = optax.adam(1e-3)
 
-  def step(points, moments, embeddings, labels):
-    def mean_loss(points, embeddings):
-      x, p, y = reshard(embeddings, points, labels)
+  def step(proxies, moments, embeddings, labels):
+    def mean_loss(proxies, embeddings):
+      x, p, y = reshard(embeddings, proxies, labels)
       return jnp.mean(losses.proxy_nca_pp_loss(x, p, y))
 
-    gradients, of_embeddings = jax.grad(mean_loss, (0, 1))(points, embeddings)
+    gradients, embedding_gradients = jax.grad(mean_loss, (0, 1))(
+      proxies, embeddings
+    )
     updates, moments = adam.update(gradients, moments)
-    return optax.apply_updates(points, updates), moments, of_embeddings
+    return optax.apply_updates(proxies, updates), moments, embedding_gradients
 
   rows = mesh_lib.by_row(mesh)
-  of_points = rows if sharded else mesh_lib.replicated(mesh)
+  proxy_sharding = rows if sharded else mesh_lib.replicated(mesh)
   num_rows = num_classes + (-num_classes % num_devices if sharded else 0)
-  points = jax.ShapeDtypeStruct(
-    (num_rows, dim), jnp.float32, sharding=of_points
+  proxies = jax.ShapeDtypeStruct(
+    (num_rows, dim), jnp.float32, sharding=proxy_sharding
   )
   moments = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape,
       x.dtype,
-      sharding=of_points if x.ndim else mesh_lib.replicated(mesh),
+      sharding=proxy_sharding if x.ndim else mesh_lib.replicated(mesh),
     ),
-    jax.eval_shape(adam.init, points),
+    jax.eval_shape(adam.init, proxies),
   )
   embeddings = jax.ShapeDtypeStruct(
     (batch_size, dim), jnp.float32, sharding=rows
   )
   labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
-  outputs = (of_points, jax.tree.map(lambda x: x.sharding, moments), rows)
+  outputs = (proxy_sharding, jax.tree.map(lambda x: x.sharding, moments), rows)
   return (
     jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs)
-    .lower(points, moments, embeddings, labels)
+    .lower(proxies, moments, embeddings, labels)
     .compile()
   )
 
 
 def collectives(compiled) -> list[tuple[int, str]]:
-  """Returns (bytes of the result, kind and shape) of each, largest first."""
-  found = []
+  """Returns (bytes, kind and shape) of each collective's result, sorted.
+
+  The largest comes first.
+  """
+  results = []
   for line in compiled.as_text().splitlines():
     if match := _COLLECTIVE.search(line):
       arrays = [
@@ -111,30 +120,30 @@ def collectives(compiled) -> list[tuple[int, str]]:
         for bits, shape in _ARRAY.findall(match[1])
       ]
       total = sum(size for size, _ in arrays)
-      found.append((total, f'{match[2]} of [{max(arrays)[1]}]'))
-  return sorted(found, reverse=True)
+      results.append((total, f'{match[2]} of [{max(arrays)[1]}]'))
+  return sorted(results, reverse=True)
 
 
 def print_compiled(num_classes, dim, batch_size) -> None:
   print(
     f'{num_classes:,} x {dim} proxies, batch {batch_size}, jax '
-    f'{jax.__version__}; MiB of one device'
+    f'{jax.__version__}; MiB per device'
   )
   print(
-    f'{"":11}{"devices":>8}{"held":>9}{"besides":>9}{"model":>9}'
+    f'{"":11}{"devices":>8}{"args":>9}{"temp":>9}{"model":>9}'
     f'{"Gflop":>9}{"model":>9}{"traffic":>9}  largest collective'
   )
   for sharded in (False, True):
-    number = 1
-    while number <= jax.device_count():
+    num_devices = 1
+    while num_devices <= jax.device_count():
       compiled = compile_step(
-        number, num_classes, dim, batch_size, sharded=sharded
+        num_devices, num_classes, dim, batch_size, sharded=sharded
       )
       memory = compiled.memory_analysis()
       traffic = collectives(compiled)
-      model = cost(number, num_classes, dim, batch_size, sharded=sharded)
+      model = cost(num_devices, num_classes, dim, batch_size, sharded=sharded)
       print(
-        f'{"sharded" if sharded else "copies":11}{number:8}'
+        f'{"sharded" if sharded else "replicated":11}{num_devices:8}'
         f'{memory.argument_size_in_bytes / _MIB:9.0f}'
         f'{memory.temp_size_in_bytes / _MIB:9.0f}'
         f'{model["memory"] / _MIB:9.0f}'
@@ -143,16 +152,16 @@ def print_compiled(num_classes, dim, batch_size) -> None:
         f'{sum(size for size, _ in traffic) / _MIB:9.2f}'
         f'  {traffic[0][1] if traffic else "none"}'
       )
-      number *= 2
+      num_devices *= 2
 
 
 def cost(num_devices, num_classes, dim, batch_size, *, sharded) -> dict:
-  """The model, of one device and step: bytes, flops, bytes received.
+  """Returns the model for one device and step: bytes, flops, bytes received.
 
-  Memory is that of the proxies, Adam's two moments and the gradients, and the
-  similarities with their gradient. Three products: similarities, and the
-  gradients of both sides. Traffic: embeddings to all devices and their
-  gradients back; of copies, the gradients of all proxies.
+  Memory: proxies, Adam's two moments and gradients, and the similarities with
+  their gradient. Flops: three products, for the similarities and the gradients
+  of both sides. Traffic: embeddings to all devices, and their gradients back;
+  for replicated proxies, the gradients of all proxies.
   """
   rows = math.ceil(num_classes / num_devices) if sharded else num_classes
   batch = batch_size if sharded else batch_size / num_devices
@@ -166,30 +175,28 @@ def cost(num_devices, num_classes, dim, batch_size, *, sharded) -> dict:
 
 
 def print_model(dim: int, batch_size: int) -> None:
-  """Prints the model, of sharded proxies, beyond what this machine holds."""
+  """Prints the model of sharded proxies for more devices than exist here."""
   print(
-    f'\nThe model: sharded, {dim} dimensions, batch {batch_size}; of one device'
+    f'\nCost model per device: sharded proxies, {dim} dimensions, batch size '
+    f'{batch_size}'
   )
   print(
     f'{"classes":>12}{"devices":>9}{"GiB":>10}{"Tflop":>10}{"MiB traffic":>13}'
   )
   for num_classes in (11_318, 10**6, 10**7, 10**8):
-    for number in (1, 8, 64, 256):
-      model = cost(number, num_classes, dim, batch_size, sharded=True)
+    for num_devices in (1, 8, 64, 256):
+      model = cost(num_devices, num_classes, dim, batch_size, sharded=True)
       print(
-        f'{num_classes:12,}{number:9}{model["memory"] / 2**30:10.2f}'
+        f'{num_classes:12,}{num_devices:9}{model["memory"] / 2**30:10.2f}'
         f'{model["flops"] / 1e12:10.3f}{model["traffic"] / _MIB:13.1f}'
       )
-  print(
-    f'\nEvaluation: all ranks of N items, {dim} dimensions, shared; of one '
-    'device'
-  )
+  print(f'\nCost model per device: ranking all items, {dim} dimensions')
   print(f'{"items":>12}{"devices":>9}{"GiB":>10}{"Tflop":>10}')
   for num_items in (60_502, 10**6, 10**7):
-    for number in (1, 8, 64, 256):
+    for num_devices in (1, 8, 64, 256):
       print(
-        f'{num_items:12,}{number:9}{4 * num_items * dim / 2**30:10.2f}'
-        f'{2 * num_items**2 * dim / number / 1e12:10.1f}'
+        f'{num_items:12,}{num_devices:9}{4 * num_items * dim / 2**30:10.2f}'
+        f'{2 * num_items**2 * dim / num_devices / 1e12:10.1f}'
       )
 
 

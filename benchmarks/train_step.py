@@ -1,32 +1,33 @@
-"""The training step: images a second, use of the device, memory, PyTorch.
+"""Measures the training step: speed, utilization, memory; also in PyTorch.
 
 python benchmarks/train_step.py [--models=resnet50,bn_inception,vit_s16]
   [--dtypes=bfloat16,float32] [--proxies=11318,1000000] [--batch_size=0]
   [--image_size=0] [--steps=20] [--rounds=3] [--proxy_chunk=0]
   [--peak_tflops=0] [--peer=compiled]
 
-The step is the trainer's, of train_step.make_train_step, with the softmax form
-of Proxy-NCA and Adam, on one device and one batch of random images that lies
-there; with 11,318 proxies, the train classes of Stanford Online Products, and
-with a million. Networks, images, batches and embeddings are those of ProxyNCA++
-(on that data set), Proxy-NCA and HIER, as configs/recipes.py has them; sizes of
-0 are theirs. Columns:
+Runs the trainer's step (train_step.make_train_step) with the softmax form of
+Proxy-NCA and Adam, on one device and one batch of random images that stays
+there; with 11,318 proxies, the train classes of Stanford Online Products (SOP),
+and with a million. Networks, image sizes, batch sizes and embeddings are those
+of ProxyNCA++ on SOP, Proxy-NCA and HIER in configs/recipes.py; a size of 0
+selects theirs. Columns:
 
-  ms, images/s   medians over the rounds, each of so many steps
-  TFLOP/s, used  the step's operations, as XLA counts them in the program before
-                 it is optimised, over the time; and that over the device's peak
-  planned        MiB of arguments, results and temporaries by memory_analysis
-  peak           MiB in use at most by memory_stats, where the device tells
+  ms, images/s   medians over the rounds, per step
+  TFLOP/s, used  operations of the step, counted by XLA before optimization,
+                 per second; and as a fraction of the device's peak
+  planned        MiB of arguments, results and temporaries (memory_analysis)
+  peak           largest MiB in use (memory_stats), if the device reports it
   compile        seconds to trace and compile
 
-Each row is measured in a process of its own. `--peer` puts the same step in
-PyTorch beside it: torchvision's, timm's or Cadene's network, channels last,
-autocast for bfloat16, the loss in plain torch, Adam, torch.compile (or
---peer=eager without it). It computes none of the metrics that the step here
-returns beside the loss. Its compile time is that of the first step.
+Each row is measured in a separate process. `--peer` adds the same step in
+PyTorch: torchvision's, timm's or Cadene's network, channels last, autocast for
+bfloat16, the loss in plain torch, Adam, and torch.compile (--peer=eager omits
+it). Unlike ours, that step computes no metrics beside the loss. Its compile
+time is the time of the first step.
 
 Needs jax, flax, optax, chex, scipy, orbax-checkpoint, huggingface-hub and
-safetensors; no data set, and of this project's other requirements none.
+safetensors, none of the project's other requirements, and no dataset. `--peer`
+needs: pip install torch torchvision timm pretrainedmodels munch six
 """
 
 import argparse
@@ -59,9 +60,9 @@ _RECIPES = {
 }
 _TEMPERATURE = 1 / 9
 
-# TFLOP/s of dense matrix products of one device: in bfloat16, and as JAX by
-# default multiplies float32 there, on GPUs in TF32 and on TPUs in bfloat16. The
-# first name that is part of the device's is taken. Sources: NVIDIA's data
+# Peak TFLOP/s of dense matrix products of one device: in bfloat16, and in JAX's
+# default precision for float32, which is TF32 on GPUs and bfloat16 on TPUs. The
+# first name contained in the device's name is used. Sources: NVIDIA's data
 # sheets, whose numbers with sparsity are halved, and the system architecture
 # pages of https://cloud.google.com/tpu/docs.
 _PEAKS = {
@@ -79,7 +80,7 @@ _PEAKS = {
 
 
 def find_peak(device_kind: str, dtype: str) -> float:
-  """TFLOP/s; NaN if the device is not in the table."""
+  """Returns the peak TFLOP/s, or NaN if the device is not in the table."""
   for name, peaks in _PEAKS.items():
     if name in device_kind:
       return peaks[dtype == 'float32']
@@ -96,7 +97,7 @@ def make_batch(
 
 
 def make_state(model, optimizer, size, *, num_proxies, dim):
-  """Initialises as the trainer does, in one program."""
+  """Initializes as the trainer does, in one program."""
 
   @jax.jit
   def init():
@@ -120,7 +121,7 @@ def make_state(model, optimizer, size, *, num_proxies, dim):
 
 
 def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
-  """Times the step of one (model, dtype, batch, size, number of proxies)."""
+  """Measures one row: (model, dtype, batch_size, image_size, num_proxies)."""
   name, dtype, batch_size, size, num_proxies = row
   _, _, pooling, layer_norm, dim = _RECIPES[name]
   model = embedding.EmbeddingModel(
@@ -163,9 +164,9 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
   compiled = lowered.compile()
   result = {'compile': time.perf_counter() - start}
 
-  def run(number):
+  def run(num_steps):
     nonlocal state
-    for _ in range(number):
+    for _ in range(num_steps):
       state, metrics = compiled(state, batch)
     jax.block_until_ready((state, metrics))
 
@@ -188,7 +189,7 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
 
 
 def time_steps(run, *, steps: int, rounds: int) -> float:
-  """Returns the median over the rounds, in milliseconds a step."""
+  """Returns the median over the rounds, in milliseconds per step."""
   run(2)
   seconds = []
   for _ in range(rounds):
@@ -201,7 +202,7 @@ def time_steps(run, *, steps: int, rounds: int) -> float:
 def make_peer(
   name: str, size: int, *, pooling: str, layer_norm: bool, dim: int
 ):
-  """Returns the network in torch, from images [batch, 3, height, width]."""
+  """Returns the network in torch; its input is [batch, 3, height, width]."""
   import torch
   from torch.nn import functional
 
@@ -209,14 +210,14 @@ def make_peer(
     import torchvision
 
     net = torchvision.models.resnet50(weights=None)
-    # All but the pooling and the classifier.
+    # Without the pooling and the classifier.
     backbone, width = torch.nn.Sequential(*list(net.children())[:-2]), 2048
   elif name == 'bn_inception':
     import pretrainedmodels
 
     net = pretrainedmodels.bninception(pretrained=None)
     net.forward = net.features
-    # A classifier without gradients would not be trained.
+    # Removes the classifier, whose parameters would get no gradients.
     net.last_linear = torch.nn.Identity()
     backbone, width = net, 1024
   else:
@@ -250,7 +251,7 @@ def make_peer(
 
 
 def measure_peer(row, *, steps: int, rounds: int, mode: str) -> dict:
-  """The same in PyTorch."""
+  """Measures the same row in PyTorch."""
   import torch
   from torch.nn import functional
 
@@ -259,7 +260,7 @@ def measure_peer(row, *, steps: int, rounds: int, mode: str) -> dict:
   is_gpu = torch.cuda.is_available()
   device = torch.device('cuda' if is_gpu else 'cpu')
   torch.manual_seed(0)
-  # As JAX by default: float32 is multiplied in TF32 where there is such.
+  # JAX's default precision: TF32 for float32, on GPUs that have it.
   torch.set_float32_matmul_precision('high')
   torch.backends.cudnn.benchmark = True
   net = (
@@ -270,7 +271,7 @@ def measure_peer(row, *, steps: int, rounds: int, mode: str) -> dict:
   proxies = torch.nn.Parameter(torch.randn(num_proxies, dim, device=device))
   optimizer = torch.optim.Adam([*net.parameters(), proxies], lr=1e-5)
   images, labels = make_batch(batch_size, size, num_proxies)
-  # Of strides that are channels last already.
+  # The permuted images already have the strides of channels_last.
   images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
   labels = torch.from_numpy(labels).long().to(device)
 
@@ -280,15 +281,15 @@ def measure_peer(row, *, steps: int, rounds: int, mode: str) -> dict:
       device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16'
     ):
       embeddings = net(scaled)
-    # In float32, as here.
+    # In float32, as ours.
     cosines = embeddings.float() @ functional.normalize(proxies).T
     return functional.cross_entropy(2 / _TEMPERATURE * cosines, labels)
 
   if mode == 'compiled':
     mean_loss = torch.compile(mean_loss)
 
-  def run(number):
-    for _ in range(number):
+  def run(num_steps):
+    for _ in range(num_steps):
       optimizer.zero_grad()
       mean_loss(images, labels).backward()
       optimizer.step()
@@ -303,14 +304,14 @@ def measure_peer(row, *, steps: int, rounds: int, mode: str) -> dict:
   return {'ms': milliseconds, 'compile': compile_seconds, 'peak': peak}
 
 
-def in_its_own_process(fn, *args, **kwargs):
-  """Returns what fn returns, or the error, in a process that then ends."""
+def run_in_process(fn, *args, **kwargs):
+  """Calls fn in a new process; returns its result or its exception."""
   context = multiprocessing.get_context('spawn')
   with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
     future = pool.submit(fn, *args, **kwargs)
     error = future.exception()
     if isinstance(error, process.BrokenProcessPool):
-      return MemoryError('its process was killed; is the memory enough?')
+      return MemoryError('the process was killed, possibly for lack of memory')
     return error or future.result()
 
 
@@ -326,17 +327,32 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--models', default=','.join(_RECIPES))
-  parser.add_argument('--dtypes', default='bfloat16,float32')
-  parser.add_argument('--proxies', default='11318,1000000')
-  parser.add_argument('--batch_size', type=int, default=0)
-  parser.add_argument('--image_size', type=int, default=0)
-  parser.add_argument('--steps', type=int, default=20)
-  parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--proxy_chunk', type=int, default=0)
-  parser.add_argument('--peak_tflops', type=float, default=0.0)
+  for name, value, text in (
+    ('models', ','.join(_RECIPES), 'networks to measure'),
+    ('dtypes', 'bfloat16,float32', 'compute dtypes of the backbone'),
+    ('proxies', '11318,1000000', 'numbers of proxies'),
+  ):
+    parser.add_argument(f'--{name}', default=value, help=text)
+  for name, value, text in (
+    ('batch_size', 0, 'batch size; 0 is that of the recipe'),
+    ('image_size', 0, 'image side in pixels; 0 is that of the recipe'),
+    ('steps', 20, 'steps of each measurement'),
+    ('rounds', 3, 'repetitions of each measurement'),
+    ('proxy_chunk', 0, 'proxies to compare with at a time; 0 is all'),
+  ):
+    parser.add_argument(f'--{name}', type=int, default=value, help=text)
   parser.add_argument(
-    '--peer', nargs='?', const='compiled', choices=('compiled', 'eager')
+    '--peak_tflops',
+    type=float,
+    default=0.0,
+    help="peak of the device; 0 looks it up by the device's name",
+  )
+  parser.add_argument(
+    '--peer',
+    nargs='?',
+    const='compiled',
+    choices=('compiled', 'eager'),
+    help='also measure PyTorch, with or without torch.compile',
   )
   arguments = parser.parse_args()
   timing = {'steps': arguments.steps, 'rounds': arguments.rounds}
@@ -375,7 +391,7 @@ def main() -> None:
           num_proxies,
         )
         print(f'{", ".join(map(str, row)):50}', end='', flush=True)
-        ours = in_its_own_process(
+        ours = run_in_process(
           measure, row, proxy_chunk=arguments.proxy_chunk, **timing
         )
         if isinstance(ours, BaseException):
@@ -394,7 +410,7 @@ def main() -> None:
         ]
         print(format_cells(cells), end='', flush=True)
         if arguments.peer:
-          peer = in_its_own_process(
+          peer = run_in_process(
             measure_peer, row, mode=arguments.peer, **timing
           )
           if isinstance(peer, BaseException):

@@ -1,10 +1,12 @@
-"""CUB-200-2011: 100 species of birds train, 100 others test.
+"""CUB-200-2011: train on 100 bird species, test on 100 others.
 
 python main.py --config=configs/cub200.py:RECIPE --workdir=/tmp/cub200 \
   --config.dataset.manual_dir=DIR --config.model.init_from=WEIGHTS
 
-RECIPE is one of those in configs/recipes.py, by default paper. Weights of
-BN-Inception are a file that you fetch; the others have a name on Hugging Face.
+RECIPE names a function of configs/recipes.py; the default is paper. Download
+the weights of BN-Inception and pass the file; those of the other networks have
+a name on Hugging Face, which is the default.
+
 Published Recall@1, in percent:
 
   paper            49.21  BN-Inception, 64 dimensions
@@ -14,10 +16,10 @@ Published Recall@1, in percent:
   proxy_anchor     69.1   BN-Inception, 512 dimensions
   vit              80.9   DINO ViT-S/16, 384 dimensions
 
-Of dichotomies and proxy_anchor it is the best epoch's on the test classes; the
-last epoch of dichotomies has 50.95. Of vit no result is published: the number
-is of Hyp (htdt/hyp_metric) with the same network. Not measured here: no copy of
-the data was at hand.
+dichotomies and proxy_anchor report the best epoch on the test classes; the last
+epoch of dichotomies reaches 50.95. No result is published for vit: its number
+is that of Hyp (htdt/hyp_metric) with the same network. Nothing was measured
+here, for lack of the data.
 """
 
 import ml_collections

@@ -1,11 +1,11 @@
-"""Every field of a run, with its default. Other configs change some of them."""
+"""All config fields with their defaults; the other configs override some."""
 
 import ml_collections
 from ml_collections import config_dict
 
 
 def _loss_arguments() -> dict[str, dict]:
-  # Anew for each config: configs that hold one placeholder share its value.
+  # Built for each config: configs that share a placeholder share its value.
   return {
     'arcface': dict(scale=64.0, margin=0.5),
     'center': dict(),
@@ -22,11 +22,12 @@ def _loss_arguments() -> dict[str, dict]:
     'normalized_softmax': dict(temperature=0.05),
     'proxy_anchor': dict(alpha=32.0, margin=0.1),
     'proxy_nca': dict(
-      temperature=1 / 9,  # ProxyNCA++'s.
-      positive_in_denominator=False,  # The paper's form.
+      temperature=1 / 9,  # From ProxyNCA++; the paper gives none.
+      positive_in_denominator=False,  # False is the paper's form.
       normalize=True,
       label_smoothing=0.0,
-      proxy_chunk=config_dict.placeholder(int),  # Proxies at a time; None: all.
+      # Number of proxies to compare with at a time; None compares with all.
+      proxy_chunk=config_dict.placeholder(int),
     ),
     'proxy_nca_pp': dict(
       temperature=1 / 9, proxy_chunk=config_dict.placeholder(int)
@@ -39,134 +40,195 @@ def _loss_arguments() -> dict[str, dict]:
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns the defaults; a data set must still be named."""
+  """Returns the default config; its `dataset.name` must still be set."""
   config = ml_collections.ConfigDict()
-  config.seed = 0  # Of initialisation, record order, augmentation, k-means.
+  # Seeds initialization, image order, augmentation and k-means.
+  config.seed = 0
   config.num_steps = 1000
-  config.batch_size = 64  # Of all devices together.
+  config.batch_size = 64  # Global: summed over all devices.
 
   config.dataset = ml_collections.ConfigDict()
   config.dataset.name = ''
-  config.dataset.data_dir = ''  # '' is TFDS's own: ~/tensorflow_datasets.
-  config.dataset.root = ''  # image_folder: the folder of pictures.
-  config.dataset.manual_dir = ''  # Archives or folders that you have.
-  config.dataset.allow_incomplete = False  # Archives not quite as published.
-  config.dataset.fonts_dir = ''  # glyphs: your fonts; '' is matplotlib's.
-  config.dataset.min_styles = 8  # glyphs: fewest drawings of a class.
-  config.dataset.num_classes = 0  # Use only so many classes; 0 is all.
-  config.dataset.test_fraction = 0.5  # Of the classes.
-  config.dataset.num_train_classes = 0  # Learn only so many; 0 is all.
-  # Thins the train classes, the largest so many times the smallest; 0: not. A
-  # quarter of each is held out, and scored by frequency.
+  # Folder of prepared datasets; '' is TFDS's default, ~/tensorflow_datasets.
+  config.dataset.data_dir = ''
+  config.dataset.root = ''  # image_folder: the folder of images.
+  # Folder of downloaded archives or of their extracted folders; '' downloads.
+  config.dataset.manual_dir = ''
+  # Accept archives with missing, duplicate or unreadable images.
+  config.dataset.allow_incomplete = False
+  config.dataset.fonts_dir = ''  # glyphs: folder of fonts; '' is matplotlib's.
+  # glyphs: drop characters with fewer distinct drawings than this.
+  config.dataset.min_styles = 8
+  config.dataset.num_classes = 0  # Number of classes to use; 0 uses all.
+  config.dataset.test_fraction = 0.5  # Fraction of the classes to test on.
+  # Number of train classes to train on; 0 uses all.
+  config.dataset.num_train_classes = 0
+  # Subsample the train classes to a long tail: the largest fraction of images
+  # that a class keeps is this many times the smallest; 0 disables. A quarter of
+  # each class is held out first, and scored by class frequency.
   config.dataset.long_tail = 0.0
-  config.dataset.validation = ''  # Train classes to select by: 2/2, 1/4, ...
-  config.dataset.split_seed = 0  # Not `seed`: seeds compare on one split.
-  config.dataset.images_per_class = 0  # Of a class in a batch; 0: any.
-  config.dataset.num_workers = 0  # Reading processes; 0 is threads.
-  # Hold the resized train pictures in the devices' memory, each a part; crop
-  # and flip there: the same batches, with next to nothing to send.
+  # Train classes to hold out for selecting a checkpoint: i/n is the i-th of n
+  # equal parts, such as 2/2 for the second half; '' holds out none.
+  config.dataset.validation = ''
+  # Seeds the split by class, so that runs with other `seed`s share one split.
+  config.dataset.split_seed = 0
+  # Images per class in class-balanced batches; 0 shuffles all images.
+  config.dataset.images_per_class = 0
+  # Number of processes that read images; 0 reads in threads.
+  config.dataset.num_workers = 0
+  # Keep the resized train images in device memory, divided among the devices,
+  # and crop and flip them there. Batches are the same as from the host.
   config.dataset.on_device = False
 
-  # Resized, cropped and flipped as uint8 on the host, normalised on the device.
-  config.dataset.resize = 0  # Before the crop, to so many pixels; 0: not.
-  config.dataset.resize_mode = 'square'  # Or shorter: of the shorter side.
-  config.dataset.interpolation = 'bilinear'  # Or bicubic, of every resize.
-  config.dataset.cache_size = 0  # Store what is resized: `resize`, or 0: not.
-  config.dataset.allow_resized_source = False  # Even if a crop is of originals.
-  config.dataset.image_size = 32  # Side of the crop that the network sees.
-  config.dataset.crop = 'random'  # Or random_resized, of the original.
-  config.dataset.padding = 0  # random: black pixels on each side before it.
-  config.dataset.crop_scale = (0.08, 1.0)  # random_resized: share of the area.
-  config.dataset.crop_ratio = (3 / 4, 4 / 3)  # random_resized: width / height.
-  config.dataset.flip = True  # Mirror half of the training images.
-  # Brightness, contrast, saturation and hue, as torchvision's ColorJitter.
+  # The host resizes, crops and flips images as uint8; the device normalizes.
+  # Side in pixels to resize to before the crop; 0 disables resizing.
+  config.dataset.resize = 0
+  # square resizes both sides to `resize`; shorter only the shorter side,
+  # keeping the aspect ratio.
+  config.dataset.resize_mode = 'square'
+  # Interpolation of every resize: bilinear or bicubic.
+  config.dataset.interpolation = 'bilinear'
+  # Store images on disk as pixels, already resized. Must equal `resize`; 0
+  # decodes the originals in every epoch.
+  config.dataset.cache_size = 0
+  # Let random_resized crop from stored images that are already resized (by
+  # `cache_size` or image_folder) instead of the originals; pixels differ.
+  config.dataset.allow_resized_source = False
+  config.dataset.image_size = 32  # Side in pixels of the network's input.
+  # Training crop: random, or random_resized (of the original image).
+  config.dataset.crop = 'random'
+  # random: pad each side with this many black pixels before the crop.
+  config.dataset.padding = 0
+  # random_resized: range of the crop's area, as a fraction of the image's.
+  config.dataset.crop_scale = (0.08, 1.0)
+  # random_resized: range of the crop's aspect ratio, width / height.
+  config.dataset.crop_ratio = (3 / 4, 4 / 3)
+  config.dataset.flip = True  # Mirror each training image with probability 1/2.
+  # Strengths of brightness, contrast, saturation and hue jitter, as in
+  # torchvision's ColorJitter; 0 disables each.
   config.dataset.color_jitter = (0.0, 0.0, 0.0, 0.0)
-  config.dataset.erasing = 0.0  # Of so many images, a random rectangle.
+  # Probability of erasing a random rectangle of a training image.
+  config.dataset.erasing = 0.0
 
   config.model = ml_collections.ConfigDict()
   config.model.name = 'small_cnn'
-  config.model.init_from = ''  # A file of weights or a Hugging Face name.
+  # Pretrained weights: a file or a Hugging Face name; '' is random.
+  config.model.init_from = ''
   config.model.width = 64  # small_cnn: channels of the first stage.
   config.model.pooling = 'average'  # average, max, average_max, gem or cls.
-  config.model.layer_norm = False  # Of what is pooled, without parameters.
+  # Apply LayerNorm without parameters to the pooled features.
+  config.model.layer_norm = False
   config.model.embedding_dim = 64  # The paper's.
-  config.model.normalize = True  # Embeddings of unit norm.
-  config.model.embedding_stddev = 0.0  # Of the first head weights; 0: LeCun's.
-  config.model.batch_norm_momentum = 0.9  # The share that is kept.
-  config.model.freeze_batch_norm_steps = 0  # The first so many; -1: all.
-  config.model.dtype = 'float32'  # Of the backbone: float32 or bfloat16.
-  config.model.remat = False  # Recompute each block in the backward pass.
+  config.model.normalize = True  # Project embeddings to the unit sphere.
+  # Standard deviation of the head's initial weights; 0 is LeCun's.
+  config.model.embedding_stddev = 0.0
+  # Fraction of the running statistics that each step keeps.
+  config.model.batch_norm_momentum = 0.9
+  # Freeze batch norm for the first steps; -1 freezes it for all.
+  config.model.freeze_batch_norm_steps = 0
+  # Compute dtype of the backbone: float32 or bfloat16.
+  config.model.dtype = 'float32'
+  # Recompute each block in the backward pass, to save memory.
+  config.model.remat = False
 
   config.loss = ml_collections.ConfigDict()
   config.loss.name = 'proxy_nca'
-  config.loss.num_centers = 3  # Of a class: soft_triple, subcenter_arcface, ...
-  config.loss.num_proxies = 0  # dynamic and fractional; 0: one a class.
-  # For classes of different sizes n: each example's loss times n^-power (1: all
-  # classes weigh alike), and n's log times so much in the logits; 0: not.
+  # Centers per class of soft_triple, subcenter_arcface and magnet.
+  config.loss.num_centers = 3
+  # Number of proxies of dynamic_proxy_nca and fractional_proxy_nca; 0 is the
+  # number of classes.
+  config.loss.num_proxies = 0
+  # Corrections for imbalanced classes. An example of a class with n images has
+  # its loss weighted by n^-class_weighting: 0 disables, 1 weights all classes
+  # equally.
   config.loss.class_weighting = 0.0
-  config.loss.logit_adjustment = 0.0  # proxy_nca and proxy_nca_pp.
-  # Arguments of each loss, which its function explains; those of `name` count.
+  # proxy_nca and proxy_nca_pp: add this times the log frequency of each class
+  # to its logit; 0 disables.
+  config.loss.logit_adjustment = 0.0
+  # Arguments of every loss; only those of `loss.name` are used. The docstrings
+  # in proxy_nca_jax/losses explain them.
   for name, arguments in _loss_arguments().items():
     config.loss[name] = ml_collections.ConfigDict(arguments)
 
   config.proxies = ml_collections.ConfigDict()
-  config.proxies.init_norm = 1.0  # About the norm of each proxy at first.
-  config.proxies.by_size = False  # fractional: more for large classes.
-  config.proxies.sharded = False  # Each device holds some, none all of them.
+  config.proxies.init_norm = 1.0  # Expected norm of the initial proxies.
+  # fractional_proxy_nca: give larger classes more proxies.
+  config.proxies.by_size = False
+  # Divide the proxies among the devices instead of replicating them.
+  config.proxies.sharded = False
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'adam'  # adam, adamw, rmsprop or sgd.
-  config.optimizer.eps = 1e-8  # Of adam and rmsprop.
-  config.optimizer.momentum = 0.9  # Adam's b1; of sgd and rmsprop.
-  config.optimizer.rms_decay = 0.9  # rmsprop: share kept of the squares.
-  config.optimizer.clip_norm = 0.0  # Largest norm of all gradients; 0: any.
-  config.optimizer.decay_vectors = False  # Weight decay of biases and norms.
-  # What a loss or gradient that is not finite does: stop the run, or skip its
-  # step, which then changes nothing.
+  config.optimizer.eps = 1e-8  # adam, adamw and rmsprop: epsilon.
+  config.optimizer.momentum = 0.9  # b1 of adam and adamw; else the momentum.
+  config.optimizer.rms_decay = 0.9  # rmsprop: decay of the squared gradients.
+  # Clip gradients to this global norm; 0 disables clipping.
+  config.optimizer.clip_norm = 0.0
+  # Also apply weight decay to vectors: biases and parameters of norms.
+  config.optimizer.decay_vectors = False
+  # At a non-finite loss or gradient: stop ends the run; skip leaves the
+  # parameters unchanged and continues with the next step.
   config.optimizer.on_nonfinite = 'stop'
-  config.optimizer.max_skipped_steps = 10  # skip: so many in a row stop, too.
-  # All rates are multiplied by it when more than `plateau_patience` validation
-  # scores in a row are not better than the best; 1: never.
+  # skip: stop after this many consecutive skipped steps.
+  config.optimizer.max_skipped_steps = 10
+  # Multiply all learning rates by this factor when more than `plateau_patience`
+  # consecutive validation scores fail to improve on the best; 1 disables.
   config.optimizer.plateau_factor = 1.0
-  config.optimizer.plateau_patience = 4  # ProxyNCA++'s, whose factor is 0.1.
+  config.optimizer.plateau_patience = 4  # ProxyNCA++'s, with a factor of 0.1.
   for group in ('backbone', 'head', 'proxies'):
     config.optimizer[group] = ml_collections.ConfigDict(
       dict(
         learning_rate=1e-3,
-        freeze_steps=0,  # First steps without an update; then the warm-up ...
-        warmup_steps=0,  # ... linear from 0; then the schedule begins.
+        # The group is frozen for freeze_steps, then its learning rate rises
+        # linearly from 0 for warmup_steps, then the schedule begins.
+        freeze_steps=0,
+        warmup_steps=0,
         schedule='constant',  # constant, cosine (to 0), exponential or step.
-        decay_rate=0.94,  # The paper's. Of `exponential` ...
-        decay_every=1000,  # ... each so many steps ...
-        decay_at=(),  # ... and of `step`, at each of these.
-        weight_decay=0.0,  # In the gradient; adamw's is decoupled from it.
-        clip_value=0.0,  # Largest entry of a gradient, in size; 0: any.
+        decay_rate=0.94,  # Factor of exponential and step; 0.94 is the paper's.
+        decay_every=1000,  # exponential: steps between decays.
+        decay_at=(),  # step: steps at which to decay.
+        weight_decay=0.0,  # L2, in the gradient; adamw: decoupled from it.
+        clip_value=0.0,  # Clip gradient entries to [-value, value]; 0 disables.
       )
     )
 
   config.evaluation = ml_collections.ConfigDict()
-  config.evaluation.batch_size = 256
-  config.evaluation.baselines = True  # First, raw pixels and untrained.
-  config.evaluation.recall_at = (1, 2, 4, 8)  # K of Recall@K, or of CMC@K.
-  # On the validation classes; harmonic_mean is of nmi and recall@1.
+  config.evaluation.batch_size = 256  # Global, as `config.batch_size`.
+  # Score raw pixels and the untrained network before training.
+  config.evaluation.baselines = True
+  # Values of K for Recall@K, or for CMC@K in re-identification.
+  config.evaluation.recall_at = (1, 2, 4, 8)
+  # Validation score that selects a checkpoint; harmonic_mean is that of nmi
+  # and recall@1.
   config.evaluation.select_by = 'recall@1'
-  config.evaluation.nearest_only = False  # Recall@K alone, faster; no MAP@R.
-  config.evaluation.kmeans_iterations = 20  # FAISS's; 0 is no clustering.
-  config.evaluation.kmeans_start = 'random'  # Or k-means++.
-  config.evaluation.kmeans_num_starts = 1  # The one of least inertia counts.
+  # Compute only Recall@K, which is faster than ranking all positives.
+  config.evaluation.nearest_only = False
+  # Iterations of k-means for NMI; 0 disables clustering. 20 is FAISS's.
+  config.evaluation.kmeans_iterations = 20
+  config.evaluation.kmeans_start = 'random'  # random or k-means++.
+  # Number of k-means runs; the one with the lowest inertia is scored.
+  config.evaluation.kmeans_num_starts = 1
 
-  # Where steps are short: so many by one call to the device. All the numbers of
-  # steps here must be divisible by it.
+  # Number of steps to run in one call to the device, for short steps. Must
+  # divide all periods and numbers of steps below and above.
   config.steps_per_dispatch = 1
 
   config.report = True  # Write WORKDIR/report.html at the end.
-  config.dry_run = False  # Print data, parameters and memory, and stop.
-  config.log_every = 50
-  config.eval_every = 0  # On validation, or test; 0 is only at the end.
-  config.save_every = 500  # Besides at the end and when stopped.
-  config.keep_checkpoints = 2  # The newest; an older one mends a torn one.
-  # The log tells when a step waits so long for input or device; 0: never. More
-  # than compiling a large network takes.
+  # Print the data, the parameters and the memory of a step, then exit.
+  config.dry_run = False
+  config.log_every = 50  # Steps between rows of metrics.jsonl.
+  # Steps between evaluations on the validation classes, or on the test classes
+  # without any; 0 evaluates only at the end.
+  config.eval_every = 0
+  # Steps between checkpoints; one is also saved at the end and on a stop.
+  config.save_every = 500
+  # Number of recent checkpoints to keep; if the newest is damaged, the run
+  # resumes from an older one.
+  config.keep_checkpoints = 2
+  # Log when a step waits longer than this many seconds for input or the device;
+  # 0 disables. The default exceeds the compile time of a large network.
   config.stall_seconds = 300.0
-  config.profile_steps = ()  # (100, 110): their trace, to WORKDIR/profile.
+  # First and last step to trace to WORKDIR/profile, such as (100, 110); ()
+  # disables tracing.
+  config.profile_steps = ()
   return config.lock()

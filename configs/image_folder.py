@@ -1,7 +1,9 @@
-"""A folder of your own pictures, whose sub-folders are classes.
+"""Your own images: a folder with one sub-folder per class.
 
 python main.py --config=configs/image_folder.py --config.dataset.root=DIR \
   --workdir=/tmp/run
+
+Trains a small network from scratch on crops of 64 x 64 pixels.
 """
 
 import ml_collections

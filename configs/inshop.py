@@ -3,8 +3,10 @@
 python main.py --config=configs/inshop.py:RECIPE --workdir=/tmp/inshop \
   --config.dataset.manual_dir=DIR --config.model.init_from=WEIGHTS
 
-RECIPE is one of those in configs/recipes.py, by default paper. Weights of
-BN-Inception are a file that you fetch; the others have a name on Hugging Face.
+RECIPE names a function of configs/recipes.py; the default is paper. Download
+the weights of BN-Inception and pass the file; those of the other networks have
+a name on Hugging Face, which is the default.
+
 Published Recall@1, in percent:
 
   proxynca_pp      90.9   ResNet-50, 2048 dimensions
@@ -12,10 +14,11 @@ Published Recall@1, in percent:
   proxy_anchor     91.9   BN-Inception, 512 dimensions
   vit              92.4   DINO ViT-S/16, 384 dimensions
 
-paper and dichotomies train BN-Inception to 64 dimensions; neither was published
-on In-Shop. Of proxy_anchor it is the best epoch's on the test classes. Of vit
-no result is published: the number is of Hyp (htdt/hyp_metric) with the same
-network. Not measured here: no copy of the data was at hand.
+No In-Shop result is published for paper and dichotomies, which train
+BN-Inception with 64 dimensions. proxy_anchor reports the best epoch on the test
+classes. No result is published for vit: its number is that of Hyp
+(htdt/hyp_metric) with the same network. Nothing was measured here, for lack of
+the data.
 """
 
 import ml_collections

@@ -1,18 +1,18 @@
-"""The published recipes: how each paper, or its code, trains on a data set.
+"""Published training recipes, one function each.
 
-A data set's config takes the name of one after a colon,
-`--config=configs/cub200.py:proxynca_pp`, and what follows on the command line
-changes it further. Each function below says where its numbers come from, and
-which of them have no source. Steps are epochs of `num_images // batch_size`,
-and a run is scored about ten times.
+The suffix of a dataset's config selects one:
+`--config=configs/cub200.py:proxynca_pp`. Flags such as `--config.num_steps`
+override its fields. Each docstring gives the source of every number and says
+which numbers have none. An epoch is `num_images // batch_size` steps, and each
+run is evaluated about ten times.
 """
 
 import math
 
 import ml_collections
 
-# Name and weights of the networks. Those of BN-Inception are a file of Cadene's
-# pretrained-models.pytorch, ported from Caffe.
+# Name and weights of each network. Those of BN-Inception are a file from
+# Cadene's pretrained-models.pytorch, ported from Caffe.
 _BN_INCEPTION = ('bn_inception', 'bn_inception-52deb4733.pth')
 _RESNET50 = ('resnet50', 'timm/resnet50.tv_in1k')
 _DINO = ('dino_s16', 'timm/vit_small_patch16_224.dino')
@@ -25,16 +25,16 @@ def apply(
   num_images: int,
   num_classes: int,
 ) -> ml_collections.ConfigDict:
-  """Sets the fields of a recipe.
+  """Applies a recipe to a config in place.
 
   Args:
-    recipe: its name.
-    config: with `dataset.name`; is changed.
-    num_images: to train on.
-    num_classes: to train on.
+    recipe: a key of `RECIPES`.
+    config: the config to change; its `dataset.name` must be set.
+    num_images: number of train images.
+    num_classes: number of train classes.
 
   Returns:
-    The config, locked.
+    The same config, locked.
 
   Raises:
     ValueError: if the recipe is unknown.
@@ -51,15 +51,17 @@ def apply(
 def paper(config, *, num_images, num_classes):
   """Proxy-NCA, https://arxiv.org/abs/1703.07464.
 
-  BN-Inception, 64 dimensions, squares of 256 pixels cropped to 227, batches of
-  32, RMSprop and a decay by 0.94 are the paper's, partly as others relay them.
-  By its author, proxies begin as Xavier's (dichotomies/proxy-nca, issue 9).
+  From the paper, partly as quoted by others: BN-Inception, 64 dimensions,
+  images resized to squares of 256 pixels and cropped to 227, batches of 32,
+  RMSprop, and a learning rate decay of 0.94. From its author: Xavier
+  initialization of the proxies (dichotomies/proxy-nca, issue 9).
 
-  The paper gives no learning rate, length or temperature. Rates, an epoch for
-  the decay, and 20 epochs are those of dichotomies/proxy-nca, whose best epochs
-  on CUB, Cars and SOP are 15 to 17. RMSprop's decay of 0.9 and eps of 1 are
-  those that Inception-v4 was trained with, at the same rate of 0.045
-  (https://arxiv.org/abs/1602.07261, section 4). 1/9 is ProxyNCA++'s.
+  The paper gives no learning rate, number of steps or temperature. The learning
+  rates, their decay every epoch, and 20 epochs come from dichotomies/proxy-nca,
+  whose best epochs on CUB, Cars and SOP are 15 to 17. RMSprop's decay of 0.9
+  and eps of 1 trained Inception-v4 at the same learning rate of 0.045
+  (https://arxiv.org/abs/1602.07261, section 4). The temperature of 1/9 is
+  ProxyNCA++'s.
   """
   config.batch_size = 32
   config.dataset.resize = 256
@@ -72,16 +74,17 @@ def paper(config, *, num_images, num_classes):
   config.optimizer.momentum = 0.0
   config.optimizer.rms_decay = 0.9
   steps = _set_epochs(config, 20, num_images=num_images)
-  _set_dichotomies_rates(config, steps)
+  _set_dichotomies_learning_rates(config, steps)
 
 
 def dichotomies(config, *, num_images, num_classes):
-  """The reimplementation of record, dichotomies/proxy-nca at ad9880a.
+  """The established reimplementation, dichotomies/proxy-nca at ad9880a.
 
-  Numbers are of its README and config.json; those for In-Shop, which it does
-  not train on, are SOP's. The factors 3 and 3 (on SOP 1 and 8) of embeddings
-  and proxies are a temperature of 1/9 (1/8). Its proxies are normals divided by
-  8, of norm 1, and the new layer begins with a standard deviation of 0.001.
+  Numbers come from its README and config.json. It does not train on In-Shop,
+  which gets the numbers of SOP. It scales embeddings and proxies by 3 and 3 (on
+  SOP by 1 and 8), which equals a temperature of 1/9 (1/8). Its proxies are
+  normal variates divided by 8, whose norm is about 1, and the new layer is
+  initialized with a standard deviation of 0.001.
   """
   del num_classes
   is_large = config.dataset.name in ('sop', 'inshop')
@@ -90,48 +93,53 @@ def dichotomies(config, *, num_images, num_classes):
   config.model.name, config.model.init_from = _BN_INCEPTION
   config.model.embedding_dim = 64
   config.model.embedding_stddev = 0.001
-  config.model.batch_norm_momentum = 0.1  # Its port's, 0.9 in torch's terms.
+  config.model.batch_norm_momentum = 0.1  # Its port's; 0.9 as torch counts.
   config.loss.proxy_nca.temperature = 1 / 8 if is_large else 1 / 9
   config.loss.proxy_nca.positive_in_denominator = True
   config.loss.proxy_nca.label_smoothing = 0.1
   config.optimizer.name = 'adam'
   epochs = 20 if config.dataset.name == 'cub200' else 50
   steps = _set_epochs(config, epochs, num_images=num_images)
-  _set_dichotomies_rates(config, steps)
+  _set_dichotomies_learning_rates(config, steps)
 
 
-def _set_dichotomies_rates(config, steps):
+def _set_dichotomies_learning_rates(config, steps):
   is_large = config.dataset.name in ('sop', 'inshop')
   config.optimizer.eps = 1.0
-  rates = {'backbone': 0.045, 'head': 0.045, 'proxies': 10 if is_large else 1}
-  for name, rate in rates.items():
+  learning_rates = {
+    'backbone': 0.045,
+    'head': 0.045,
+    'proxies': 10.0 if is_large else 1.0,
+  }
+  for name, learning_rate in learning_rates.items():
     group = config.optimizer[name]
-    group.learning_rate = float(rate)
+    group.learning_rate = learning_rate
     group.schedule = 'exponential'
     group.decay_rate = 0.94
     group.decay_every = steps
 
 
 def proxynca_pp(config, *, num_images, num_classes, embedding_dim=2048):
-  """ProxyNCA++, https://arxiv.org/abs/2004.01113, as of euwern/proxynca_pp.
+  """ProxyNCA++, https://arxiv.org/abs/2004.01113, from euwern/proxynca_pp.
 
-  Numbers are of its config/*.json and train.py: softmax form of temperature
-  1/9, maximum pooling, LayerNorm without parameters, class-balanced batches,
-  fast proxies, and five epochs before the others in which the backbone waits.
-  Proxies are normals divided by 8. Its networks compute in float16 in part, and
-  its embeddings are scored without projection to the sphere.
+  Numbers come from its config/*.json and train.py: the softmax form at a
+  temperature of 1/9, max pooling, LayerNorm without parameters, class-balanced
+  batches, fast proxies, and five extra epochs at the start with a frozen
+  backbone. Proxies are normal variates divided by 8. Differences: the original
+  computes partly in float16 and scores embeddings without normalizing them.
 
-  The rates fall there at epochs that a first run finds, on half of the classes:
+  The original decays the learning rates at epochs that a first run finds by
+  training on half of the classes:
 
     --config.dataset.validation=2/2 --config.evaluation.select_by=harmonic_mean
     --config.optimizer.plateau_factor=0.1 --config.eval_every=EPOCH
 
-  and then on all of them with `schedule='step'`, `decay_rate=0.1` and those
-  epochs as `decay_at`. They are not published, so that here the rates stay; on
-  In-Shop that is the author's recipe (issue 10).
+  A second run trains on all classes with `schedule='step'`, `decay_rate=0.1`
+  and those epochs in `decay_at`. The epochs are not published, so the learning
+  rates are constant here, as in the author's recipe for In-Shop (issue 10).
   """
   del num_classes
-  epochs, batch_size, images_per_class, rate, proxies_rate = {
+  epochs, batch_size, images_per_class, learning_rate, proxies_learning_rate = {
     'cub200': (40, 32, 4, 4e-3, 4e2),
     'cars196': (40, 32, 4, 4e-3, 4e2),
     'sop': (80, 192, 3, 2.4e-2, 2.4e2),
@@ -150,18 +158,18 @@ def proxynca_pp(config, *, num_images, num_classes, embedding_dim=2048):
   config.optimizer.eps = 1.0
   steps = _set_epochs(config, 5 + epochs, num_images=num_images)
   config.optimizer.backbone.freeze_steps = 5 * steps
-  config.optimizer.backbone.learning_rate = rate
-  config.optimizer.head.learning_rate = rate
-  config.optimizer.proxies.learning_rate = proxies_rate
+  config.optimizer.backbone.learning_rate = learning_rate
+  config.optimizer.head.learning_rate = learning_rate
+  config.optimizer.proxies.learning_rate = proxies_learning_rate
   config.optimizer.backbone.clip_value = 10.0
   config.optimizer.head.clip_value = 10.0
 
 
 def proxynca_pp_512(config, *, num_images, num_classes):
-  """ProxyNCA++ in 512 dimensions.
+  """ProxyNCA++ with 512 dimensions.
 
-  Its paper gives results in 512 dimensions as well. Their recipe is not in the
-  code: all but the dimensions is that of 2,048, without a source.
+  The paper also reports results for 512 dimensions, but no recipe for them is
+  published. The other numbers are those for 2,048 dimensions, without a source.
   """
   proxynca_pp(
     config, num_images=num_images, num_classes=num_classes, embedding_dim=512
@@ -169,14 +177,14 @@ def proxynca_pp_512(config, *, num_images, num_classes):
 
 
 def proxy_anchor(config, *, num_images, num_classes):
-  """Proxy-Anchor, https://arxiv.org/abs/2003.13911, as of its code.
+  """Proxy-Anchor, https://arxiv.org/abs/2003.13911, from its code.
 
-  Numbers are of tjddus9597/Proxy-Anchor-CVPR2020: the commands of its README
-  for BN-Inception, and the defaults of its code/train.py. It pools by the sum
-  of average and maximum, decays all parameters, and trains the new layers alone
-  in the first epoch.
+  Numbers come from tjddus9597/Proxy-Anchor-CVPR2020: the commands for
+  BN-Inception in its README, and the defaults of its code/train.py. It pools by
+  the sum of average and maximum, applies weight decay to all parameters, and
+  trains only the new layers in the first epoch.
   """
-  rate, has_frozen_norms, decay_epochs, decay_rate = {
+  learning_rate, has_frozen_norms, decay_epochs, decay_rate = {
     'cub200': (1e-4, True, 10, 0.5),
     'cars196': (1e-4, True, 20, 0.5),
     'sop': (6e-4, False, 20, 0.25),
@@ -187,7 +195,7 @@ def proxy_anchor(config, *, num_images, num_classes):
   config.model.name, config.model.init_from = _BN_INCEPTION
   config.model.pooling = 'average_max'
   config.model.embedding_dim = 512
-  config.model.batch_norm_momentum = 0.1  # Its port's, 0.9 in torch's terms.
+  config.model.batch_norm_momentum = 0.1  # Its port's; 0.9 as torch counts.
   config.model.freeze_batch_norm_steps = -1 if has_frozen_norms else 0
   config.loss.name = 'proxy_anchor'
   config.loss.proxy_anchor.alpha = 32.0
@@ -197,15 +205,19 @@ def proxy_anchor(config, *, num_images, num_classes):
   config.optimizer.decay_vectors = True
   steps = _set_epochs(config, 60, num_images=num_images)
   config.optimizer.backbone.freeze_steps = steps
-  rates = {'backbone': rate, 'head': rate, 'proxies': 100 * rate}
-  for name, rate in rates.items():
+  learning_rates = {
+    'backbone': learning_rate,
+    'head': learning_rate,
+    'proxies': 100 * learning_rate,
+  }
+  for name, learning_rate in learning_rates.items():
     group = config.optimizer[name]
-    group.learning_rate = rate
+    group.learning_rate = learning_rate
     group.weight_decay = 1e-4
     group.clip_value = 10.0
     group.schedule = 'step'
     group.decay_rate = decay_rate
-    # A group's schedule begins when it is no longer frozen.
+    # A group's schedule counts steps from the end of its freeze.
     group.decay_at = tuple(
       epoch * steps - group.freeze_steps
       for epoch in range(decay_epochs, 60, decay_epochs)
@@ -213,20 +225,21 @@ def proxy_anchor(config, *, num_images, num_classes):
 
 
 def vit(config, *, num_images, num_classes):
-  """A vision transformer with the softmax form.
+  """A vision transformer (DINO's ViT-S/16) with the softmax form.
 
-  No paper trains just so. Images, network, batches and optimiser are those of
-  HIER (https://arxiv.org/abs/2212.14258) for DINO's ViT-S/16, of the scripts
-  and hier/train.py of tjddus9597/HIER-CVPR23: bicubic, class token, LayerNorm
-  without parameters, 90 classes of two images, AdamW at 5e-6 with proxies at
-  10,000 times that, new layers alone in the first epochs. There the loss is a
-  hyperbolic Proxy-Anchor with a regulariser, gradients are of float16 with an
-  eps of 1e-4 to match, and the network's first layer, trained here, is frozen.
+  No paper publishes this combination. Images, network, batches and optimizer
+  are those of HIER (https://arxiv.org/abs/2212.14258) for the same network,
+  from the scripts and hier/train.py of tjddus9597/HIER-CVPR23: bicubic
+  resizing, class token, LayerNorm without parameters, batches of 90 classes
+  with two images each, AdamW at 5e-6 with 10,000 times that for the proxies,
+  and only the new layers trained in the first epochs. Differences: HIER's loss
+  is a hyperbolic Proxy-Anchor with a regularizer, its gradients are float16
+  with an eps of 1e-4 to match, and it freezes the network's first layer.
 
-  384 dimensions are those of its table; the scripts have 128. The temperature
-  is ProxyNCA++'s; there is no source for one with a transformer.
+  384 dimensions are those of HIER's table; its scripts use 128. The temperature
+  is ProxyNCA++'s; no source gives one for a transformer.
 
-  DINOv2 instead, for which there is no published result at all:
+  To train DINOv2 instead, for which no result is published:
 
     --config.model.name=dinov2_s14
     --config.model.init_from=timm/vit_small_patch14_dinov2.lvd142m
@@ -247,21 +260,21 @@ def vit(config, *, num_images, num_classes):
   config.optimizer.decay_vectors = True
   steps = _set_epochs(config, 150 if is_large else 100, num_images=num_images)
   config.optimizer.backbone.freeze_steps = (5 if is_large else 1) * steps
-  rate = 5e-6
-  rates = {
-    'backbone': rate,
-    'head': 100 * rate if is_large else rate,
-    'proxies': 1e4 * rate,
+  learning_rate = 5e-6
+  learning_rates = {
+    'backbone': learning_rate,
+    'head': (100 if is_large else 1) * learning_rate,
+    'proxies': 1e4 * learning_rate,
   }
-  for name, rate in rates.items():
+  for name, learning_rate in learning_rates.items():
     group = config.optimizer[name]
-    group.learning_rate = rate
+    group.learning_rate = learning_rate
     group.weight_decay = 1e-4 if is_large else 1e-2
     group.clip_value = 10.0
 
 
 def _crop_originals(config, *, resize, image_size):
-  """Trains on parts of the originals, and scores centres of resized ones."""
+  """Trains on random crops of the originals; tests on resized center crops."""
   config.dataset.crop = 'random_resized'
   config.dataset.resize = resize
   config.dataset.resize_mode = 'shorter'
@@ -269,12 +282,12 @@ def _crop_originals(config, *, resize, image_size):
 
 
 def _kaiming_norm(config, num_classes) -> float:
-  """The norm of proxies from PyTorch's kaiming_normal_(mode='fan_out')."""
+  """Returns the proxies' norm under PyTorch's kaiming_normal_(fan_out)."""
   return math.sqrt(2 * config.model.embedding_dim / num_classes)
 
 
 def _set_epochs(config, epochs, *, num_images) -> int:
-  """Sets how many steps are trained and scored; returns those of an epoch."""
+  """Sets num_steps and eval_every; returns the number of steps per epoch."""
   steps = num_images // config.batch_size
   config.num_steps = epochs * steps
   config.eval_every = epochs // 10 * steps

@@ -1,17 +1,19 @@
-"""How fast do losses converge? The paper claims three times fewer steps.
+"""Compares how fast losses converge; the paper claims three times fewer steps.
 
 python experiments/convergence.py --workdir=DIR [--config=FILE] [--num_seeds=N]
 
-From the same initial network, with the same budget, Proxy-NCA and
-Proxy-triplet are trained beside triplets with semi-hard negatives, N-pairs,
-lifted structure and center loss. All rates of each are multiplied by the factor
-of a small grid that is best on the second half of the train classes; then all
-train classes are learned with it, and the test classes scored as they go.
+Trains Proxy-NCA, Proxy-triplet, triplets with semi-hard negatives, N-pairs,
+lifted structure and center loss from the same initial network for the same
+number of steps. For each loss, a small grid of factors for all learning rates
+is first evaluated on the second half of the train classes. With the best
+factor, the loss then trains on all train classes, and the test classes are
+scored along the way.
 
-Losses that compare examples need several of a class in a batch: four images of
-16 classes, for N-pairs two of 32. The others draw images at random. N-pairs,
-lifted structure and center loss have embeddings of any length, as their papers,
-and N-pairs the weight on it of TensorFlow's npairs_loss.
+Losses between examples need several images per class in a batch: four of each
+of 16 classes, or two of each of 32 for N-pairs. The others draw images at
+random. As in their papers, N-pairs, lifted structure and center loss use
+embeddings that are not normalized; N-pairs has the regularization weight of
+TensorFlow's npairs_loss.
 """
 
 import os
@@ -47,11 +49,11 @@ _PROXY_LOSSES = ('Proxy-NCA', 'Proxy-triplet')
 _FACTORS = (1.0, 3.0, 10.0)
 
 
-def _folder(*parts) -> str:
+def _folder_name(*parts) -> str:
   return '_'.join(map(str, parts)).replace(',', '').replace(' ', '_')
 
 
-def scale_rates(config, factor: float) -> dict[str, float]:
+def scale_learning_rates(config, factor: float) -> dict[str, float]:
   return {
     f'optimizer.{group}.learning_rate': factor
     * config.optimizer[group].learning_rate
@@ -60,11 +62,11 @@ def scale_rates(config, factor: float) -> dict[str, float]:
 
 
 def choose_factors(config, workdir: str) -> dict[str, float]:
-  """Returns the factor of each loss with the best validation score."""
+  """Returns, for each loss, the factor with the best validation score."""
   changes = {
-    _folder(name, f'x{factor:g}'): {
+    _folder_name(name, f'x{factor:g}'): {
       **fields,
-      **scale_rates(config, factor),
+      **scale_learning_rates(config, factor),
       'dataset.validation': '2/2',
       'eval_every': config.num_steps,
       'evaluation.baselines': False,
@@ -84,15 +86,25 @@ def choose_factors(config, workdir: str) -> dict[str, float]:
 
 
 def steps_to(level: float, steps: np.ndarray, scores: np.ndarray) -> float:
-  """The first step, between those scored, at which a level is reached."""
+  """Returns the first step that reaches a score, by linear interpolation.
+
+  Args:
+    level: the score to reach.
+    steps: int [num_evaluations], ascending.
+    scores: float [num_evaluations].
+
+  Returns:
+    The step, or infinity if no score reaches the level.
+  """
   reached = np.flatnonzero(scores >= level)
   if not reached.size:
     return np.inf
-  place = reached[0]
-  if place == 0:
+  after = reached[0]
+  if after == 0:
     return float(steps[0])
-  share = (level - scores[place - 1]) / (scores[place] - scores[place - 1])
-  return float(steps[place - 1] + share * (steps[place] - steps[place - 1]))
+  before = after - 1
+  fraction = (level - scores[before]) / (scores[after] - scores[before])
+  return float(steps[before] + fraction * (steps[after] - steps[before]))
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -101,7 +113,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   changes = {
     (name, seed): {
       **fields,
-      **scale_rates(config, factors[name]),
+      **scale_learning_rates(config, factors[name]),
       'seed': seed,
       'eval_every': max(config.num_steps // 10, 1),
     }
@@ -110,21 +122,24 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   }
   results = runs.train_all(
     config,
-    {_folder(name, seed): fields for (name, seed), fields in changes.items()},
+    {
+      _folder_name(name, seed): fields
+      for (name, seed), fields in changes.items()
+    },
     workdir,
   )
   results = dict(zip(changes, results.values()))
 
   curves = {}
   for name in _LOSSES:
-    of_seeds = [results[name, seed].curve() for seed in seeds]
-    curves[name] = of_seeds[0][0], np.stack([scores for _, scores in of_seeds])
+    per_seed = [results[name, seed].curve() for seed in seeds]
+    curves[name] = per_seed[0][0], np.stack([scores for _, scores in per_seed])
   level = max(
     scores.mean(axis=0)[-1]
     for name, (_, scores) in curves.items()
     if name not in _PROXY_LOSSES
   )
-  figure = runs.Figure(2, title='Recall@1 while training')
+  figure = runs.Figure(2, title='Recall@1 during training')
   rows = []
   for name, (steps, scores) in curves.items():
     seconds = np.median(
@@ -132,25 +147,25 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     )
     figure.draw(figure.axes[0], name, steps, scores)
     figure.draw(figure.axes[1], name, steps * seconds, scores)
-    needed = steps_to(level, steps, scores.mean(axis=0))
-    proxy_nca_needs = steps_to(
+    num_steps = steps_to(level, steps, scores.mean(axis=0))
+    num_proxy_nca_steps = steps_to(
       scores[:, -1].mean(), steps, curves['Proxy-NCA'][1].mean(axis=0)
     )
     rows.append(
       {
         'loss': name,
-        'rates': f'x{factors[name]:g}',
+        'learning rates': f'x{factors[name]:g}',
         'Recall@1, %': runs.spread(scores[:, -1]),
-        'steps to the best baseline': f'{needed:.0f}'
-        if np.isfinite(needed)
+        'steps to the best baseline': f'{num_steps:.0f}'
+        if np.isfinite(num_steps)
         else 'not reached',
-        'fewer': f'{config.num_steps / needed:.2f}x'
-        if np.isfinite(needed)
+        'speedup': f'{config.num_steps / num_steps:.2f}x'
+        if np.isfinite(num_steps)
         else '',
-        'Proxy-NCA gets there after': f'{proxy_nca_needs:.0f}'
-        if np.isfinite(proxy_nca_needs)
+        'steps of Proxy-NCA to the same score': f'{num_proxy_nca_steps:.0f}'
+        if np.isfinite(num_proxy_nca_steps)
         else '',
-        'ms a step': f'{1000 * seconds:.0f}',
+        'ms per step': f'{1000 * seconds:.0f}',
       }
     )
   figure.axes[0].set_xlabel('steps')
@@ -160,10 +175,11 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     figure,
     os.path.join(workdir, 'convergence'),
     text=(
-      'Lines are means over the seeds, bands their range. The best baseline is '
-      f'the best mean Recall@1 of the others, {100 * level:.2f}%, '
-      f'after all steps. Rates are those of the config times the best of '
-      f'{_FACTORS} on half of the train classes.'
+      'Lines are means over seeds, bands their range. The best baseline is the '
+      'highest final mean Recall@1 of the losses other than Proxy-NCA and '
+      f'Proxy-triplet, {100 * level:.2f}%. Learning rates are those of the '
+      f'config times the best of {_FACTORS}, chosen on half of the train '
+      'classes.'
     ),
     config=config,
     result=next(iter(results.values())),

@@ -1,13 +1,14 @@
-"""Long-tailed classes, which the paper leaves out: what helps?
+"""Compares corrections for long-tailed classes, which the paper does not study.
 
 python experiments/imbalance.py --workdir=DIR [--config=FILE] [--num_seeds=N]
 
-The train classes are thinned out, the largest to 50 times the smallest, and
-learned by Proxy-NCA as it is; with losses weighted by the inverse square root
-of the frequency, and by the inverse; with adjusted logits; with class-balanced
-batches; and with twice as many proxies as classes, by size. Pictures of the
-train classes that were held out show what becomes of frequent and rare ones,
-searching among those that were learned; the test classes what generalises.
+Subsamples the train classes to a long tail with a ratio of 50 and trains
+Proxy-NCA without a correction; with losses weighted by the inverse square root
+and by the inverse of the class frequency; with logit adjustment; with
+class-balanced batches; and with twice as many proxies as classes, more for
+larger classes. Held-out images of the train classes, which search among the
+train images, show the effect on frequent and rare classes; the test classes
+show the effect on generalization.
 """
 
 import os
@@ -49,8 +50,8 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   results = runs.train_all(
     config,
     {
-      f'{number}_{seed}': {**fields, 'seed': seed}
-      for number, fields in enumerate(methods.values())
+      f'{index}_{seed}': {**fields, 'seed': seed}
+      for index, fields in enumerate(methods.values())
       for seed in seeds
     },
     workdir,
@@ -58,10 +59,10 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   figure = runs.Figure(1, title='Recall@1 by frequency of the train class')
   (axes,) = figure.axes
   rows = []
-  for number, name in enumerate(methods):
-    of_seeds = [results[f'{number}_{seed}'].scores for seed in seeds]
+  for index, name in enumerate(methods):
+    per_seed = [results[f'{index}_{seed}'].scores for seed in seeds]
     parts = np.array(
-      [[scores['seen_classes'][part] for part in _PARTS] for scores in of_seeds]
+      [[scores['seen_classes'][part] for part in _PARTS] for scores in per_seed]
     )
     figure.draw(axes, name, range(len(_PARTS)), parts)
     cells = {
@@ -69,19 +70,20 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
       for part, values in zip(_PARTS, parts.T)
     }
     for title, split in (('all', 'seen_classes'), ('unseen', 'trained')):
-      values = [scores[split]['recall@1'] for scores in of_seeds]
+      values = [scores[split]['recall@1'] for scores in per_seed]
       cells[title] = runs.spread(values)
     rows.append({'Recall@1, %': name, **cells})
   axes.set_xticks(range(len(_PARTS)), ['head', 'middle', 'tail'])
-  axes.set_ylabel('Recall@1 of held-out pictures, %')
+  axes.set_ylabel('Recall@1 of held-out images, %')
   runs.publish(
     rows,
     figure,
     os.path.join(workdir, 'imbalance'),
     text=(
       f'Train classes have {sizes.min()} to {sizes.max()} images; head, middle '
-      'and tail are thirds of them. Lines are means over the seeds, bands '
-      'their range. Unseen are the test classes, which are not thinned out.'
+      'and tail are the most frequent, middle and rarest third of them. Lines '
+      'are means over seeds, bands their range. "unseen" are the test classes, '
+      'which keep all their images.'
     ),
     config=config,
     result=next(iter(results.values())),

@@ -1,11 +1,11 @@
-"""How many proxies does a class need? The paper's static and dynamic ones.
+"""Compares numbers of proxies per class, with static and dynamic assignment.
 
 python experiments/proxy_fraction.py --workdir=DIR [--config=FILE]
 
-Proxy-NCA with a tenth of a proxy a class to two. Static: classes are assigned
-to proxies at random beforehand. Dynamic: each point belongs to its nearest
-proxy, and labels say only which points are alike, of which a batch needs
-several: four images a class.
+Trains Proxy-NCA with 0.1 to 2 proxies per class. Static: classes are assigned
+to proxies at random before training. Dynamic: each example is assigned to its
+nearest proxy, and labels only say which examples of a batch match; batches
+therefore hold four images per class.
 """
 
 import os
@@ -29,34 +29,34 @@ _ASSIGNMENTS = {
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   num_classes = datasets.load(config).train.num_classes
-  numbers = [max(round(f * num_classes), 2) for f in _FRACTIONS]
+  counts = [max(round(f * num_classes), 2) for f in _FRACTIONS]
   seeds = range(runs.NUM_SEEDS.value)
   results = runs.train_all(
     config,
     {
-      f'{name}_{number}_{seed}': {
+      f'{name}_{count}_{seed}': {
         **fields,
-        'loss.num_proxies': number,
+        'loss.num_proxies': count,
         'seed': seed,
       }
       for name, fields in _ASSIGNMENTS.items()
-      for number in numbers
+      for count in counts
       for seed in seeds
     },
     workdir,
   )
-  figure = runs.Figure(1, title='Recall@1 against proxies a class')
+  figure = runs.Figure(1, title='Recall@1 against proxies per class')
   (axes,) = figure.axes
   rows = [
-    {'proxies a class': f'{f:g}', 'proxies': n}
-    for f, n in zip(_FRACTIONS, numbers)
+    {'proxies per class': f'{f:g}', 'proxies': n}
+    for f, n in zip(_FRACTIONS, counts)
   ]
   for name in _ASSIGNMENTS:
     scores = np.array(
       [
         [
           results[f'{name}_{n}_{seed}'].scores['trained']['recall@1']
-          for n in numbers
+          for n in counts
         ]
         for seed in seeds
       ]
@@ -67,12 +67,12 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   axes.set_xscale('log')
   axes.set_xticks(_FRACTIONS, [f'{f:g}' for f in _FRACTIONS])
   axes.minorticks_off()
-  axes.set_xlabel('proxies a class')
+  axes.set_xlabel('proxies per class')
   runs.publish(
     rows,
     figure,
     os.path.join(workdir, 'proxy_fraction'),
-    text=('Lines are means over the seeds, bands their range.'),
+    text='Lines are means over seeds, bands their range.',
     config=config,
     result=next(iter(results.values())),
   )

@@ -1,10 +1,9 @@
-"""What the experiments share: many runs from one config, tables and figures.
+"""Shared by the experiments: many runs of one config, tables and figures.
 
-An experiment is a number of runs, each a config with some fields changed, in a
-folder of its own under WORKDIR/runs. Runs that are finished are kept and a
-stopped one goes on, so that the same command goes on where it stopped. What was
-found is written as WORKDIR/NAME.csv, .md, .png and .svg, each with a caption
-that says what was run.
+An experiment consists of runs, each of which changes some fields of one config
+and has its own folder under WORKDIR/runs. If an experiment is stopped, the same
+command keeps its finished runs and resumes the stopped one. Results are written
+to WORKDIR/NAME.csv, .md, .png and .svg, with a caption that describes the runs.
 """
 
 import copy
@@ -30,13 +29,13 @@ from proxy_nca_jax.runtime import command_line, files, metric_writer
 NUM_SEEDS = flags.DEFINE_integer(
   'num_seeds',
   3,
-  'Runs of everything that is compared, with seeds 0, 1, ...',
+  'Number of runs of each setting, with seeds 0, 1, ...',
   lower_bound=1,
 )
 
 _DEFAULT_CONFIG = str(pathlib.Path(__file__).parent / 'glyphs.py')
 
-# Okabe and Ito's colours, which everybody tells apart.
+# Okabe and Ito's colors, which are distinguishable with color blindness.
 _COLORS = (
   '#0072B2',
   '#D55E00',
@@ -51,26 +50,26 @@ _MARKERS = 'os^Dv*x'
 _logger = logging.getLogger('proxy_nca_jax')
 
 
-# The flag is that of the experiment, whose --help lists it.
+# Lists the flag in the --help of the experiment instead of this module.
 flags.disclaim_key_flags()
 
 
 def start(
   experiment: Callable[[ml_collections.ConfigDict, str], object],
 ) -> None:
-  """Runs experiment(config, workdir) as the command line says."""
+  """Runs experiment(config, workdir) with the command line's arguments."""
   flags.declare_key_flag('num_seeds')
   command_line.run(experiment, config=_DEFAULT_CONFIG)
 
 
 class Result(NamedTuple):
-  """What a run left: results.json, and the rows of metrics.jsonl."""
+  """Results of a run: results.json and the rows of metrics.jsonl."""
 
   scores: Mapping[str, Any]
   rows: Sequence[Mapping[str, float]]
 
   def curve(self, name: str = 'recall@1') -> tuple[np.ndarray, np.ndarray]:
-    """The steps that were scored, from 0 on, and their scores on the test."""
+    """Returns the evaluated steps, from 0 on, and their test scores."""
     points = {0: self.scores['untrained'][name]}
     for row in self.rows:
       if f'test.{name}' in row:
@@ -78,7 +77,7 @@ class Result(NamedTuple):
     return np.array(list(points)), np.array(list(points.values()))
 
   def seconds_per_step(self) -> float:
-    """The median over the logged intervals, evaluation and compiling apart."""
+    """Returns the median over log intervals, which exclude evaluation."""
     return self.scores['batch_size'] / statistics.median(
       row['images_per_second']
       for row in self.rows
@@ -91,20 +90,32 @@ def train_all(
   changes: Mapping[str, Mapping[str, Any]],
   workdir: str,
 ) -> dict[str, Result]:
-  """Trains each run, by its name: the config with these fields changed."""
+  """Trains one run for each entry of `changes`.
+
+  Args:
+    config: the config that all runs start from.
+    changes: the fields that each run changes, by the name of the run.
+    workdir: local folder of the experiment.
+
+  Returns:
+    The results of each run, by name.
+
+  Raises:
+    ValueError: if the workdir is a URL.
+  """
   if '://' in workdir:
     raise ValueError(
-      f'An experiment draws figures and needs a local folder: --workdir '
+      f'Experiments write figures to a local folder, but --workdir '
       f'({workdir!r}) is a URL.'
     )
   if not jax.config.jax_compilation_cache_dir:
     folder = os.path.abspath(os.path.join(workdir, 'compilation_cache'))
     jax.config.update('jax_compilation_cache_dir', folder)
   results = {}
-  for number, (name, fields) in enumerate(changes.items(), 1):
-    _logger.info('Run %d of %d: %s', number, len(changes), name)
+  for index, (name, fields) in enumerate(changes.items(), 1):
+    _logger.info('Run %d of %d: %s', index, len(changes), name)
     folder = os.path.join(workdir, 'runs', name)
-    # A new ConfigDict of another would share its groups.
+    # ConfigDict(config) would share the nested groups.
     changed = copy.deepcopy(config)
     changed.update_from_flattened_dict(fields)
     scores = train.train_and_evaluate(changed, folder)
@@ -112,13 +123,13 @@ def train_all(
       scores | {'batch_size': changed.batch_size},
       metric_writer.read_metrics(folder),
     )
-    # Programs of the runs before would fill the memory.
+    # Compiled programs of earlier runs would fill the memory.
     jax.clear_caches()
   return results
 
 
 def spread(values: Sequence[float]) -> str:
-  """Formats shares as percent: the mean and, of several, the range."""
+  """Formats fractions as percent: their mean, and the range of several."""
   mean = f'{100 * statistics.mean(values):.2f}'
   if len(values) == 1:
     return mean
@@ -128,16 +139,17 @@ def spread(values: Sequence[float]) -> str:
 def _caption(
   text: str, config: ml_collections.ConfigDict, result: Result
 ) -> str:
-  """Adds to a text what was run: data, network, budget, devices, versions."""
+  """Appends a description of the runs: data, network, steps, devices, jax."""
   data, versions = result.scores['dataset'], result.scores['versions']
   train_split, test_split = data['train'], data['test']
   seeds = NUM_SEEDS.value
   return (
-    f'{text} {config.dataset.name}: {train_split["classes"]} classes '
-    f'({train_split["images"]} images) learned, {test_split["classes"]} others '
-    f'({test_split["images"]}) measured; {config.model.name} at '
+    f'{text} {config.dataset.name}: trained on {train_split["classes"]} '
+    f'classes ({train_split["images"]} images), tested on '
+    f'{test_split["classes"]} others ({test_split["images"]} images); '
+    f'{config.model.name}, '
     f'{config.dataset.image_size} pixels, {config.model.embedding_dim} '
-    f'dimensions, {config.num_steps} steps of {config.batch_size}, '
+    f'dimensions; {config.num_steps} steps of batch size {config.batch_size}; '
     f'{config.optimizer.name}; {seeds} seed{"s" if seeds > 1 else ""}; '
     f'{result.scores["devices"]}, jax {versions["jax"]}, '
     f'{datetime.date.today()}.'
@@ -147,7 +159,7 @@ def _caption(
 def _write_table(
   rows: Sequence[Mapping[str, str]], path: str, text: str
 ) -> None:
-  """Writes PATH.csv and PATH.md with a caption, and logs the latter."""
+  """Writes PATH.csv, and PATH.md with a caption; logs the latter."""
   with files.write_atomically(path + '.csv', newline='') as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
@@ -160,7 +172,7 @@ def _write_table(
 
 
 class Figure:
-  """Axes side by side, a colour and marker for each series, and a caption."""
+  """Axes side by side, with a caption; each series has a color and marker."""
 
   def __init__(self, num_axes: int, *, title: str):
     matplotlib.rcParams.update(
@@ -179,16 +191,16 @@ class Figure:
     self._styles = {}
 
   def draw(self, axes, name: str, x, values: Sequence[Sequence[float]]):
-    """Draws a line through the means of the seeds and a band of their range.
+    """Draws a line through the means over seeds and a band of their range.
 
     Args:
-      axes: of `axes`.
-      name: of the series; the same one has the same colour everywhere.
+      axes: one of `self.axes`.
+      name: label of the series; it has the same color on all axes.
       x: float [num_points].
-      values: float [num_seeds, num_points], shares; drawn as percent.
+      values: float [num_seeds, num_points], fractions; drawn as percent.
     """
-    number = self._styles.setdefault(name, len(self._styles))
-    color = _COLORS[number % len(_COLORS)]
+    style = self._styles.setdefault(name, len(self._styles))
+    color = _COLORS[style % len(_COLORS)]
     values = 100 * np.asarray(values)
     axes.plot(
       x,
@@ -196,7 +208,7 @@ class Figure:
       label=name,
       color=color,
       markersize=4,
-      marker=_MARKERS[number % len(_MARKERS)],
+      marker=_MARKERS[style % len(_MARKERS)],
       linewidth=1.5,
     )
     if len(values) > 1:
@@ -236,15 +248,15 @@ def publish(
   config: ml_collections.ConfigDict,
   result: Result,
 ) -> None:
-  """Writes the table and the figure of an experiment, with one caption.
+  """Writes the table and the figure of an experiment, with the same caption.
 
   Args:
-    rows: of the table, with the same columns.
-    figure: is saved.
-    path: of the files, without suffix.
-    text: what the reader of the figure must know; what was run follows it.
-    config: of the runs.
-    result: of one of them.
+    rows: rows of the table, all with the same columns.
+    figure: the figure to save.
+    path: path of the files, without suffix.
+    text: beginning of the caption; a description of the runs is appended.
+    config: config of the runs.
+    result: result of one of the runs.
   """
   text = _caption(text, config, result)
   _write_table(rows, path, text)

@@ -1,4 +1,4 @@
-"""Every config loads, and what it names can be built."""
+"""Tests that every config loads, is valid and builds its model."""
 
 import importlib
 import inspect
@@ -35,10 +35,10 @@ def _load(name, recipe=None):
 
 
 def _parse(*arguments):
-  """Returns the config that the command line gives."""
+  """Returns the config that the command line arguments produce."""
   values = flags.FlagValues()
   config_flags.DEFINE_config_file('config', None, flag_values=values)
-  # Overrides are looked up there.
+  # ml_collections looks up overrides in sys.argv.
   argv = ['main.py', *arguments]
   with absltest.mock.patch.object(sys, 'argv', argv):
     values(argv)
@@ -47,7 +47,7 @@ def _parse(*arguments):
 
 class ConfigsTest(parameterized.TestCase):
   @parameterized.parameters(*_CONFIGS)
-  def test_config_loads_and_its_shapes_evaluate(self, name, recipe):
+  def test_config_loads_and_its_model_has_the_right_shapes(self, name, recipe):
     config = _load(name, recipe)
     train_step.make_loss(config)
     model = models.create_model(config)
@@ -71,15 +71,15 @@ class ConfigsTest(parameterized.TestCase):
     self.assertEqual(embeddings.dtype, jnp.float32)
 
   @parameterized.parameters(*_CONFIGS)
-  def test_its_numbers_can_be_and_its_groups_train(self, name, recipe):
+  def test_its_values_are_valid_and_all_its_groups_train(self, name, recipe):
     config = _load(name, recipe)
     configuration.check(config)
     optimizer_lib.make_optimizer(config)
     for group in optimizer_lib.GROUPS:
-      rate = optimizer_lib.make_schedule(
+      learning_rate = optimizer_lib.make_schedule(
         config.optimizer, group, config.num_steps
       )
-      self.assertGreater(rate(config.optimizer[group].warmup_steps), 0)
+      self.assertGreater(learning_rate(config.optimizer[group].warmup_steps), 0)
       self.assertLess(
         config.optimizer[group].freeze_steps, config.num_steps / 2
       )
@@ -87,33 +87,33 @@ class ConfigsTest(parameterized.TestCase):
     self.assertEqual(config.batch_size % (images_per_class or 1), 0)
 
   @parameterized.parameters(*_CONFIGS)
-  def test_config_has_no_field_beside_the_defaults(self, name, recipe):
+  def test_config_has_the_fields_of_the_defaults(self, name, recipe):
     fields = configuration.flatten(_load(name, recipe).to_dict())
     defaults = configuration.flatten(default.get_config().to_dict())
     self.assertSameElements(fields, defaults)
 
-  def test_each_loss_has_its_arguments_and_their_defaults(self):
+  def test_each_loss_section_has_the_defaults_of_its_function(self):
     for name, loss in losses.LOSSES.items():
       arguments = {
         argument.name: argument.default
         for argument in inspect.signature(loss.fn).parameters.values()
         if argument.kind is argument.KEYWORD_ONLY
       }
-      # What the trainer gives.
+      # Arguments that the trainer supplies.
       for given in ('where', 'centers', 'assignment', 'log_priors'):
         arguments.pop(given, None)
       self.assertEqual(
         default.get_config().loss[name].to_dict(), arguments, name
       )
 
-  def test_a_change_of_one_config_is_not_seen_in_another(self):
+  def test_changing_one_config_leaves_others_unchanged(self):
     changed = default.get_config()
     for loss, field in (('proxy_nca', 'proxy_chunk'), ('triplet', 'margin')):
       before = default.get_config().loss[loss][field]
       changed.loss[loss][field] = 2
       self.assertEqual(default.get_config().loss[loss][field], before)
 
-  def test_a_misspelled_field_is_refused(self):
+  def test_a_misspelled_field_is_rejected(self):
     with self.assertRaisesRegex(AttributeError, 'num_stepz'):
       default.get_config().num_stepz = 3
     config = _load('cub200', 'proxy_anchor')
@@ -137,7 +137,7 @@ class RecipesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "'papr'.*paper, dichotomies"):
       _load(name, 'papr')
 
-  def test_the_command_line_takes_a_recipe_and_changes_it(self):
+  def test_flags_override_fields_of_a_recipe(self):
     config = _parse(
       f'--config={_ROOT}/configs/cars196.py:proxy_anchor',
       '--config.loss.proxy_anchor.alpha=16.0',
@@ -151,8 +151,8 @@ class RecipesTest(parameterized.TestCase):
     )
     self.assertEqual(config.optimizer.head.decay_at, (10, 20))
 
-  def test_fast_proxies_wait_for_no_one(self):
-    # 5,864 images are 183 batches of 32, and five epochs warm up.
+  def test_only_the_backbone_of_proxynca_pp_is_frozen_at_first(self):
+    # 5,864 images make 183 batches of 32; the first five epochs are extra.
     config = _load('cub200', 'proxynca_pp')
     self.assertEqual(config.num_steps, 45 * 183)
     self.assertEqual(config.optimizer.backbone.freeze_steps, 915)
@@ -163,17 +163,18 @@ class RecipesTest(parameterized.TestCase):
     )
     self.assertAlmostEqual(ratio, 1e5)
 
-  def test_rates_of_all_groups_fall_at_once(self):
-    # 8,054 images are 44 batches of 180, and rates halve each 20 epochs.
+  def test_learning_rates_of_all_groups_decay_at_the_same_step(self):
+    # 8,054 images make 44 batches of 180; learning rates halve every 20 epochs.
     config = _load('cars196', 'proxy_anchor')
     for step, expected in ((879, 1), (880, 0.5), (1759, 0.5), (1760, 0.25)):
       for group in optimizer_lib.GROUPS:
         fields = config.optimizer[group]
-        rate = optimizer_lib.make_schedule(
+        learning_rate = optimizer_lib.make_schedule(
           config.optimizer, group, config.num_steps
         )
         self.assertAlmostEqual(
-          float(rate(step - fields.freeze_steps)) / fields.learning_rate,
+          float(learning_rate(step - fields.freeze_steps))
+          / fields.learning_rate,
           expected,
           places=5,
         )

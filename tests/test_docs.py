@@ -1,4 +1,4 @@
-"""The Python and the commands of README and docs run as they stand there."""
+"""Tests that the Python and the commands of README.md and docs/ run."""
 
 import importlib.util
 import json
@@ -23,7 +23,8 @@ from proxy_nca_jax.report import literature
 from proxy_nca_jax.runtime import command_line
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_PAGES = ('README.md', 'docs/search.md')
+_PAGES = ('README.md', 'docs/search.md', 'docs/pytorch_metric_learning.md')
+_COMMANDS = ('evaluate', 'search', 'report', 'datasets')
 _ALL_PAGES = (*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md'))
 
 
@@ -33,14 +34,23 @@ def _blocks(page: str) -> list[str]:
 
 
 def _commands(*pages: pathlib.Path) -> list[list[str]]:
-  """The arguments of `python`, of indented lines and of code in sentences."""
+  """Returns the arguments of `python` in indented lines and inline code.
+
+  `proxy-nca` becomes the equivalent call of `python`.
+  """
   commands = []
   for page in pages:
     text = page.read_text().replace('\\\n', ' ')
     for match in re.finditer(r"(?:^    .*?|`)\b(python [^`'\n#]+)", text, re.M):
       commands.append(shlex.split(match[1])[1:])
     for match in re.finditer(r'`proxy-nca ([^`]+)`', text):
-      commands.append(['main.py', *shlex.split(match[1])])
+      name, *arguments = shlex.split(match[1])
+      if name in _COMMANDS:
+        commands.append(['-m', f'proxy_nca_jax.{name}', *arguments])
+      elif name == 'train':
+        commands.append(['main.py', *arguments])
+      else:
+        commands.append(['main.py', name, *arguments])
   return commands
 
 
@@ -51,14 +61,14 @@ class DocsTest(parameterized.TestCase):
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     rng = np.random.default_rng(0)
-    for label in range(4):  # Fifty pictures, for as many clusters.
-      (cls.root / 'pictures' / str(label)).mkdir(parents=True)
-      for number in range(13):
+    for label in range(4):  # At least 50 images, for 50 clusters.
+      (cls.root / 'images' / str(label)).mkdir(parents=True)
+      for index in range(13):
         pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(
-          cls.root / 'pictures' / str(label) / f'{number}.png'
+          cls.root / 'images' / str(label) / f'{index}.png'
         )
-    for name in ('a.jpg', 'b.jpg', 'b.png', 'picture.jpg'):
+    for name in ('a.jpg', 'b.jpg', 'b.png', 'query.jpg'):
       Image.fromarray(pixels).save(cls.root / name)
     np.save(cls.root / 'x.npy', rng.normal(size=(12, 5)).astype(np.float32))
     np.save(cls.root / 'y.npy', np.arange(12) % 4)
@@ -71,7 +81,7 @@ class DocsTest(parameterized.TestCase):
         'dataset.image_size': 16,
         'model.width': 4,
         'report': False,
-        'dataset.root': str(cls.root / 'pictures'),
+        'dataset.root': str(cls.root / 'images'),
         'evaluation.batch_size': 8,
         'evaluation.kmeans_iterations': 0,
         'evaluation.baselines': False,
@@ -79,20 +89,20 @@ class DocsTest(parameterized.TestCase):
     )
     train.train_and_evaluate(config, str(cls.root / 'run'))
 
-  def test_every_page_with_python_is_run(self):
+  def test_the_python_of_every_page_is_tested(self):
     pages = [str(path.relative_to(_ROOT)) for path in _ALL_PAGES]
     self.assertEqual({page for page in pages if _blocks(page)}, set(_PAGES))
 
   @parameterized.parameters(*_PAGES)
-  def test_its_blocks_run_one_after_the_other(self, page):
+  def test_its_python_runs_in_order(self, page):
     rng = np.random.default_rng(0)
     image = Image.open(self.root / 'a.jpg')
-    # What the text takes as given.
+    # Names that the text assumes.
     names = {
       'apply_fn': lambda network, images: images.reshape(8, -1) @ network,
       'array': np.asarray(image),
       'pil_image': image,
-      'pictures': rng.integers(0, 256, (3, 16, 16, 3), np.uint8),
+      'images': rng.integers(0, 256, (3, 16, 16, 3), np.uint8),
     }
     self._go_to_root()
     for block in _blocks(page):
@@ -106,10 +116,13 @@ class DocsTest(parameterized.TestCase):
       images = rng.normal(size=(8, 16, 16, 3)).astype(np.float32)
       gradients = jax.grad(names['objective'])(params, images, np.arange(8) % 4)
       self.assertGreater(np.abs(gradients['proxies']).max(), 0)
+    if 'train_step' in names:
+      self.assertTrue(np.isfinite(names['loss']))
+      self.assertLessEqual({'recall@1', 'map@r', 'nmi'}, set(names['scores']))
     if 'network' in names:
       np.testing.assert_allclose(
         names['embeddings'],
-        names['embedder'].embed(names['pictures']),
+        names['embedder'].embed(names['images']),
         atol=1e-5,
       )
 
@@ -118,7 +131,7 @@ class DocsTest(parameterized.TestCase):
     os.chdir(self.root)
 
   @parameterized.parameters('README.md', 'docs/search.md', 'docs/evaluation.md')
-  def test_its_commands_run_one_after_the_other(self, page):
+  def test_its_commands_run_in_order(self, page):
     self._go_to_root()
     commands = [
       arguments[1:]
@@ -126,17 +139,17 @@ class DocsTest(parameterized.TestCase):
       if arguments[0] == '-m' and arguments[1].startswith('proxy_nca_jax.')
     ]
     self.assertNotEmpty(commands)
-    places = {'/tmp/run': 'run', '=DIR': '=pictures'}
+    replacements = {'/tmp/run': 'run', '=DIR': '=images'}
     for module, *arguments in commands:
-      for place, mine in places.items():
-        arguments = [x.replace(place, mine) for x in arguments]
-      importlib.import_module(module).main(arguments)
-    written = ('pictures.index', 'found.html', 'pictures.npz', 'scores.json')
+      for old, new in replacements.items():
+        arguments = [x.replace(old, new) for x in arguments]
+      importlib.import_module(f'{module}.__main__').main(arguments)
+    written = ('images.index', 'found.html', 'images.npz', 'scores.json')
     for name in written:
       if name in (_ROOT / page).read_text():
         self.assertTrue(os.path.exists(name), name)
 
-  def test_commands_that_train_have_configs_and_flags(self):
+  def test_configs_and_flags_of_training_commands_exist(self):
     _, help_text = whole_runs.finish(
       whole_runs.start([sys.executable, str(_ROOT / 'main.py'), '--help'])
     )
@@ -158,7 +171,7 @@ class DocsTest(parameterized.TestCase):
         else:
           self.assertRegex(help_text, rf'--(\[no\])?{name}:')
 
-  def test_the_published_results_are_those_of_the_reports(self):
+  def test_published_results_equal_those_in_reports(self):
     text = (_ROOT / 'README.md').read_text()
     published = [
       literature.PUBLISHED[name] for name in ('cub200', 'cars196', 'sop')
@@ -171,7 +184,7 @@ class DocsTest(parameterized.TestCase):
         rf'\| {re.escape(rows[0].name)}.* \| {" . ".join(numbers)} \| not yet',
       )
 
-  def test_programs_exist_and_know_their_flags(self):
+  def test_programs_and_their_flags_exist(self):
     commands = [
       x
       for x in _commands(*_ALL_PAGES)
@@ -198,7 +211,7 @@ class DocsTest(parameterized.TestCase):
     }
     self.assertGreater(recall['trained'], recall['untrained'])
     self.assertTrue(np.isfinite(names['value']))
-    self.assertEqual(names['neighbours'].shape, (5, 4))
+    self.assertEqual(names['neighbors'].shape, (5, 4))
 
 
 if __name__ == '__main__':

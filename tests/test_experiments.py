@@ -1,4 +1,4 @@
-"""The experiments' tables and figures, from runs that are made up, and one."""
+"""Tests the experiments' tables and figures, mostly with fabricated runs."""
 
 import csv
 import os
@@ -21,12 +21,12 @@ from proxy_nca_jax.configs import glyphs as glyphs_config
 from proxy_nca_jax.configs import image_folder as image_folder_config
 
 
-def _made_up(config, changes, workdir):
-  """Runs whose Recall@1 grows by a hundredth a run ."""
+def _fake_train_all(config, changes, workdir):
+  """Returns results whose Recall@1 grows by 0.01 from run to run."""
   del workdir
   results = {}
-  for number, (name, fields) in enumerate(changes.items()):
-    end = 0.3 + number / 100
+  for index, (name, fields) in enumerate(changes.items()):
+    end = 0.3 + index / 100
     trained = {'recall@1': end}
     results[name] = runs.Result(
       {
@@ -61,19 +61,21 @@ class ExperimentsTest(parameterized.TestCase):
       path = os.path.join(workdir, f'{name}.{suffix}')
       self.assertGreater(os.path.getsize(path), 100, suffix)
     with open(os.path.join(workdir, f'{name}.md')) as file:
-      self.assertRegex(file.read(), r'20 steps of 64, adam; \d seeds?; 1 x cpu')
+      self.assertRegex(
+        file.read(), r'20 steps of batch size 64; adam; \d seeds?; 1 x cpu'
+      )
     with open(os.path.join(workdir, f'{name}.csv')) as file:
       return list(csv.DictReader(file))
 
   @flagsaver.flagsaver(num_seeds=2)
-  def _made_up_rows(self, experiment):
+  def _fake_rows(self, experiment):
     config = glyphs_config.get_config()
     config.num_steps = 20
     split = types.SimpleNamespace(
       num_classes=40, class_sizes=np.array([50] + 39 * [5])
     )
     with (
-      mock.patch.object(runs, 'train_all', _made_up),
+      mock.patch.object(runs, 'train_all', _fake_train_all),
       mock.patch.object(
         datasets, 'load', lambda _: types.SimpleNamespace(train=split)
       ),
@@ -81,48 +83,48 @@ class ExperimentsTest(parameterized.TestCase):
       return self._rows(experiment, config)
 
   def test_convergence(self):
-    rows = self._made_up_rows(convergence)
+    rows = self._fake_rows(convergence)
     self.assertLen(rows, 6)
-    # Of the runs of the grid the last is the best; seeds come after each other.
-    self.assertEqual(rows[0]['rates'], 'x10')
+    # The last run of the grid is the best; the seeds of a loss are adjacent.
+    self.assertEqual(rows[0]['learning rates'], 'x10')
     self.assertEqual(rows[0]['Recall@1, %'], '30.50 [30.00, 31.00]')
-    # The best baseline is the last, which reaches its own score at the end.
+    # The best baseline is the last loss, which reaches its own score last.
     self.assertEqual(rows[-1]['steps to the best baseline'], '20')
-    self.assertEqual(rows[-1]['fewer'], '1.00x')
+    self.assertEqual(rows[-1]['speedup'], '1.00x')
     self.assertEqual(rows[0]['steps to the best baseline'], 'not reached')
-    self.assertEqual(rows[0]['ms a step'], '100')
+    self.assertEqual(rows[0]['ms per step'], '100')
 
   def test_proxy_fraction(self):
-    rows = self._made_up_rows(proxy_fraction)
-    numbers = [row['proxies'] for row in rows]
-    self.assertEqual(numbers, ['4', '10', '20', '40', '80'])
+    rows = self._fake_rows(proxy_fraction)
+    counts = [row['proxies'] for row in rows]
+    self.assertEqual(counts, ['4', '10', '20', '40', '80'])
     self.assertEqual(rows[0]['static, Recall@1, %'], '30.50 [30.00, 31.00]')
     self.assertEqual(rows[0]['dynamic, Recall@1, %'], '40.50 [40.00, 41.00]')
 
   def test_identities(self):
-    rows = self._made_up_rows(identities)
+    rows = self._fake_rows(identities)
     self.assertEqual([row['train classes'] for row in rows], ['10', '30', '40'])
     self.assertEqual(rows[1]['Recall@1, %'], '32.50 [32.00, 33.00]')
 
   def test_imbalance(self):
-    rows = self._made_up_rows(imbalance)
+    rows = self._fake_rows(imbalance)
     self.assertLen(rows, 6)
     self.assertEqual(rows[0]['tail'], '15.25 [15.00, 15.50]')
     self.assertEqual(rows[0]['all'], rows[0]['unseen'])
 
-  def _pictures(self):
+  def _make_images(self):
     rng = np.random.default_rng(0)
     root = self.create_tempdir().full_path
     for label in range(16):
       os.mkdir(os.path.join(root, str(label)))
-      for number in range(3):
+      for index in range(3):
         pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels)
-        picture.save(os.path.join(root, str(label), f'{number}.png'))
+        path = os.path.join(root, str(label), f'{index}.png')
+        Image.fromarray(pixels).save(path)
     return root
 
   @flagsaver.flagsaver(num_seeds=1)
-  def test_what_one_run_changes_no_other_has(self):
+  def test_changes_of_one_run_do_not_affect_others(self):
     config, seen = glyphs_config.get_config(), {}
 
     def train_and_evaluate(config, folder):
@@ -143,9 +145,9 @@ class ExperimentsTest(parameterized.TestCase):
       self.assertEqual(other.dataset.validation, '')
       self.assertEqual(other.loss.name, 'proxy_nca')
 
-  def test_a_real_one_goes_on_where_it_stopped(self):
+  def test_a_real_experiment_resumes_where_it_stopped(self):
     config = image_folder_config.get_config()
-    config.dataset.root = self._pictures()
+    config.dataset.root = self._make_images()
     config.dataset.data_dir = self.create_tempdir().full_path
     config.dataset.resize, config.dataset.image_size = 16, 16
     config.model.width = 4
@@ -171,15 +173,15 @@ class StepsTest(parameterized.TestCase):
   @parameterized.parameters(
     (0.05, 0), (0.1, 0), (0.2, 5), (0.3, 10), (0.4, 20), (0.6, np.inf)
   )
-  def test_the_step_lies_on_the_line(self, level, expected):
+  def test_steps_are_interpolated_linearly(self, level, expected):
     steps, scores = np.array([0, 10, 20]), np.array([0.1, 0.3, 0.4])
     self.assertAlmostEqual(convergence.steps_to(level, steps, scores), expected)
 
   @parameterized.parameters(
     (5, [5]), (10, [10]), (150, [10, 30, 100, 150]), (300, [10, 30, 100, 300])
   )
-  def test_numbers_of_classes(self, total, expected):
-    self.assertEqual(identities.class_numbers(total), expected)
+  def test_class_counts(self, total, expected):
+    self.assertEqual(identities.class_counts(total), expected)
 
 
 if __name__ == '__main__':
