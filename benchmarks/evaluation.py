@@ -231,7 +231,7 @@ def compare_kmeans(dim: int, rounds: int, rate: float) -> None:
 
   def here():
     clusters = clustering.kmeans(
-      rows, num_clusters=_NUM_CLASSES, start=start, max_iterations=20
+      rows, num_clusters=_NUM_CLASSES, init=start, max_iterations=20
     )
     return np.asarray(clusters.assignments)
 

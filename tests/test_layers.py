@@ -26,7 +26,7 @@ _LAYERS = (
   ('configuration',),
   ('optimizer', 'models', 'datasets', 'losses', 'evaluate'),
   ('proxies', 'retrieval', 'clustering', 'images'),
-  ('distances', 'metrics', 'mesh'),
+  ('blocked', 'distances', 'metrics', 'mesh'),
   ('runtime',),
   ('configs',),
 )
@@ -35,6 +35,7 @@ _PURE = (
   'proxies',
   'metrics',
   'distances',
+  'blocked',
   'retrieval',
   'clustering',
 )
