@@ -250,7 +250,7 @@ def compare_kmeans(dim: int, rounds: int, flops: float) -> None:
 
   def ours():
     clusters = clustering.kmeans(
-      rows, num_clusters=_NUM_CLASSES, start=start, max_iterations=20
+      rows, num_clusters=_NUM_CLASSES, init=start, max_iterations=20
     )
     return np.asarray(clusters.assignments)
 

@@ -1,10 +1,12 @@
-"""k-means: jitted, blocked, the same to the last bit on any devices.
+"""k-means by Lloyd's algorithm: jitted, blocked, and reproducible.
 
-Lloyd's algorithm alternates two steps. Assigning is a matrix product, of which
-most can be left out: a centroid that has not moved keeps its products, so a
-point whose own centroid stayed is compared only with those that moved. The
-means are of whole numbers, whose sum has no order; so a cluster with the same
-points has the same centroid, however the points are divided.
+The result is bitwise the same on any number of devices and for any block size.
+
+Assignment is one matrix product of points and centroids, most of which can be
+skipped: the scores of a centroid that did not move are still valid, so a point
+whose centroid stayed is compared only with the centroids that moved. Means are
+accumulated in fixed point: integer addition is associative, so the order of
+points and devices does not matter.
 """
 
 import functools
@@ -14,17 +16,23 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+
+from proxy_nca_jax import blocked
+
+# Centroids that k-means++ draws between two products with all points.
+_ROUND = 256
+# Bits of the significand of a float32.
+_FLOAT32_BITS = 24
 
 
 class Clusters(NamedTuple):
-  """The clusters of points.
+  """The result of k-means.
 
   Attributes:
-    assignments: int32 [num_points], the nearest centroid, the first of equals.
+    assignments: int32 [num_points], the nearest centroid, ties by index.
     centroids: float32 [num_clusters, dim].
     inertia: float32 [], the sum of squared distances to the nearest centroids.
-    num_iterations: int32 [], how often the centroids moved.
+    num_iterations: int32 [], the number of updates of the centroids.
   """
 
   assignments: jax.Array
@@ -33,13 +41,29 @@ class Clusters(NamedTuple):
   num_iterations: jax.Array
 
 
+class _State(NamedTuple):
+  """The state of Lloyd's algorithm between two updates.
+
+  Attributes:
+    scores: float32 [num_rows], each point's largest score, see `_assign`.
+    ids: int32 [num_rows], the centroid with that score.
+    centroids: float32 [num_clusters, dim].
+    inertia: float32 [].
+  """
+
+  scores: jax.Array
+  ids: jax.Array
+  centroids: jax.Array
+  inertia: jax.Array
+
+
 def kmeans(
   points: chex.Array,
   *,
   num_clusters: int,
   key: chex.PRNGKey | None = None,
-  start: str | chex.Array = 'random',
-  num_starts: int = 1,
+  init: str | chex.Array = 'random',
+  n_init: int = 1,
   max_iterations: int = 20,
   tolerance: float = 0.0,
   mesh: jax.sharding.Mesh | None = None,
@@ -49,35 +73,39 @@ def kmeans(
 ) -> Clusters:
   """Clusters points by Lloyd's algorithm.
 
-  A cluster that loses all its points starts again at the point farthest from
-  its centroid, the next such cluster at the next farthest. 20 iterations are
-  FAISS's `niter` in the peers' evaluations.
+  An empty cluster is moved to the point farthest from its centroid, the next
+  empty one to the next farthest point. 20 iterations are FAISS's `niter` in
+  other evaluations of metric learning.
 
   Args:
     points: float [num_points, dim], finite.
     num_clusters: in [1, num_points].
-    key: for the first centroids.
-    start: 'random': distinct points, each as likely. 'k-means++': each point
-      with a probability in proportion to its squared distance to the nearest
-      one before (Arthur and Vassilvitskii, 2007). Or the first centroids
-      themselves, float [num_clusters, dim].
-    num_starts: so many starts, of which the one of least inertia counts.
-    max_iterations: at most so many updates of the centroids. Fewer if no
-      assignment changes any more,
-    tolerance: or if the inertia falls by no more than this share; 0 is never.
-    mesh: the devices that share the points, along `axis_name`; by default one
-      device. Each process gives all points and gets all assignments.
+    key: of `jax.random.key`, for the initial centroids; unused if they are
+      given.
+    init: 'random' draws distinct points uniformly. 'k-means++' draws points in
+      proportion to their squared distance to the nearest centroid so far
+      (Arthur and Vassilvitskii, 2007). An array float [num_clusters, dim] holds
+      the initial centroids.
+    n_init: number of runs with different initial centroids, of which the one
+      with the smallest inertia is returned.
+    max_iterations: maximum number of updates of the centroids. A run ends
+      earlier when no assignment changes.
+    tolerance: a run also ends when the inertia decreases by at most this
+      fraction; 0 disables this.
+    mesh: the devices that the points are sharded over, along `axis_name`; by
+      default one device. Every process passes all points and gets all
+      assignments.
     axis_name: of the mesh.
-    block_size: the largest number of points, and of centroids, whose products
-      are held at once, rounded up to a multiple of 64. It changes no result.
-    progress: is called with 1 for each update of the centroids.
+    block_size: maximum number of points, and of centroids, in one product;
+      rounded up to a multiple of 64. The result does not depend on it.
+    progress: called with 1 after each update of the centroids.
 
   Returns:
     The clusters.
 
   Raises:
-    ValueError: if there are fewer points than clusters, the start is unknown,
-      or a number cannot be.
+    ValueError: if `num_clusters`, `n_init` or `max_iterations` is out of range,
+      or `init` is unknown.
   """
   chex.assert_rank(points, 2)
   num_points, dim = points.shape
@@ -86,38 +114,33 @@ def kmeans(
       f'num_clusters ({num_clusters}) must be in [1, {num_points}], the number '
       'of points.'
     )
-  if num_starts < 1 or max_iterations < 0:
+  if n_init < 1 or max_iterations < 0:
     raise ValueError(
-      f'num_starts ({num_starts}) must be at least 1, and max_iterations '
-      f'({max_iterations}) not negative.'
+      f'n_init ({n_init}) must be at least 1, and max_iterations '
+      f'({max_iterations}) must not be negative.'
     )
-  if not isinstance(start, str):
-    chex.assert_shape(start, (num_clusters, dim))
-    key, num_starts = jax.random.key(0), 1
-    start, centroids = 'given', jnp.asarray(start, jnp.float32)
-  elif start in ('random', 'k-means++'):
+  if not isinstance(init, str):
+    chex.assert_shape(init, (num_clusters, dim))
+    key, n_init = jax.random.key(0), 1
+    init, centroids = 'given', jnp.asarray(init, jnp.float32)
+  elif init in _CHOOSE:
     centroids = jnp.zeros((num_clusters, dim))
   else:
     raise ValueError(
-      f"Unknown start {start!r}: choose 'random' or 'k-means++', or give the "
+      f"Unknown init {init!r}: choose 'random' or 'k-means++', or give the "
       'centroids.'
     )
-  num_devices = 1 if mesh is None else mesh.shape[axis_name]
-  share = -(-num_points // num_devices)
-  block_size = -(-min(block_size, share) // _ROWS) * _ROWS
-  padding = -num_points % (num_devices * block_size)
+  layout = blocked.make_layout(mesh, axis_name, block_size, num_points)
+  padding = -num_points % (layout.num_devices * layout.block_size)
   points = jnp.pad(jnp.asarray(points, jnp.float32), ((0, padding), (0, 0)))
-  if mesh is not None:
-    sharding = NamedSharding(mesh, PartitionSpec(axis_name))
-    points = jax.device_put(points, sharding)
-  layout = _Layout(mesh, axis_name, block_size, num_points)
+  points = layout.put(points)
   best, least = None, float('inf')
-  for each in jax.random.split(key, num_starts):
-    state = _begin(points, centroids, each, start=start, layout=layout)
-    num_iterations, goes_on = 0, True
-    # One by one, so that a signal is heard.
-    while goes_on and num_iterations < max_iterations:
-      state, goes_on = _update(points, state, tolerance, layout=layout)
+  for run_key in jax.random.split(key, n_init):
+    state = _initialize(points, centroids, run_key, init=init, layout=layout)
+    num_iterations, continues = 0, True
+    # The loop is on the host, so that signals are handled between updates.
+    while continues and num_iterations < max_iterations:
+      state, continues = _update(points, state, tolerance, layout=layout)
       num_iterations += 1
       if progress:
         progress(1)
@@ -132,91 +155,21 @@ def kmeans(
   )
 
 
-# Products of fewer rows may be rounded differently by XLA on CPUs.
-_ROWS = 64
-# Centroids of k-means++ from one product with all points to the next.
-_ROUND = 256
+def _specs(layout: blocked.Layout):
+  """Returns the specs of (points, state, replicated arrays)."""
+  rows, replicated = layout.sharded, blocked.REPLICATED
+  return rows, _State(rows, rows, replicated, replicated), replicated
 
 
-class _Layout(NamedTuple):
-  """How the points lie on devices: the first rows on the first.
+@functools.partial(jax.jit, static_argnames=('init', 'layout'))
+def _initialize(points, centroids, key, *, init, layout):
+  """Assigns the points to the initial centroids, given or drawn."""
 
-  The methods are for use on each device; without a mesh there is one.
-  """
-
-  mesh: jax.sharding.Mesh | None
-  axis_name: str | None
-  block_size: int
-  num_points: int
-
-  def first(self, points):
-    """The number of the device's first point."""
-    if self.mesh is None:
-      return 0
-    return jax.lax.axis_index(self.axis_name) * points.shape[0]
-
-  def sum(self, values):
-    return values if self.mesh is None else jax.lax.psum(values, self.axis_name)
-
-  def gather(self, values):
-    """One value for each point, of all devices, in order."""
-    if self.mesh is not None:
-      values = jax.lax.all_gather(values, self.axis_name, tiled=True)
-    return values[: self.num_points]
-
-  def take(self, points, indices):
-    """The points of these numbers, from wherever they are."""
-    indices -= self.first(points)
-    is_here = (indices >= 0) & (indices < points.shape[0])
-    rows = points.at[indices].get(mode='clip')
-    return self.sum(jnp.where(is_here[:, None], rows, 0))
-
-
-class _State(NamedTuple):
-  """What Lloyd's algorithm knows between two updates.
-
-  Attributes:
-    scores: float32 [num_rows], each point's best, as `_assign` has it.
-    ids: int32 [num_rows], the centroids that have it.
-    centroids: float32 [num_clusters, dim].
-    inertia: float32 [].
-  """
-
-  scores: jax.Array
-  ids: jax.Array
-  centroids: jax.Array
-  inertia: jax.Array
-
-
-def _on_each(fn, layout: _Layout, *, arguments: str, results):
-  """Maps the points and what else a device has of them, or all have alike."""
-  if layout.mesh is None:
-    return fn
-  rows, shared = PartitionSpec(layout.axis_name), PartitionSpec()
-  specs = {
-    'rows': rows,
-    'shared': shared,
-    'state': _State(rows, rows, shared, shared),
-  }
-  return jax.shard_map(
-    fn,
-    mesh=layout.mesh,
-    in_specs=tuple(specs[name] for name in arguments.split()),
-    out_specs=jax.tree.map(specs.get, results),
-    check_vma=False,
-  )
-
-
-@functools.partial(jax.jit, static_argnames=('start', 'layout'))
-def _begin(points, centroids, key, *, start, layout):
-  """Assigns the points to the first centroids, which it draws if not given."""
-
-  def begin(points, centroids, key):
+  def initialize(points, centroids, key):
     num_clusters = centroids.shape[0]
-    if start != 'given':
-      choose = _choose if start == 'random' else _choose_plus_plus
-      chosen = choose(points, key, num_clusters, layout)
-      centroids = layout.take(points, chosen)
+    if init != 'given':
+      indices = _CHOOSE[init](points, key, num_clusters, layout)
+      centroids = layout.look_up(points, indices)
     squares = _squares(points)
     scores, ids = _assign(
       points,
@@ -228,14 +181,15 @@ def _begin(points, centroids, key, *, start, layout):
     )
     return _State(scores, ids, centroids, _inertia(squares, scores, layout))
 
-  return _on_each(
-    begin, layout, arguments='rows shared shared', results='state'
-  )(points, centroids, key)
+  rows, state, replicated = _specs(layout)
+  return layout.on_each(initialize, (rows, replicated, replicated), state)(
+    points, centroids, key
+  )
 
 
 @functools.partial(jax.jit, static_argnames='layout')
 def _update(points, state, tolerance, *, layout):
-  """Moves the centroids to the means; returns (state, whether to go on)."""
+  """Moves the centroids to the means; returns (state, whether to continue)."""
 
   def update(points, state, tolerance):
     squares, num_clusters = _squares(points), state.centroids.shape[0]
@@ -253,87 +207,99 @@ def _update(points, state, tolerance, *, layout):
     )
     inertia = _inertia(squares, scores, layout)
     has_changed = jnp.any(layout.gather(ids != state.ids))
-    has_fallen = state.inertia - inertia > tolerance * state.inertia
-    goes_on = has_changed & (has_fallen | (tolerance == 0))
-    return _State(scores, ids, means, inertia), goes_on
+    has_decreased = state.inertia - inertia > tolerance * state.inertia
+    continues = has_changed & (has_decreased | (tolerance == 0))
+    return _State(scores, ids, means, inertia), continues
 
-  return _on_each(
-    update, layout, arguments='rows state shared', results=('state', 'shared')
-  )(points, state, tolerance)
+  rows, specs, replicated = _specs(layout)
+  return layout.on_each(update, (rows, specs, replicated), (specs, replicated))(
+    points, state, tolerance
+  )
 
 
 @functools.partial(jax.jit, static_argnames='layout')
 def _gather(ids, *, layout):
-  return _on_each(layout.gather, layout, arguments='rows', results='shared')(
+  return layout.on_each(layout.gather, (layout.sharded,), blocked.REPLICATED)(
     ids
   )
 
 
 def _distances(squares, scores, layout):
+  """Returns the squared distances of all points to their centroids."""
   return layout.gather(jnp.maximum(squares - 2 * scores, 0))
 
 
 def _inertia(squares, scores, layout):
-  # The sum alone, not fused with what differs between numbers of devices.
+  # The barrier keeps XLA from fusing the sum with code that depends on the
+  # number of devices, which would change the order of summation.
   distances = _distances(squares, scores, layout)
   return jnp.sum(jax.lax.optimization_barrier(distances))
 
 
-def _choose(points, key, num_clusters, layout):
-  """Draws distinct points, each as likely."""
+def _choose_uniformly(points, key, num_clusters, layout):
+  """Draws distinct points uniformly: int32 [num_clusters]."""
   del points
-  return jax.random.choice(
-    key, layout.num_points, (num_clusters,), replace=False
-  )
+  return jax.random.choice(key, layout.num_rows, (num_clusters,), replace=False)
 
 
 def _choose_plus_plus(points, key, num_clusters, layout):
-  """Draws points by k-means++, exactly, in rounds that begin with a product.
+  """Draws points by k-means++, exactly, by rejection sampling in rounds.
 
-  A point is drawn by its weight at the beginning of the round, and accepted
-  with the share of it that the centroids since then have left. A round draws at
-  most as many as there are already: of more, few would be accepted.
+  k-means++ draws each point in proportion to its weight, the squared distance
+  to the nearest centroid so far. Updating all weights after every draw would
+  take one pass over the points per centroid. Instead, a round draws from the
+  weights at its start, and accepts a point with the probability
+
+    weight now / weight at the start of the round,
+
+  where the weight now takes only distances to the centroids of this round. The
+  weights are updated after the round by one product. Since acceptance falls as
+  centroids are added, a round adds at most as many as there are before it, and
+  ends after 4 times as many trials.
   """
-  num_points, dim = layout.num_points, points.shape[1]
+  num_points, dim = layout.num_rows, points.shape[1]
   squares = _squares(points)
-  places = jnp.arange(_ROUND)
+  slots = jnp.arange(_ROUND)
 
   def distances(centroids, is_used):
+    """Returns squared distances of all points to the nearest used centroid."""
     half_norms = jnp.where(is_used, jnp.sum(centroids**2, axis=1) / 2, jnp.inf)
 
     def compare(rows):
-      scores, _ = _nearest(rows, centroids, half_norms, places)
+      scores, _ = _nearest(rows, centroids, half_norms, slots)
       return scores
 
     blocks = points.reshape(-1, layout.block_size, dim)
     scores = jax.lax.map(compare, blocks).reshape(-1)
-    return layout.gather(jnp.maximum(squares - 2 * scores, 0))
+    return _distances(squares, scores, layout)
 
   def draw(state, weights, cumulative, count):
-    centroids, chosen, num_new, num_tries = state
+    """Draws one point, and adds it to the centroids of the round or not."""
+    centroids, chosen, num_new, num_trials = state
     total = cumulative[-1]
     uniform = jax.random.uniform(
-      jax.random.fold_in(jax.random.fold_in(key, count), num_tries), (2,)
+      jax.random.fold_in(jax.random.fold_in(key, count), num_trials), (2,)
     )
-    place = jnp.searchsorted(cumulative, uniform[0] * total, side='right')
-    # Where all points are among the chosen, any other will do.
-    place = jnp.where(total > 0, place, uniform[0] * num_points)
-    place = jnp.minimum(place.astype(jnp.int32), num_points - 1)
-    point = layout.take(points, place[None])
-    left = jnp.min(
+    index = jnp.searchsorted(cumulative, uniform[0] * total, side='right')
+    # If every point coincides with a centroid, draw uniformly.
+    index = jnp.where(total > 0, index, uniform[0] * num_points)
+    index = jnp.minimum(index.astype(jnp.int32), num_points - 1)
+    point = layout.look_up(points, index[None])
+    weight = jnp.min(
       jnp.sum((point - centroids) ** 2, axis=1),
-      initial=weights[place],
-      where=places < num_new,
+      initial=weights[index],
+      where=slots < num_new,
     )
-    is_accepted = (uniform[1] * weights[place] < left) | (total == 0)
+    is_accepted = (uniform[1] * weights[index] < weight) | (total == 0)
+    is_slot = is_accepted & (slots == num_new)
     return (
-      jnp.where(is_accepted & (places == num_new)[:, None], point, centroids),
-      jnp.where(is_accepted & (places == num_new), place, chosen),
+      jnp.where(is_slot[:, None], point, centroids),
+      jnp.where(is_slot, index, chosen),
       num_new + is_accepted,
-      num_tries + 1,
+      num_trials + 1,
     )
 
-  def extend(state):
+  def run_round(state):
     weights, indices, count = state
     most = jnp.minimum(jnp.minimum(count, _ROUND), num_clusters - count)
     cumulative = jnp.cumsum(weights)
@@ -347,67 +313,78 @@ def _choose_plus_plus(points, key, num_clusters, layout):
         jnp.int32(0),
       ),
     )
-    weights = jnp.minimum(weights, distances(centroids, places < num_new))
-    indices = indices.at[count + places].set(chosen, mode='drop')
-    # Rounding leaves a chosen point at a little distance from itself.
+    weights = jnp.minimum(weights, distances(centroids, slots < num_new))
+    indices = indices.at[count + slots].set(chosen, mode='drop')
+    # Rounding leaves a chosen point at a small distance from itself.
     return weights.at[chosen].set(0, mode='drop'), indices, count + num_new
 
   first = jax.random.randint(key, (1,), 0, num_points)
-  start = jnp.zeros((_ROUND, dim)).at[0].set(layout.take(points, first)[0])
-  weights = distances(start, places == 0).at[first].set(0)
+  centroids = jnp.zeros((_ROUND, dim))
+  centroids = centroids.at[0].set(layout.look_up(points, first)[0])
+  weights = distances(centroids, slots == 0).at[first].set(0)
   indices = jnp.zeros(num_clusters, jnp.int32).at[0].set(first[0])
   _, indices, _ = jax.lax.while_loop(
     lambda state: state[2] < num_clusters,
-    extend,
+    run_round,
     (weights, indices, jnp.int32(1)),
   )
   return indices
 
 
+_CHOOSE = {'random': _choose_uniformly, 'k-means++': _choose_plus_plus}
+
+
 def _assign(points, centroids, has_moved, scores, ids, *, layout):
-  """Finds each point's nearest centroid.
+  """Finds the nearest centroid of each point.
 
   argmin ||x - c||^2 = argmax x.c - ||c||^2 / 2, the score.
+
+  Points are sorted so that those whose centroid has moved come first. Their
+  blocks are compared with all centroids, the other blocks only with those that
+  have moved:
+
+                               all centroids | moved ones first
+    points that lost theirs    x x x x x x x | . . . . . . .
+    other points               . . . . . . . | x x . . . . .
 
   Args:
     points: float32 [num_rows, dim].
     centroids: float32 [num_clusters, dim].
-    has_moved: bool [num_clusters], since `scores` and `ids` were found.
-    scores: float32 [num_rows], the best.
-    ids: int32 [num_rows], the centroids that have it.
+    has_moved: bool [num_clusters], whether a centroid has moved since `scores`
+      and `ids` were found.
+    scores: float32 [num_rows], each point's largest score.
+    ids: int32 [num_rows], the centroid with that score.
     layout: of the points.
 
   Returns:
-    The scores and ids of these centroids.
+    The scores and ids for these centroids.
   """
   size, num_clusters = layout.block_size, centroids.shape[0]
   half_norms = jnp.sum(centroids**2, axis=1) / 2
-  # First all centroids in order, then those that moved.
-  width = min(size, -(-num_clusters // _ROWS) * _ROWS)
-  filling = (0, -num_clusters % width)
+  width = min(size, blocked.round_up(num_clusters))
+  padding = (0, -num_clusters % width)
   order = [jnp.arange(num_clusters), jnp.argsort(~has_moved)]
   order = jnp.concatenate(
-    [jnp.pad(part, filling, constant_values=num_clusters) for part in order]
+    [jnp.pad(part, padding, constant_values=num_clusters) for part in order]
   )
   num_blocks = order.shape[0] // width // 2
   num_moved = -(-jnp.sum(has_moved) // width)
-  # First the points that have lost their centroid.
   is_lost = has_moved[ids]
-  places = jnp.argsort(~is_lost)
+  point_order = jnp.argsort(~is_lost)
   num_lost = jnp.sum(is_lost)
   scores = jnp.where(is_lost, -jnp.inf, scores)
 
   def assign_block(block):
-    index, places = block
-    rows = points[places]
+    index, point_indices = block
+    rows = points[point_indices]
 
     def compare(index, best):
-      places = jax.lax.dynamic_slice_in_dim(order, index * width, width)
+      centroid_indices = blocked.get_block(order, index, width)
       scores, ids = _nearest(
         rows,
-        centroids.at[places].get(mode='clip'),
-        half_norms.at[places].get(mode='fill', fill_value=jnp.inf),
-        places,
+        centroids.at[centroid_indices].get(mode='clip'),
+        half_norms.at[centroid_indices].get(mode='fill', fill_value=jnp.inf),
+        centroid_indices,
       )
       is_better = (scores > best[0]) | ((scores == best[0]) & (ids < best[1]))
       return jnp.where(is_better, scores, best[0]), jnp.where(
@@ -419,20 +396,20 @@ def _assign(points, centroids, has_moved, scores, ids, *, layout):
       jnp.where(has_lost, 0, num_blocks),
       num_blocks + jnp.where(has_lost, 0, num_moved),
       compare,
-      (scores[places], ids[places]),
+      (scores[point_indices], ids[point_indices]),
     )
 
-  blocks = places.reshape(-1, size)
-  found = jax.lax.map(assign_block, (jnp.arange(len(blocks)), blocks))
+  blocks = point_order.reshape(-1, size)
+  assigned = jax.lax.map(assign_block, (jnp.arange(len(blocks)), blocks))
   return tuple(
-    old.at[places].set(new.reshape(-1))
-    for old, new in zip((scores, ids), found)
+    old.at[point_order].set(new.reshape(-1))
+    for old, new in zip((scores, ids), assigned)
   )
 
 
 def _nearest(points, centroids, half_norms, ids):
-  """Returns the best score of each point, and the least id that has it."""
-  scores = jnp.dot(centroids, points.T, precision=jax.lax.Precision.HIGHEST)
+  """Returns the largest score of each point, and the least id that has it."""
+  scores = blocked.similarities(centroids, points)
   scores -= half_norms[:, None]
   best = jnp.max(scores, axis=0)
   # An argmax takes three times as long on CPUs.
@@ -442,43 +419,57 @@ def _nearest(points, centroids, half_norms, ids):
 
 
 def _squares(points):
-  """The squared norms; sums over few or many rows are rounded differently."""
-  blocks = points.reshape(-1, _ROWS, points.shape[1])
+  """Returns the squared norms: float32 [num_rows].
+
+  The rows of one sum are always as many, because XLA's rounding depends on it.
+  """
+  blocks = points.reshape(-1, blocked.ROWS, points.shape[1])
   return jax.lax.map(lambda rows: jnp.sum(rows**2, axis=1), blocks).reshape(-1)
 
 
 def _scale(points, layout):
-  """A power of 2 that no coordinate exceeds."""
-  largest = jnp.max(jnp.abs(points))
-  if layout.mesh is not None:
-    largest = jax.lax.pmax(largest, layout.axis_name)
+  """Returns a power of 2 that no coordinate exceeds."""
+  largest = layout.max(jnp.max(jnp.abs(points)))
   return jnp.ldexp(jnp.float32(1), jnp.frexp(largest)[1])
 
 
 def _means(points, ids, num_clusters, scale, distances, layout):
-  """Returns the means of the clusters, empty ones refilled.
+  """Returns the means of the clusters, by fixed-point accumulation.
 
-  A coordinate is cut into whole numbers of so few bits that no sum of them
-  overflows, together at least the 24 of a float32.
+  Each coordinate is split into int32 limbs, narrow enough that no sum overflows
+  and together wide enough for float32's 24-bit significand. Integer addition is
+  associative, so the means are bitwise the same on any number of devices. An
+  empty cluster gets the farthest point that no other empty cluster has got.
+
+  Args:
+    points: float32 [num_rows, dim].
+    ids: int32 [num_rows], in [0, num_clusters).
+    num_clusters: number of means.
+    scale: float32 [], a bound of the absolute coordinates.
+    distances: float32 [num_points], of all points to their centroids.
+    layout: of the points.
+
+  Returns:
+    float32 [num_clusters, dim].
   """
   size, dim = layout.block_size, points.shape[1]
-  num_bits = 31 - layout.num_points.bit_length()
-  num_parts = -(-24 // num_bits)
-  numbers = jnp.arange(points.shape[0]) + layout.first(points)
-  ids = jnp.where(numbers < layout.num_points, ids, num_clusters)
+  num_bits = 31 - layout.num_rows.bit_length()
+  num_limbs = -(-_FLOAT32_BITS // num_bits)
+  # Padding belongs to no cluster.
+  indices = jnp.arange(points.shape[0]) + layout.first_index(points)
+  ids = jnp.where(indices < layout.num_rows, ids, num_clusters)
 
   def add_block(index, state):
     sums, sizes = state
     rows, clusters = (
-      jax.lax.dynamic_slice_in_dim(array, index * size, size)
-      for array in (points, ids)
+      blocked.get_block(array, index, size) for array in (points, ids)
     )
     rest = rows / scale
-    for part in range(num_parts):
+    for limb in range(num_limbs):
       rest *= 2**num_bits
       whole = jnp.round(rest)
       rest -= whole
-      sums = sums.at[part, clusters].add(whole.astype(jnp.int32), mode='drop')
+      sums = sums.at[limb, clusters].add(whole.astype(jnp.int32), mode='drop')
     return sums, sizes.at[clusters].add(1, mode='drop')
 
   sums, sizes = layout.sum(
@@ -487,19 +478,19 @@ def _means(points, ids, num_clusters, scale, distances, layout):
       points.shape[0] // size,
       add_block,
       (
-        jnp.zeros((num_parts, num_clusters, dim), jnp.int32),
+        jnp.zeros((num_limbs, num_clusters, dim), jnp.int32),
         jnp.zeros(num_clusters, jnp.int32),
       ),
     )
   )
-  units = scale * 2.0 ** (-num_bits * jnp.arange(1, num_parts + 1))
+  units = scale * 2.0 ** (-num_bits * jnp.arange(1, num_limbs + 1))
   means = jnp.sum(sums * units[:, None, None], axis=0)
   means /= jnp.maximum(sizes, 1)[:, None]
   is_empty = sizes == 0
 
   def refill(means):
     farthest = jnp.argsort(-distances)[:num_clusters]
-    places = farthest[jnp.cumsum(is_empty) - 1]
-    return jnp.where(is_empty[:, None], layout.take(points, places), means)
+    indices = farthest[jnp.cumsum(is_empty) - 1]
+    return jnp.where(is_empty[:, None], layout.look_up(points, indices), means)
 
   return jax.lax.cond(jnp.any(is_empty), refill, lambda means: means, means)

@@ -1,4 +1,4 @@
-"""The device mesh and the shardings over it: no other file names its axis."""
+"""The device mesh and its shardings; no other file names its axis."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ AXIS = 'data'
 def make_mesh(
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """Returns a 1-D mesh over the devices; None is all of all processes."""
+  """Returns a 1-D mesh over the devices, by default all of all processes."""
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
     (len(devices),),
@@ -25,39 +25,39 @@ def make_mesh(
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """A whole copy of the array on every device."""
+  """Returns the sharding with a full copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The leading dimension divided among the devices."""
+  """Returns the sharding of the leading dimension over the devices."""
   return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def pad_rows(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
-  """Adds rows of 0, so that the devices can share them alike; inside `jit`."""
-  filling = ((0, -x.shape[0] % mesh.size),) + ((0, 0),) * (x.ndim - 1)
+  """Pads with rows of 0 to a multiple of the devices; for use inside `jit`."""
+  padding = ((0, -x.shape[0] % mesh.size),) + ((0, 0),) * (x.ndim - 1)
   x = jax.lax.with_sharding_constraint(x, by_row(mesh))
-  return jax.lax.with_sharding_constraint(jnp.pad(x, filling), by_row(mesh))
+  return jax.lax.with_sharding_constraint(jnp.pad(x, padding), by_row(mesh))
 
 
 def unpad_rows(
   x: jax.Array, num_rows: int, mesh: jax.sharding.Mesh
 ) -> jax.Array:
-  """Takes what `pad_rows` added away; each device keeps its rows.
+  """Removes the rows that `pad_rows` added; for use inside `jit`.
 
-  Inside `jit`, the last devices may have fewer rows than the others.
+  No row moves to another device: the last devices may have fewer rows.
   """
   return jax.lax.with_sharding_constraint(x[:num_rows], by_row(mesh))
 
 
 def replicate(tree, mesh: jax.sharding.Mesh):
-  """Gives every device the whole arrays; inside `jit`."""
+  """Replicates the arrays of a tree on every device; for use inside `jit`."""
   return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-  """Returns a whole array on the host of each process, however it lies."""
+  """Returns a global array as NumPy in every process, whatever its sharding."""
   if x.is_fully_addressable:
     return np.asarray(x)
   return multihost_utils.process_allgather(x, tiled=True)
@@ -66,7 +66,7 @@ def fetch(x: jax.Array) -> np.ndarray:
 def shard_batch(
   batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Places this process's rows of a global batch on its devices."""
+  """Assembles a global batch from the rows of each process."""
   return {
     name: jax.make_array_from_process_local_data(by_row(mesh), rows)
     for name, rows in batch.items()

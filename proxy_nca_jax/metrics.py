@@ -1,14 +1,15 @@
-"""Metrics of retrieval and clustering, from ranks or assignments alone.
+"""Metrics of retrieval and clustering, computed from ranks or assignments.
 
-Retrieval: `ranks: int [num_queries, max_positives]` holds in each row the ranks
-of the query's positives in its gallery, from 1, ascending; rows with fewer
-positives are filled with 0. A positive's rank counts the negatives that are at
-least as near as it: ties count against the query. Positives that tie with each
-other take consecutive ranks. Functions return one score a query, NaN for a
-query that has no positive, so that a `nanmean` leaves it out.
+Retrieval: each row of `ranks: int [num_queries, max_positives]` holds the ranks
+of a query's positives in its gallery, from 1, ascending, padded with 0. The
+rank of a positive counts all negatives that are at least as near: ties count
+against the query. Positives that tie with each other have consecutive ranks.
+Functions return float64 [num_queries], the score of each query, or NaN if it
+has no positive, so that `np.nanmean` ignores it.
 
-Clustering: `labels` and `clusters` are int [num_points] of any values. Computed
-in float64 on the host from the non-zero cells of the contingency table.
+Clustering: `labels` and `clusters` are int [num_points], of any values. Scores
+are computed on the host in float64, from the nonzero cells of the contingency
+table.
 
 References:
   Musgrave et al., A Metric Learning Reality Check, ECCV 2020,
@@ -24,23 +25,23 @@ from scipy import special
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
-  """1 where any positive is among the k nearest, else 0; float64 [queries].
+  """Returns 1 if any of the k nearest items is a positive, else 0.
 
-  With the gallery of re-identification this is the CMC at rank k.
+  With a gallery, as in re-identification, its mean is the CMC at rank k.
   """
   first = ranks[:, 0]
   return np.where(first > 0, first <= k, np.nan)
 
 
 def r_precision(ranks: np.ndarray) -> np.ndarray:
-  """The share of positives among the R nearest, R the query's positives."""
+  """Returns the precision at R, the number of the query's positives."""
   num_positives = np.sum(ranks > 0, axis=1)
-  found = np.sum(_within_r(ranks, num_positives), axis=1)
-  return _ratio(found, num_positives)
+  num_hits = np.sum(_within_r(ranks, num_positives), axis=1)
+  return _ratio(num_hits, num_positives)
 
 
 def map_at_r(ranks: np.ndarray) -> np.ndarray:
-  """Mean average precision at R: 1/R sum_{i<=R} [i is a hit] precision@i."""
+  """Returns MAP@R = 1/R sum_{i<=R} [item i is a positive] precision@i."""
   num_positives = np.sum(ranks > 0, axis=1)
   order = np.arange(1, ranks.shape[1] + 1)
   precisions = order / np.maximum(ranks, 1)
@@ -49,7 +50,7 @@ def map_at_r(ranks: np.ndarray) -> np.ndarray:
 
 
 def average_precision(ranks: np.ndarray) -> np.ndarray:
-  """The mean over all positives of the precision at each one's rank."""
+  """Returns the mean over all positives of the precision at their ranks."""
   num_positives = np.sum(ranks > 0, axis=1)
   order = np.arange(1, ranks.shape[1] + 1)
   precisions = np.where(ranks > 0, order / np.maximum(ranks, 1), 0)
@@ -57,7 +58,7 @@ def average_precision(ranks: np.ndarray) -> np.ndarray:
 
 
 def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
-  """1 / the rank of the nearest positive; float64 [queries]."""
+  """Returns 1 / the rank of the nearest positive."""
   first = ranks[:, 0]
   return np.where(first > 0, 1 / np.maximum(first, 1), np.nan)
 
@@ -72,12 +73,13 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 class _Contingency(NamedTuple):
-  """The non-zero cells of a table of labels by clusters.
+  """The nonzero cells of the table of labels by clusters.
 
   Attributes:
-    sizes: int64 [num_cells], points in each cell.
-    rows, columns: int64 [num_cells], the cell's label and cluster.
-    label_sizes, cluster_sizes: int64, the sums over columns and over rows.
+    sizes: int64 [num_cells], number of points in each cell.
+    rows, columns: int64 [num_cells], indices of the cell's label and cluster.
+    label_sizes: int64 [num_labels], number of points with each label.
+    cluster_sizes: int64 [num_clusters], number of points in each cluster.
   """
 
   sizes: np.ndarray
@@ -95,34 +97,34 @@ def _contingency(labels: np.ndarray, clusters: np.ndarray) -> _Contingency:
   labels, clusters = np.asarray(labels), np.asarray(clusters)
   if labels.shape != clusters.shape or labels.ndim != 1 or not labels.size:
     raise ValueError(
-      'labels and clusters must be two vectors of one length, at least 1; got '
+      'labels and clusters must be nonempty vectors of the same length; got '
       f'shapes {labels.shape} and {clusters.shape}.'
     )
-  _, labels, label_sizes = _number(labels)
-  _, clusters, cluster_sizes = _number(clusters)
+  _, labels, label_sizes = _unique(labels)
+  _, clusters, cluster_sizes = _unique(clusters)
   num_clusters = len(cluster_sizes)
-  cells, _, sizes = _number(labels.astype(np.int64) * num_clusters + clusters)
+  cells, _, sizes = _unique(labels.astype(np.int64) * num_clusters + clusters)
   rows, columns = np.divmod(cells, num_clusters)
   return _Contingency(sizes, rows, columns, label_sizes, cluster_sizes)
 
 
-def _number(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the distinct values, each value's number, and int64 counts."""
+def _unique(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the distinct values, each value's index in them, and counts."""
   return np.unique(values, return_inverse=True, return_counts=True)
 
 
 def _entropy(sizes: np.ndarray) -> float:
-  shares = sizes / sizes.sum()
-  return float(-np.sum(shares * np.log(shares)))
+  fractions = sizes / sizes.sum()
+  return float(-np.sum(fractions * np.log(fractions)))
 
 
 def _information(table: _Contingency) -> float:
-  """I(labels; clusters) in nats."""
+  """Returns the mutual information I(labels; clusters) in nats."""
   expected = table.label_sizes[table.rows] * (
     table.cluster_sizes[table.columns] / table.num_points
   )
-  shares = table.sizes / table.num_points
-  return float(np.sum(shares * np.log(table.sizes / expected)))
+  fractions = table.sizes / table.num_points
+  return float(np.sum(fractions * np.log(table.sizes / expected)))
 
 
 _AVERAGES = {
@@ -148,20 +150,21 @@ def normalized_mutual_information(
 ) -> float:
   """NMI = I(labels; clusters) / mean(H(labels), H(clusters)), in [0, 1].
 
-  The arithmetic mean is that of the formula of Proxy-NCA and most later papers;
-  ProxyNCA++ takes the geometric one. Two partitions of one part each agree: 1;
-  one of them with a partition of several shares no information: 0.
+  Proxy-NCA and most later papers use the arithmetic mean, ProxyNCA++ the
+  geometric one. Two partitions with a single part each agree and score 1; a
+  single part against several scores 0.
 
   Args:
     labels: int [num_points].
     clusters: int [num_points].
-    average: 'arithmetic', 'geometric', 'max' or 'min', of the two entropies.
+    average: the mean of the entropies: 'arithmetic', 'geometric', 'max' or
+      'min'.
 
   Returns:
     The score, a float.
 
   Raises:
-    ValueError: if the lengths differ or there is no point.
+    ValueError: if the lengths differ or are 0, or the average is unknown.
   """
   table = _contingency(labels, clusters)
   mean = _mean_entropy(table, average)
@@ -178,10 +181,10 @@ def adjusted_mutual_information(
 ) -> float:
   """AMI = (I - E[I]) / (mean(H(labels), H(clusters)) - E[I]), at most 1.
 
-  E[I] is of partitions of the same sizes drawn at random, whose scores are 0 on
-  average (Vinh et al., ICML 2009, https://doi.org/10.1145/1553374.1553511).
-  If E[I] is the mean entropy, as with one partition of single points and the
-  average 'min', the score is 0.
+  E[I] is the expectation over random partitions with the same sizes, so that
+  these score 0 on average (Vinh et al., ICML 2009,
+  https://doi.org/10.1145/1553374.1553511). If E[I] equals the mean entropy, as
+  with the average 'min' and a cluster per point, the score is 0.
 
   Args:
     labels: int [num_points].
@@ -192,25 +195,26 @@ def adjusted_mutual_information(
     The score, a float.
 
   Raises:
-    ValueError: if the lengths differ or there is no point.
+    ValueError: if the lengths differ or are 0, or the average is unknown.
   """
   table = _contingency(labels, clusters)
   mean = _mean_entropy(table, average)
   num_labels, num_clusters = len(table.label_sizes), len(table.cluster_sizes)
-  # One part each, or each point a part: the only partition of these sizes.
+  # A single part, or a part per point: there is no other such partition.
   if num_labels == num_clusters and num_labels in (1, table.num_points):
     return 1.0
   expected = _expected_information(table)
-  # Where chance alone reaches the most there is, nothing can be adjusted.
+  # Chance reaches the maximum: the denominator is 0 up to rounding.
   if abs(mean - expected) < 1e-12 * max(mean, 1):
     return 0.0
   return (_information(table) - expected) / (mean - expected)
 
 
 def _expected_information(table: _Contingency) -> float:
-  """E[I] under the hypergeometric model, a term for each pair of sizes.
+  """Returns E[I] under the hypergeometric model.
 
-  Sizes repeat: 22,634 classes of Stanford Online Products have 11 of them.
+  All pairs of a label and a cluster with the same sizes have the same term: the
+  22,634 classes of Stanford Online Products have 11 distinct sizes.
   """
   n = table.num_points
   rows = zip(*np.unique(table.label_sizes, return_counts=True))
@@ -226,9 +230,9 @@ def _expected_information(table: _Contingency) -> float:
 
 
 def _hypergeometric(both: np.ndarray, a: int, b: int, n: int) -> np.ndarray:
-  """P(both) for all its values, from the ratios of neighbours.
+  """Returns P(both) of all its values, from the ratios of successive ones.
 
-  Factorials of n would cancel to 10 digits at n = 60,502.
+  Log factorials of n would leave 10 correct digits at n = 60,502.
   """
   k = both[:-1]
   steps = np.log((a - k) * (b - k)) - np.log((k + 1) * (n - a - b + k + 1))
@@ -238,7 +242,7 @@ def _hypergeometric(both: np.ndarray, a: int, b: int, n: int) -> np.ndarray:
 
 
 def _pairs(table: _Contingency) -> tuple[int, int, int, int]:
-  """Counts pairs: (alike in both, in labels, in clusters, all), exactly."""
+  """Counts pairs of points that share (both, a label, a cluster), and all."""
 
   def count(sizes):
     return sum(size * (size - 1) // 2 for size in sizes.tolist())
@@ -253,10 +257,11 @@ def _pairs(table: _Contingency) -> tuple[int, int, int, int]:
 
 
 def adjusted_rand_index(labels: np.ndarray, clusters: np.ndarray) -> float:
-  """ARI: the share of pairs treated alike, adjusted for chance, at most 1.
+  """ARI: the agreement on pairs, adjusted for chance, at most 1.
 
-  (both - E) / ((in_labels + in_clusters) / 2 - E), E = in_labels * in_clusters
-  / all (Hubert and Arabie, 1985).
+  (both - E) / ((in_labels + in_clusters) / 2 - E), where in_labels, in_clusters
+  and both count the pairs of points that share a label, a cluster, and both,
+  and E = in_labels * in_clusters / all pairs (Hubert and Arabie, 1985).
 
   Args:
     labels: int [num_points].
@@ -266,22 +271,23 @@ def adjusted_rand_index(labels: np.ndarray, clusters: np.ndarray) -> float:
     The score, a float; 1 for partitions that agree.
 
   Raises:
-    ValueError: if the lengths differ or there is no point.
+    ValueError: if the lengths differ or are 0.
   """
-  both, in_labels, in_clusters, every = _pairs(_contingency(labels, clusters))
+  both, in_labels, in_clusters, total = _pairs(_contingency(labels, clusters))
   if both == in_labels == in_clusters:
     return 1.0
-  # Whole numbers until the last division.
+  # Exact integers until the division.
   expected = 2 * in_labels * in_clusters
-  return (2 * every * both - expected) / (
-    every * (in_labels + in_clusters) - expected
+  return (2 * total * both - expected) / (
+    total * (in_labels + in_clusters) - expected
   )
 
 
 def pairwise_f1(labels: np.ndarray, clusters: np.ndarray) -> float:
-  """F1 of the pairs that share a cluster as guesses of those of one label.
+  """F1 of the pairs that share a cluster as predictions of a shared label.
 
-  2 both / (in_labels + in_clusters), in [0, 1]; 1 if no pair shares anything.
+  2 both / (in_labels + in_clusters), in [0, 1], in the notation of
+  `adjusted_rand_index`; 1 if no pair shares a label or a cluster.
 
   Args:
     labels: int [num_points].
@@ -291,7 +297,7 @@ def pairwise_f1(labels: np.ndarray, clusters: np.ndarray) -> float:
     The score, a float.
 
   Raises:
-    ValueError: if the lengths differ or there is no point.
+    ValueError: if the lengths differ or are 0.
   """
   both, in_labels, in_clusters, _ = _pairs(_contingency(labels, clusters))
   if in_labels + in_clusters == 0:
@@ -300,7 +306,7 @@ def pairwise_f1(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def purity(labels: np.ndarray, clusters: np.ndarray) -> float:
-  """The share of points with the most frequent label of their cluster.
+  """The fraction of points with the most frequent label of their cluster.
 
   Args:
     labels: int [num_points].
@@ -310,7 +316,7 @@ def purity(labels: np.ndarray, clusters: np.ndarray) -> float:
     The score, a float in (0, 1].
 
   Raises:
-    ValueError: if the lengths differ or there is no point.
+    ValueError: if the lengths differ or are 0.
   """
   table = _contingency(labels, clusters)
   largest = np.zeros(len(table.cluster_sizes), np.int64)

@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import clustering, metrics
+from proxy_nca_jax import blocked, clustering, metrics
 from proxy_nca_jax import mesh as mesh_lib
 
 
@@ -27,7 +27,7 @@ class KMeansTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(assignments, np.argmin(distances, axis=1))
 
-  def test_centroids_are_means_when_nothing_changes_any_more(self):
+  def test_centroids_are_means_after_convergence(self):
     points = jax.random.normal(jax.random.key(0), (200, 2))
     assignments, centroids, *_ = clustering.kmeans(
       points, num_clusters=6, key=jax.random.key(1), max_iterations=500
@@ -38,8 +38,8 @@ class KMeansTest(parameterized.TestCase):
         centroids[cluster], members.mean(axis=0), rtol=1e-4, atol=1e-5
       )
 
-  def test_separated_blobs_are_found_from_one_point_each(self):
-    # With refilled clusters a bad start can stay bad; one start in ten is good.
+  def test_separated_blobs_are_found_from_random_points(self):
+    # Lloyd's algorithm can end in a local optimum; one of ten runs does not.
     points, labels = _blobs()
     scores = [
       metrics.normalized_mutual_information(
@@ -72,7 +72,7 @@ class KMeansTest(parameterized.TestCase):
     np.testing.assert_array_equal(actual, expected)
 
   def test_no_cluster_stays_empty(self):
-    # Copies of one point win all of its equals: their clusters lose all.
+    # Of equal centroids the first gets all points; the others become empty.
     points = jnp.concatenate(
       [jnp.zeros((50, 2)), 10 + jax.random.normal(jax.random.key(0), (10, 2))]
     )
@@ -82,7 +82,7 @@ class KMeansTest(parameterized.TestCase):
       )
       self.assertLen(np.unique(assignments), 6)
 
-  def test_as_many_clusters_as_points_or_one(self):
+  def test_one_cluster_and_one_cluster_per_point(self):
     points = jax.random.normal(jax.random.key(0), (12, 3))
     key = jax.random.key(0)
     assignments, *_ = clustering.kmeans(points, num_clusters=12, key=key)
@@ -96,13 +96,15 @@ class KMeansTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(1, 2, 3, 7)
-  def test_leaving_out_what_stayed_equals_all_distances(self, num_iterations):
+  def test_skipping_unmoved_centroids_equals_all_distances(
+    self, num_iterations
+  ):
     points = np.random.default_rng(0).normal(size=(600, 3))
     points = points.astype(np.float32)
     actual = clustering.kmeans(
       points,
       num_clusters=80,
-      start=points[:80],
+      init=points[:80],
       max_iterations=num_iterations,
       block_size=64,
     )
@@ -113,35 +115,33 @@ class KMeansTest(parameterized.TestCase):
     np.testing.assert_allclose(actual.inertia, np.sum(distances**2), rtol=1e-5)
 
   @parameterized.parameters('random', 'k-means++')
-  def test_devices_change_nothing_and_the_best_start_counts(self, start):
+  def test_devices_change_nothing_and_the_best_run_is_returned(self, init):
     points = np.random.default_rng(0).normal(size=(500, 37))
-    kwargs = {'num_clusters': 70, 'start': start, 'max_iterations': 5}
+    kwargs = {'num_clusters': 70, 'init': init, 'max_iterations': 5}
     key = jax.random.key(1)
-    expected = clustering.kmeans(points, key=key, num_starts=3, **kwargs)
+    expected = clustering.kmeans(points, key=key, n_init=3, **kwargs)
     for num_devices in (2, 8):
       actual = clustering.kmeans(
         points,
         key=key,
-        num_starts=3,
+        n_init=3,
         mesh=mesh_lib.make_mesh(jax.devices()[:num_devices]),
         axis_name=mesh_lib.AXIS,
         **kwargs,
       )
       for a, b in zip(actual, expected):
         np.testing.assert_array_equal(a, b)
-    # The best of the starts, each alone.
-    first = clustering._choose
-    if start == 'k-means++':
-      first = clustering._choose_plus_plus
-    layout = clustering._Layout(None, None, 512, 500)
+    # The best of three runs from their initial centroids.
+    choose = clustering._CHOOSE[init]
+    layout = blocked.Layout(None, None, 512, 500)
     padded = jnp.pad(jnp.asarray(points, jnp.float32), ((0, 12), (0, 0)))
-    alone = [
+    inertias = [
       clustering.kmeans(
-        points, **kwargs | {'start': padded[first(padded, k, 70, layout)]}
+        points, **kwargs | {'init': padded[choose(padded, k, 70, layout)]}
       ).inertia
       for k in jax.random.split(key, 3)
     ]
-    self.assertEqual(expected.inertia, min(alone))
+    self.assertEqual(expected.inertia, min(inertias))
 
   def test_the_order_of_points_does_not_change_a_mean_by_a_bit(self):
     rng = np.random.default_rng(0)
@@ -149,7 +149,7 @@ class KMeansTest(parameterized.TestCase):
     points = points.astype(np.float32)
     order = rng.permutation(999)
     first, second = (
-      clustering.kmeans(rows, num_clusters=9, start=points[:9])
+      clustering.kmeans(rows, num_clusters=9, init=points[:9])
       for rows in (points, points[order])
     )
     np.testing.assert_array_equal(first.centroids, second.centroids)
@@ -158,10 +158,9 @@ class KMeansTest(parameterized.TestCase):
     )
 
   def test_k_means_plus_plus_draws_by_squared_distance(self):
-    # Weights of the same round are brought up by rejection: 5 centroids need a
-    # round of several.
+    # 5 centroids need a round of several draws, and so rejections.
     points = np.array([[0.0], [1.0], [1.5], [4.0], [8.0], [8.1]])
-    layout = clustering._Layout(None, None, 64, 6)
+    layout = blocked.Layout(None, None, 64, 6)
     padded = jnp.pad(jnp.asarray(points, jnp.float32), ((0, 58), (0, 0)))
     num_draws = 5_000
     draws = jax.jit(
@@ -180,25 +179,25 @@ class KMeansTest(parameterized.TestCase):
     points, labels = _blobs()
     for seed in range(3):
       clusters = clustering.kmeans(
-        points, num_clusters=5, key=jax.random.key(seed), start='k-means++'
+        points, num_clusters=5, key=jax.random.key(seed), init='k-means++'
       )
       score = metrics.normalized_mutual_information(
         labels, clusters.assignments
       )
       self.assertAlmostEqual(score, 1)
 
-  def test_equal_points_can_be_as_many_clusters(self):
+  def test_more_clusters_than_distinct_points(self):
     clusters = clustering.kmeans(
       jnp.ones((40, 3)),
       num_clusters=7,
       key=jax.random.key(0),
-      start='k-means++',
+      init='k-means++',
       max_iterations=3,
     )
     self.assertEqual(clusters.inertia, 0)
     np.testing.assert_array_equal(clusters.centroids, 1)
 
-  def test_a_tolerance_ends_it_sooner(self):
+  def test_a_tolerance_ends_a_run_earlier(self):
     points = jax.random.normal(jax.random.key(0), (500, 3))
     numbers = [
       clustering.kmeans(
@@ -214,26 +213,26 @@ class KMeansTest(parameterized.TestCase):
     self.assertGreater(numbers[1], numbers[2])
     self.assertEqual(numbers[2], 1)
 
-  def test_every_update_is_told(self):
+  def test_progress_reports_every_update(self):
     points = np.random.default_rng(0).normal(size=(200, 3))
-    told = []
+    reported = []
     clusters = clustering.kmeans(
-      points, num_clusters=9, key=jax.random.key(0), progress=told.append
+      points, num_clusters=9, key=jax.random.key(0), progress=reported.append
     )
-    self.assertEqual(told, [1] * int(clusters.num_iterations))
-    self.assertNotEmpty(told)
+    self.assertEqual(reported, [1] * int(clusters.num_iterations))
+    self.assertNotEmpty(reported)
 
-  def test_an_unknown_start_lists_the_choices(self):
+  def test_an_unknown_init_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, "'randon'.*'random' or 'k-means"):
       clustering.kmeans(
         jnp.zeros((12, 2)),
         num_clusters=2,
         key=jax.random.key(0),
-        start='randon',
+        init='randon',
       )
 
   @parameterized.parameters(0, 13)
-  def test_an_impossible_number_of_clusters_is_an_error(self, num_clusters):
+  def test_num_clusters_out_of_range_is_an_error(self, num_clusters):
     with self.assertRaisesRegex(ValueError, 'num_clusters'):
       clustering.kmeans(
         jnp.zeros((12, 2)), num_clusters=num_clusters, key=jax.random.key(0)

@@ -439,7 +439,7 @@ class CommandTest(parameterized.TestCase):
   @parameterized.parameters(
     (['--recall_at', '0'], 'recall_at .* at least 1'),
     (['--num_resamples=-3'], 'num_resamples .-3. must not be negative'),
-    (['--kmeans_num_starts=0'], 'num_starts .0. must be at least 1'),
+    (['--kmeans_num_starts=0'], 'n_init .0. must be at least 1'),
     ([f'--embeddings={__file__}'], 'test_evaluate.py. is not an array file'),
   )
   def test_numbers_and_files_that_cannot_be_are_one_line(self, more, message):

@@ -7,12 +7,12 @@ from proxy_nca_jax import proxies, proxy_nca_loss
 
 
 class ProxiesTest(parameterized.TestCase):
-  def test_proxies_begin_with_norms_near_the_asked_one(self):
+  def test_initial_norms_are_about_the_given_one(self):
     for dim in (16, 512):
       points = proxies.init_proxies(jax.random.key(0), 200, dim)
       norms = jnp.linalg.norm(points, axis=1)
       self.assertAlmostEqual(float(jnp.mean(norms)), 1, delta=0.05)
-      # As normals divided by 8 have, in 64 and in 2048 dimensions.
+      # A norm of sqrt(dim) / 8 means a standard deviation of 1 / 8.
       scaled = proxies.init_proxies(
         jax.random.key(0), 200, dim, norm=dim**0.5 / 8
       )
@@ -29,29 +29,27 @@ class ProxiesTest(parameterized.TestCase):
       np.argmin(distances, axis=1),
     )
 
-  def test_the_lowest_index_wins_a_tie(self):
+  def test_ties_go_to_the_lower_index(self):
     points = jnp.array([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])
     nearest = proxies.nearest_proxies(jnp.array([[1.0, 0.0]]), points)
     self.assertEqual(nearest, 1)
 
   @parameterized.parameters((10, 10), (10, 4), (10, 1), (4, 10), (4, 8), (1, 3))
-  def test_classes_are_spread_evenly_over_proxies(
-    self, num_classes, num_proxies
-  ):
+  def test_proxies_are_assigned_evenly(self, num_classes, num_proxies):
     rows = np.asarray(
       proxies.random_assignment(jax.random.key(0), num_classes, num_proxies)
     )
-    most = -(-num_proxies // num_classes)
-    self.assertEqual(rows.shape, (num_classes, most))
-    owned = [set(row.tolist()) for row in rows]
+    k = -(-num_proxies // num_classes)
+    self.assertEqual(rows.shape, (num_classes, k))
+    assigned = [set(row.tolist()) for row in rows]
     if num_proxies <= num_classes:
       loads = np.bincount(rows[:, 0], minlength=num_proxies)
       self.assertLessEqual(loads.max() - loads.min(), 1)
     else:
-      # Every proxy is of one class, and no class has two more than another.
-      self.assertEqual(sum(map(len, owned)), num_proxies)
-      self.assertGreaterEqual(min(map(len, owned)), most - 1)
-    self.assertEqual(set.union(*owned), set(range(num_proxies)))
+      # No proxy is shared, and the numbers per class differ by at most 1.
+      self.assertEqual(sum(map(len, assigned)), num_proxies)
+      self.assertGreaterEqual(min(map(len, assigned)), k - 1)
+    self.assertEqual(set.union(*assigned), set(range(num_proxies)))
 
   def test_the_key_decides_the_assignment(self):
     first, again, other = (
@@ -80,22 +78,25 @@ class BySizeTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(40, 57, 200)
-  def test_no_class_would_be_better_off_with_a_proxy_of_another(self, number):
+  def test_moving_a_proxy_never_lowers_the_examples_per_proxy(
+    self, num_proxies
+  ):
     sizes = np.random.default_rng(0).integers(1, 100, 40)
-    assignment = proxies.assignment_by_size(sizes, number)
-    numbers = np.array([len(set(row)) for row in assignment.tolist()])
-    self.assertEqual(numbers.sum(), number)
-    np.testing.assert_array_equal(np.unique(assignment), np.arange(number))
-    # An example of one that has several is no better off than one elsewhere.
-    shared = sizes[numbers > 1] / numbers[numbers > 1]
-    if shared.size:
+    assignment = proxies.assignment_by_size(sizes, num_proxies)
+    counts = np.array([len(set(row)) for row in assignment.tolist()])
+    self.assertEqual(counts.sum(), num_proxies)
+    np.testing.assert_array_equal(np.unique(assignment), np.arange(num_proxies))
+    # Without its last proxy, a class would have the most examples per proxy.
+    several = counts > 1
+    if several.any():
       self.assertGreaterEqual(
-        np.min(sizes[numbers > 1] / (numbers[numbers > 1] - 1)),
-        np.max(sizes / numbers),
+        np.min(sizes[several] / (counts[several] - 1)), np.max(sizes / counts)
       )
 
-  def test_too_few_are_an_error(self):
-    with self.assertRaisesRegex(ValueError, '3 proxies are too few'):
+  def test_fewer_proxies_than_classes_is_an_error(self):
+    with self.assertRaisesRegex(
+      ValueError, r'num_proxies \(3\) must be at least .* \(4\)'
+    ):
       proxies.assignment_by_size(np.ones(4, int), 3)
 
 
@@ -114,9 +115,7 @@ class BoundsTest(parameterized.TestCase):
       np.testing.assert_allclose(error, expected, rtol=1e-6)
 
   @parameterized.product(spread=(0.0, 0.1, 0.5, 2.0), temperature=(1 / 9, 1.0))
-  def test_the_losses_of_points_are_within_the_bounds(
-    self, spread, temperature
-  ):
+  def test_losses_of_points_do_not_exceed_the_bounds(self, spread, temperature):
     rng = np.random.default_rng(0)
     p = _unit(rng.normal(size=(6, 3)))
     # Four points of each class around its proxy.
@@ -125,9 +124,7 @@ class BoundsTest(parameterized.TestCase):
     rows, labels = points.reshape(24, 3), np.repeat(np.arange(6), 4)
     error = proxies.proxy_approximation_error(rows, p, labels)
     losses = proxy_nca_loss(rows, p, labels, temperature=temperature)
-    bounds = np.asarray(
-      proxies.nca_bound(losses, error, temperature=temperature)
-    )
+    bounds = np.asarray(losses + 4 * jnp.sqrt(error) / temperature)
     wrong = []
     for index, (x, label) in enumerate(zip(rows, labels)):
       others = np.delete(points, label, axis=0)
@@ -137,12 +134,12 @@ class BoundsTest(parameterized.TestCase):
           nca = _squared(x, y) / temperature + np.log(np.exp(far).sum())
           self.assertLessEqual(nca, bounds[index] + 1e-4)
         wrong.append(np.mean(_squared(x, y) >= _squared(x, others)))
-    share = proxies.ranking_bound(rows, p, labels, error)
-    self.assertLessEqual(np.mean(wrong), share + 1e-6)
+    bound = proxies.ranking_bound(rows, p, labels, error)
+    self.assertLessEqual(np.mean(wrong), bound + 1e-6)
     if spread < 0.2:
-      self.assertLess(share, 1)
+      self.assertLess(bound, 1)
 
-  def test_the_bound_is_attained(self):
+  def test_the_slack_is_attained(self):
     # x at 0 degrees; y and z at right angles, their proxies off by 2 delta.
     delta = np.radians(10)
 
@@ -153,22 +150,23 @@ class BoundsTest(parameterized.TestCase):
     p = np.stack([at(np.pi / 2 - delta), at(-np.pi / 2 - delta)])
     labels = np.array([0, 1])
     error = proxies.proxy_approximation_error(np.stack([y, z]), p, labels)
-    loss = proxy_nca_loss(x[None], p, labels[:1], temperature=1.0)
-    bound = proxies.nca_bound(loss, error, temperature=1.0)
-    nca = _squared(x, y) - _squared(x, z)
-    np.testing.assert_allclose(bound, [nca], rtol=1e-5)
-    # The proxies are in the right order, and the points just in the wrong one.
-    self.assertGreater(nca, 0)
+    difference = _squared(x, y) - _squared(x, z)
+    of_proxies = _squared(x, p[0]) - _squared(x, p[1])
+    np.testing.assert_allclose(
+      difference, of_proxies + 4 * np.sqrt(error), rtol=1e-5
+    )
+    # The proxies are in the right order, the points in the wrong one.
+    self.assertLess(of_proxies, 0)
+    self.assertGreater(difference, 0)
     self.assertEqual(proxies.ranking_bound(x[None], p, labels[:1], error), 1)
     self.assertEqual(proxies.ranking_bound(x[None], p, labels[:1], 0), 0)
 
-  def test_rows_that_do_not_count_are_in_no_bound(self):
+  def test_masked_rows_are_ignored(self):
     x, p = np.eye(2), np.eye(2)
     labels = np.array([0, 0])
-    share = proxies.ranking_bound(
-      x, p, labels, 0.0, where=np.array([True, False])
-    )
-    self.assertEqual(share, 0)
+    for where in ([True, False], [False, False]):
+      bound = proxies.ranking_bound(x, p, labels, 0.0, where=np.array(where))
+      self.assertEqual(bound, 0)
     self.assertEqual(proxies.ranking_bound(x, p, labels, 0.0), 0.5)
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import oracles
 from absl.testing import absltest, parameterized
 
+from proxy_nca_jax import blocked, metrics, retrieval
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax import metrics, retrieval
-from proxy_nca_jax.retrieval import blocked
 from proxy_nca_jax.retrieval import ranks as ranks_lib
 
 
@@ -38,7 +37,7 @@ def _scores(embeddings, labels, block_size=64, **kwargs):
 
 
 def _with_ties(seed, num_items=41, num_classes=6):
-  """Small whole numbers: exact products, many ties, some duplicates."""
+  """Small integers: exact products, many ties, some duplicates."""
   rng = np.random.default_rng(seed)
   embeddings = rng.integers(-2, 3, (num_items, 3)).astype(np.float64)
   labels = rng.integers(-1, num_classes - 1, num_items) * 10
@@ -157,7 +156,7 @@ class PositiveRanksTest(parameterized.TestCase):
   @parameterized.product(
     num_devices=(0, 2), with_gallery=(False, True), with_cameras=(False, True)
   )
-  def test_the_nearest_alone_has_the_first_rank(
+  def test_nearest_only_returns_the_first_rank(
     self, num_devices, with_gallery, with_cameras
   ):
     embeddings, labels = _with_ties(0, num_items=200, num_classes=40)
@@ -177,7 +176,7 @@ class PositiveRanksTest(parameterized.TestCase):
     self.assertEqual(actual, expected)
 
   @parameterized.parameters(0, 2)
-  def test_few_thresholds_at_once_change_no_rank(self, num_devices):
+  def test_groups_of_few_thresholds_change_no_rank(self, num_devices):
     embeddings, labels = _with_copies()
     expected = _ranks(embeddings, labels, block_size=64)
     kwargs = {'block_size': 64, **(_over(num_devices) if num_devices else {})}
@@ -188,13 +187,13 @@ class PositiveRanksTest(parameterized.TestCase):
     ([5, 6, 7, 40, 1, 1], [range(0, 2), range(2, 3), range(3, 4), range(4, 6)]),
     ([1, 1], [range(0, 2)]),
   )
-  def test_blocks_are_grouped_by_their_thresholds(self, numbers, expected):
-    layout = blocked.Layout(None, None, 64)
+  def test_blocks_are_grouped_by_their_thresholds(self, sizes, expected):
+    layout = blocked.Layout(None, None, 64, 256)
     with mock.patch.object(ranks_lib, '_MAX_THRESHOLDS', 12 * 64):
-      self.assertEqual(ranks_lib._groups(numbers, layout), expected)
+      self.assertEqual(ranks_lib._group_blocks(sizes, layout), expected)
 
   @parameterized.parameters(3, 64, 512)
-  def test_products_are_rounded_alike_wherever_rows_lie(self, dim):
+  def test_products_are_rounded_identically_wherever_rows_lie(self, dim):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, dim)).astype(np.float32)
     products = set()
@@ -203,12 +202,12 @@ class PositiveRanksTest(parameterized.TestCase):
       for pair in ((rows, columns), (columns, rows)):
         products |= set(np.ravel(blocked.similarities(*pair)).tolist())
     self.assertLen(products, 1)
-    # Of few rows, as few queries are: alike in one product.
+    # Products with few queries agree with each other.
     few = blocked.similarities(np.tile(a, (16, 1)), np.tile(b, (1024, 1)))
     self.assertLen(np.unique(few), 1)
 
   @parameterized.product(num_devices=(0, 3), with_gallery=(False, True))
-  def test_calls_of_few_blocks_change_no_rank_and_tell_their_share(
+  def test_calls_of_few_blocks_change_no_rank_and_report_their_fraction(
     self, num_devices, with_gallery
   ):
     embeddings, labels = _with_copies()
@@ -217,23 +216,23 @@ class PositiveRanksTest(parameterized.TestCase):
       kwargs['gallery'] = (embeddings[200:], labels[200:])
       embeddings, labels = embeddings[:200], labels[:200]
     expected = _ranks(embeddings, labels, **kwargs)
-    shares = []
+    fractions = []
     with mock.patch.object(ranks_lib, '_MIN_BLOCKS', 1):
-      actual = _ranks(embeddings, labels, progress=shares.append, **kwargs)
+      actual = _ranks(embeddings, labels, progress=fractions.append, **kwargs)
     self.assertEqual(actual, expected)
-    self.assertGreater(len(shares), 1)
-    self.assertAlmostEqual(sum(shares), 1)
+    self.assertGreater(len(fractions), 1)
+    self.assertAlmostEqual(sum(fractions), 1)
 
   @parameterized.parameters(True, False)
   def test_every_block_is_in_one_call(self, is_symmetric):
     for number in (1, 8, 9, 1000):
-      calls = list(ranks_lib._calls(number, is_symmetric))
+      calls = list(ranks_lib._divide_into_calls(number, is_symmetric))
       self.assertLessEqual(len(calls), 64)
       self.assertEqual(
         [block for blocks, _ in calls for block in range(*blocks)],
         [*range(number)],
       )
-      self.assertAlmostEqual(sum(share for _, share in calls), 1)
+      self.assertAlmostEqual(sum(fraction for _, fraction in calls), 1)
 
   def test_re_identification_by_hand(self):
     # The query is person 1 by camera 1. Nearest first: the same person and
@@ -260,7 +259,7 @@ class PositiveRanksTest(parameterized.TestCase):
     self.assertEqual(ranks[2], [0, 0])
     self.assertEqual(ranks[4], [0, 0])
 
-  def test_a_copy_counts_by_its_label_alone(self):
+  def test_a_duplicate_counts_by_its_label_only(self):
     embeddings = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     self.assertEqual(_scores(embeddings, np.array([0, 0, 1, 1]))['recall@1'], 1)
     self.assertEqual(_scores(embeddings, np.array([0, 1, 1, 0]))['recall@1'], 0)
@@ -346,7 +345,7 @@ class NearestTest(parameterized.TestCase):
       similarities, -np.sort(-expected, axis=1)[:, :3], rtol=1e-5
     )
 
-  def test_all_items_can_be_asked_for(self):
+  def test_k_can_be_the_number_of_items(self):
     rng = np.random.default_rng(0)
     queries, gallery = rng.normal(size=(3, 4)), rng.normal(size=(70, 4))
     _, indices = retrieval.nearest(queries, 70, gallery=gallery)
@@ -354,7 +353,7 @@ class NearestTest(parameterized.TestCase):
       indices, np.argsort(-queries @ gallery.T, axis=1)
     )
 
-  def test_approximate_neighbours_reach_the_recall(self):
+  def test_approximate_neighbors_reach_the_recall(self):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(500, 8))
     _, exact = retrieval.nearest(rows, 10)
@@ -363,7 +362,7 @@ class NearestTest(parameterized.TestCase):
     self.assertGreaterEqual(recall, 0.8)
 
   @parameterized.parameters((0, True), (9, True), (10, False))
-  def test_more_than_there_are_is_an_error(self, k, is_self):
+  def test_k_out_of_range_is_an_error(self, k, is_self):
     rows = np.eye(9)
     with self.assertRaisesRegex(ValueError, rf'k \({k}\) must be in'):
       retrieval.nearest(rows, k, gallery=None if is_self else rows)

@@ -124,8 +124,8 @@ def score(
       labels,
       num_clusters=num_classes,
       key=jax.random.key(seed),
-      start=kmeans_start,
-      num_starts=kmeans_num_starts,
+      init=kmeans_start,
+      n_init=kmeans_num_starts,
       max_iterations=kmeans_iterations,
       **over,
     )
@@ -305,11 +305,11 @@ def _by_frequency(
 
 
 def _score_clusters(
-  embeddings, labels, *, num_starts: int, max_iterations: int, **settings
+  embeddings, labels, *, n_init: int, max_iterations: int, **settings
 ) -> dict[str, float]:
   """Scores the clusters of k-means against the labels."""
   with tqdm.tqdm(
-    total=num_starts * max_iterations,
+    total=n_init * max_iterations,
     desc='clustering',
     unit='update',
     disable=None,
@@ -323,7 +323,7 @@ def _score_clusters(
 
     clusters = clustering.kmeans(
       embeddings,
-      num_starts=num_starts,
+      n_init=n_init,
       max_iterations=max_iterations,
       progress=progress,
       **settings,

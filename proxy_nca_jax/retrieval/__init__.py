@@ -1,4 +1,4 @@
-"""Ranks of positives by counting, and nearest neighbours, block by block."""
+"""Exact ranks of positives by counting, and nearest neighbors, in blocks."""
 
 from proxy_nca_jax.retrieval.neighbors import (
   nearest,

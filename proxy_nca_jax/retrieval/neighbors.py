@@ -1,4 +1,4 @@
-"""Exact nearest neighbours, and all pairs that are near, block by block."""
+"""Exact nearest neighbors, and all pairs above a similarity, in blocks."""
 
 import functools
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxy_nca_jax.retrieval import blocked
+from proxy_nca_jax import blocked
 
-# At most so many queries at once: with the default blocks, 8 MiB of
-# similarities. Fewer are filled up to a multiple.
+# Queries are searched in batches of at most this size: with the default blocks,
+# 8 MiB of similarities. A single smaller batch is padded to the multiple.
 _MAX_QUERIES, _MULTIPLE = 256, 16
 
 
@@ -25,31 +25,30 @@ def nearest(
   axis_name: str | None = None,
   block_size: int = 8192,
 ) -> tuple[jax.Array, jax.Array]:
-  """Finds the k items of largest inner product in float32 with each query.
+  """Finds the k items with the largest float32 inner product with each query.
 
-  Equal to a full sort: nearest first, the earlier item where two are as near.
-  `jax.lax.top_k` of each block is merged with the best so far; on CPUs, stages
-  by the maxima of groups took longer than it (jax 0.10.2).
+  The result is that of a full sort: most similar first, ties by index.
+  `jax.lax.top_k` of each block is merged with the best so far; reducing groups
+  to their maxima before was slower on CPUs (jax 0.10.2).
 
   Args:
     queries: float [num_queries, dim].
-    k: in [1, num_items], or below num_items without a gallery.
-    gallery: float [num_items, dim]. By default the queries, each without
-      itself, by its index.
-    recall_target: if given, `jax.lax.approx_max_k` finds a neighbour within its
-      block of items with this probability, on a TPU; elsewhere it is exact.
-    mesh: the devices that share the gallery, along `axis_name`; by default one
-      device. Each process gives all rows and gets all neighbours.
+    k: in [1, num_items], or [1, num_items - 1] without a gallery.
+    gallery: float [num_items, dim]. By default the queries are searched, and
+      each query's own index is excluded.
+    recall_target: if given, `jax.lax.approx_max_k` finds each neighbor within
+      its block of items with this probability, on TPUs; elsewhere it is exact.
+    mesh: the devices that the gallery is sharded over, along `axis_name`; by
+      default one device. Every process passes all rows and gets all neighbors.
     axis_name: of the mesh.
-    block_size: items a block, rounded up to a multiple of 64. It changes no
-      result but an approximate one, and the last digit where there are fewer
-      than 64 queries.
+    block_size: items per block, rounded up to a multiple of 64. Exact results
+      do not depend on it, except in the last digit with fewer than 64 queries.
 
   Returns:
     (similarities, indices): float32 and int32 [num_queries, k].
 
   Raises:
-    ValueError: if there are fewer than k items to find.
+    ValueError: if k is out of range.
   """
   is_self = gallery is None
   gallery = queries if is_self else gallery
@@ -61,23 +60,23 @@ def nearest(
       'that a query searches.'
     )
   num_devices = 1 if mesh is None else mesh.shape[axis_name]
-  # Where one device has all rows, they are searched where they lie.
+  # The rows are not padded to whole blocks: on one device they are searched in
+  # place, without a copy.
   num_rows = max(-(-num_items // num_devices), blocked.ROWS)
   size = min(blocked.round_up(block_size), num_rows - num_rows % blocked.ROWS)
-  layout = blocked.Layout(mesh, axis_name, size)
+  layout = blocked.Layout(mesh, axis_name, size, num_items)
   items = blocked.as_float32(gallery)
   if num_rows * num_devices > num_items:
     items = layout.take(items, np.arange(num_rows * num_devices))
   else:
-    items = layout.place(items)
+    items = layout.put(items)
   queries = jnp.asarray(queries, jnp.float32)
   num_queries, dim = queries.shape
-  at_once = min(blocked.round_up(max(num_queries, 1), _MULTIPLE), _MAX_QUERIES)
-  queries = jnp.pad(queries, ((0, -num_queries % at_once), (0, 0)))
+  batch = min(blocked.round_up(max(num_queries, 1), _MULTIPLE), _MAX_QUERIES)
+  queries = jnp.pad(queries, ((0, -num_queries % batch), (0, 0)))
   similarities, indices = _nearest(
     items,
-    queries.reshape(-1, at_once, dim),
-    num_items,
+    queries.reshape(-1, batch, dim),
     k=k,
     is_self=is_self,
     recall_target=recall_target,
@@ -91,58 +90,56 @@ def nearest(
 @functools.partial(
   jax.jit, static_argnames=('k', 'is_self', 'recall_target', 'layout')
 )
-def _nearest(items, queries, num_items, *, k, is_self, recall_target, layout):
-  """Returns (similarities, indices) [num_blocks, queries at once, k]."""
-  size, at_once = layout.block_size, queries.shape[1]
+def _nearest(items, queries, *, k, is_self, recall_target, layout):
+  """Returns (similarities, indices), each [num_batches, batch, k]."""
+  size, batch = layout.block_size, queries.shape[1]
   if recall_target is None:
     top_k = jax.lax.top_k
   else:
     top_k = functools.partial(jax.lax.approx_max_k, recall_target=recall_target)
 
   def merge(best, indices, new, new_indices):
-    best, place = jax.lax.top_k(jnp.concatenate([best, new], axis=1), k)
+    best, order = jax.lax.top_k(jnp.concatenate([best, new], axis=1), k)
     indices = jnp.concatenate([indices, new_indices], axis=1)
-    return best, jnp.take_along_axis(indices, place, axis=1)
+    return best, jnp.take_along_axis(indices, order, axis=1)
 
-  def local(items, shared):
-    queries, num_items = shared
-    num_rows = items.shape[0]
-    device = 0
-    if layout.num_devices > 1:
-      device = jax.lax.axis_index(layout.axis_name)
+  def search_shard(items, queries):
+    num_rows, first_index = items.shape[0], layout.first_index(items)
 
-    def search(block):
-      queries, own = block
+    def search(query_batch):
+      queries, query_indices = query_batch
 
-      def add_block(index, best):
-        # The last block begins among the rows of the one before.
-        start = jnp.minimum(index * size, num_rows - size)
+      def add_block(block, best):
+        # The last block is shifted back to end with the last row. Rows that the
+        # block before has searched are masked out.
+        start = jnp.minimum(block * size, num_rows - size)
         rows = jax.lax.dynamic_slice_in_dim(items, start, size)
         similarities = blocked.similarities(queries, rows)
-        first = device * num_rows + start
-        places = first + jnp.arange(size)[None, :]
-        is_searched = places >= device * num_rows + index * size
-        is_searched &= places < num_items
+        indices = first_index + start + jnp.arange(size)[None, :]
+        is_searched = indices >= first_index + block * size
+        is_searched &= indices < layout.num_rows
         if is_self:
-          is_searched &= places != own[:, None]
-        new, place = top_k(
+          is_searched &= indices != query_indices[:, None]
+        new, columns = top_k(
           jnp.where(is_searched, similarities, -jnp.inf), min(k, size)
         )
-        return merge(*best, new, first + place)
+        return merge(*best, new, first_index + start + columns)
 
-      shape = (at_once, k)
+      shape = (batch, k)
       best = (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
       best = jax.lax.fori_loop(0, -(-num_rows // size), add_block, best)
       if layout.num_devices > 1:
-        # Devices hold the items in order: so do their results.
-        best = jax.lax.all_gather(best, layout.axis_name, axis=1, tiled=True)
+        # The devices hold the items in order, so ties stay sorted by index.
+        best = layout.all_gather(best, axis=1)
         best = merge(*(rows[:, :0] for rows in best), *best)
       return best
 
-    own = jnp.arange(queries.shape[0] * at_once).reshape(-1, at_once)
-    return jax.lax.map(search, (queries, own))
+    query_indices = jnp.arange(queries.shape[0] * batch).reshape(-1, batch)
+    return jax.lax.map(search, (queries, query_indices))
 
-  return layout.on_each(local, is_shared=True)(items, (queries, num_items))
+  return layout.on_each(
+    search_shard, (layout.sharded, blocked.REPLICATED), blocked.REPLICATED
+  )(items, queries)
 
 
 def neighbor_distances(
@@ -172,16 +169,17 @@ def neighbor_distances(
 def pairs_above(
   points: chex.Array, threshold: float, *, block_size: int = 2048
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """Finds all pairs whose inner product in float32 is at least a threshold.
+  """Finds all pairs whose float32 inner product is at least a threshold.
 
   Args:
     points: float [num_points, dim].
-    threshold: of the products.
-    block_size: points whose products are held at once, squared.
+    threshold: lower bound of the inner products.
+    block_size: points per block; block_size^2 products are held at a time.
 
   Yields:
-    (number, pairs): the next points, so many, and int64 [num_pairs, 2], their
-    pairs with points after them; ascending, each pair once, in order.
+    (num_points, pairs) of each block: the number of its points, and int64
+    [num_pairs, 2], their pairs (i, j) with i < j, sorted. Each pair comes once,
+    with the block of i.
   """
   chex.assert_rank(points, 2)
   points = blocked.as_float32(points)
@@ -193,14 +191,14 @@ def pairs_above(
   for row, queries in enumerate(blocks):
     pairs = []
     for column in range(row, len(blocks)):
-      # The rows after the last are not a number, and reach nothing.
-      found = np.asarray(_reach(queries, blocks[column], threshold))
+      # Padding is NaN, whose products reach no threshold.
+      is_pair = np.asarray(_reach(queries, blocks[column], threshold))
       if row == column:
-        found = np.triu(found, 1)
-      pairs.append(np.argwhere(found) + size * np.array([row, column]))
+        is_pair = np.triu(is_pair, 1)
+      pairs.append(np.argwhere(is_pair) + size * np.array([row, column]))
     pairs = np.concatenate(pairs)
-    number = min(size, len(points) - row * size)
-    yield number, pairs[np.lexsort(pairs.T[::-1])]
+    num_points = min(size, len(points) - row * size)
+    yield num_points, pairs[np.lexsort(pairs.T[::-1])]
 
 
 @jax.jit

@@ -129,7 +129,7 @@ def cluster(arguments: argparse.Namespace) -> None:
     embeddings,
     num_clusters=arguments.clusters,
     key=jax.random.key(arguments.seed),
-    start='k-means++',
+    init='k-means++',
   )
   assignments = np.asarray(clusters.assignments)
   centroids = np.asarray(clusters.centroids)[assignments]
