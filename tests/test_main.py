@@ -280,7 +280,7 @@ class MainTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'loss.name': 'tripplet'}, 'Unknown loss.*choose one of'),
     ({'model.name': 'resnet'}, r'Unknown config.model.name.*choose one of'),
-    ({'dataset.name': 'mnist'}, 'Unknown data set.*choose one of'),
+    ({'dataset.name': 'mnist'}, 'Unknown dataset.*choose one of'),
     ({'dataset.fonts_dir': '/nowhere'}, 'No folder'),
     ({'dataset.validation': '3/2'}, 'dataset.validation'),
     ({'dataset.images_per_class': 7}, 'batch_size .64.*divisible'),

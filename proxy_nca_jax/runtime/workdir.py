@@ -84,7 +84,7 @@ def opened(workdir: str) -> Iterator[Folder]:
       stack.callback(handler.close)
       stack.callback(package.removeHandler, handler)
     if folder.note:
-      _logger.warning(folder.note)
+      _logger.warning('%s', folder.note)
     yield folder
 
 
