@@ -103,7 +103,7 @@ def main() -> None:
   )
   arguments = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    made_archives.picture = photo
+    made_archives.make_image = photo
     made_archives.write_tgz(
       f'{folder}/CUB_200_2011.tgz',
       made_archives.cub200(_CLASSES, arguments.images // 3),

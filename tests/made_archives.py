@@ -1,4 +1,4 @@
-"""Makes small archives in the exact layouts of the papers' data sets."""
+"""Makes small archives in the exact layouts of the published datasets."""
 
 import io
 import os
@@ -10,8 +10,8 @@ from PIL import Image
 from scipy import io as scipy_io
 
 
-def picture(number, size=(20, 24)):
-  """A small JPEG that no other number gives."""
+def make_image(number, size=(20, 24)):
+  """Returns a small JPEG, different for each number."""
   rng = np.random.default_rng(number)
   pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
   buffer = io.BytesIO()
@@ -46,7 +46,7 @@ def _lines(rows):
 
 
 def cub200(classes=(1, 2, 100, 101, 199, 200), images=3):
-  """The files of CUB_200_2011.tgz; ids from 1, no header lines."""
+  """Returns the files in CUB_200_2011.tgz; ids start at 1, no header lines."""
   files, paths, labels, splits = {'attributes.txt': b'1 x\n'}, [], [], []
   for number in classes:
     folder = f'{number:03}.Bird_{number}'
@@ -55,7 +55,7 @@ def cub200(classes=(1, 2, 100, 101, 199, 200), images=3):
       paths.append((len(paths) + 1, path))
       labels.append((len(paths), number))
       splits.append((len(paths), image % 2))
-      files[f'CUB_200_2011/images/{path}'] = picture(number * 100 + image)
+      files[f'CUB_200_2011/images/{path}'] = make_image(number * 100 + image)
   names = [(number, f'{number:03}.Bird_{number}') for number in classes]
   tables = {
     'images.txt': paths,
@@ -91,12 +91,12 @@ _BOX = ('bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2')
 
 
 def cars196(classes=(1, 2, 98, 99, 195, 196), images=3):
-  """(the files of car_ims.tgz, those beside it)."""
+  """Returns (files in car_ims.tgz, files beside it)."""
   files, rows = {}, []
   for number in classes:
     for image in range(images):
       path = f'car_ims/{len(rows) + 1:06}.jpg'
-      files[path] = picture(number * 100 + image)
+      files[path] = make_image(number * 100 + image)
       rows.append((path, 1, 1, 9, 9, number, image % 2))
   fields = ('relative_im_path', *_BOX, 'class', 'test')
   annotations = _matrix(annotations=_struct(rows, fields), class_names=_names())
@@ -104,13 +104,14 @@ def cars196(classes=(1, 2, 98, 99, 195, 196), images=3):
 
 
 def cars196_for_classification(classes=(1, 2, 98, 99, 195, 196), images=4):
-  """The files of cars_train.tgz, cars_test.tgz, car_devkit.tgz; the others."""
+  """Returns the files in cars_train.tgz, cars_test.tgz and car_devkit.tgz, and
+  the file beside them."""
   parts, rows = {'cars_train': {}, 'cars_test': {}}, {}
   for number in reversed(classes):
     for image in range(images):
       part = ('cars_train', 'cars_test')[image % 2]
       name = f'{len(parts[part]) + 1:05}.jpg'
-      parts[part][f'{part}/{name}'] = picture(number * 100 + image)
+      parts[part][f'{part}/{name}'] = make_image(number * 100 + image)
       rows.setdefault(part, []).append((1, 1, 9, 9, number, name))
   fields = (*_BOX, 'class', 'fname')
   devkit = {
@@ -131,8 +132,8 @@ def cars196_for_classification(classes=(1, 2, 98, 99, 195, 196), images=4):
 _KINDS = ('bicycle', 'cabinet', 'chair', 'coffee_maker')
 
 
-def sop(num_train=4, num_test=3, images=3, content=picture):
-  """The files of Stanford_Online_Products.zip; class ids from 1, a header."""
+def sop(num_train=4, num_test=3, images=3, content=make_image):
+  """Returns the files in Stanford_Online_Products.zip; class ids start at 1."""
   header = ('image_id', 'class_id', 'super_class_id', 'path')
   files, rows, image_id = {}, {'train': [header], 'test': [header]}, 0
   for number in range(1, num_train + num_test + 1):
@@ -155,7 +156,7 @@ def sop(num_train=4, num_test=3, images=3, content=picture):
 
 
 def inshop(num_train=3, num_test=3):
-  """(the files of Img/img.zip, those beside Img)."""
+  """Returns (files in Img/img.zip, files beside Img)."""
   rows, files = [], {}
   for number in range(1, num_train + num_test + 1):
     for image in range(4):
@@ -164,21 +165,21 @@ def inshop(num_train=3, num_test=3):
       gender = ('WOMEN/Dresses', 'MEN/Denim')[number % 2]
       path = f'img/{gender}/{item}/{image + 1:02}_1_front.jpg'
       rows.append(f'{path:<70}{item}   {split}')
-      files[path] = picture(number * 100 + image)
+      files[path] = make_image(number * 100 + image)
   header = [str(len(rows)), 'image_name item_id evaluation_status']
   partition = '\n'.join(header + rows) + '\n'
   return files, {'Eval/list_eval_partition.txt': partition.encode()}
 
 
 def market1501(people=3):
-  """The files of Market-1501-v15.09.15.zip, junk and distractors among them."""
+  """Returns the files in Market-1501-v15.09.15.zip."""
   root = 'Market-1501-v15.09.15'
   files = {
     f'{root}/bounding_box_test/Thumbs.db': b'x',
-    f'{root}/bounding_box_test/-1_c1s1_000001_00.jpg': picture(1),
-    f'{root}/bounding_box_test/0000_c1s1_000002_00.jpg': picture(2),
-    f'{root}/bounding_box_test/0000_c3s2_000003_00.jpg': picture(3),
-    f'{root}/gt_bbox/0001_c1s1_001051_00.jpg': picture(4),
+    f'{root}/bounding_box_test/-1_c1s1_000001_00.jpg': make_image(1),
+    f'{root}/bounding_box_test/0000_c1s1_000002_00.jpg': make_image(2),
+    f'{root}/bounding_box_test/0000_c3s2_000003_00.jpg': make_image(3),
+    f'{root}/gt_bbox/0001_c1s1_001051_00.jpg': make_image(4),
     f'{root}/readme.txt': b'x',
   }
   for person in range(1, 2 * people + 1):
@@ -187,7 +188,7 @@ def market1501(people=3):
       is_train = person <= people
       folder = 'bounding_box_train' if is_train else 'bounding_box_test'
       number = person * 100 + camera
-      files[f'{root}/{folder}/{name}'] = picture(number)
+      files[f'{root}/{folder}/{name}'] = make_image(number)
       if not is_train and camera == 1:
-        files[f'{root}/query/{name}'] = picture(number)
+        files[f'{root}/query/{name}'] = make_image(number)
   return files

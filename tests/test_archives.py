@@ -23,14 +23,14 @@ _CONTENT = np.random.default_rng(0).bytes(300_000)
 _OTHER = np.random.default_rng(1).bytes(300_000)
 
 
-_PICTURE = np.random.default_rng(2).bytes(3000)
+_IMAGE = np.random.default_rng(2).bytes(3000)
 
 
 def _make_zip(path, *members):
   """Members are (name or ZipInfo, content)."""
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
     for info, content in members:
-      with warnings.catch_warnings(action='ignore'):  # Of duplicate names.
+      with warnings.catch_warnings(action='ignore'):  # About duplicate names.
         archive.writestr(info, content)
 
 
@@ -60,7 +60,7 @@ def _zip_info(name, mode=0, **fields):
   return info
 
 
-# Names that no archive may hold, in an archive that holds 'a/taken.txt'.
+# Unsafe names, in an archive that also contains 'a/taken.txt'.
 _BAD_NAMES = (
   ('../out.txt', 'leads outside'),
   ('a/../../out.txt', 'leads outside'),
@@ -112,11 +112,11 @@ class ExtractTest(parameterized.TestCase):
   @parameterized.parameters('w', 'w:gz')
   def test_tar_members_arrive_whole_under_any_suffix(self, mode):
     path = self.base / 'archive.zip'
-    members = [('a/b/1.jpg', _PICTURE), ('a/._1.jpg', b''), ('./c', b'c')]
+    members = [('a/b/1.jpg', _IMAGE), ('a/._1.jpg', b''), ('./c', b'c')]
     folder = _tar_info('a/empty', tarfile.DIRTYPE, mode=0o700)
     _make_tar(path, *members, (folder, b''), (folder, b''), mode=mode)
     self.assertEqual(
-      self._extract(path), {'a/b/1.jpg': _PICTURE, 'a/._1.jpg': b'', 'c': b'c'}
+      self._extract(path), {'a/b/1.jpg': _IMAGE, 'a/._1.jpg': b'', 'c': b'c'}
     )
     self.assertTrue((self.out / 'a' / 'empty').is_dir())
 
@@ -124,7 +124,7 @@ class ExtractTest(parameterized.TestCase):
     path = self.base / 'archive.tgz'
     _make_zip(
       path,
-      ('a/b/1.jpg', _PICTURE),
+      ('a/b/1.jpg', _IMAGE),
       ('a\\b\\2.jpg', b'2'),
       ('__MACOSX/x', b''),
       ('a/empty/', b''),
@@ -134,7 +134,7 @@ class ExtractTest(parameterized.TestCase):
     self.assertEqual(
       self._extract(path),
       {
-        'a/b/1.jpg': _PICTURE,
+        'a/b/1.jpg': _IMAGE,
         'a/b/2.jpg': b'2',
         '__MACOSX/x': b'',
         'plain': b'p',
@@ -172,8 +172,8 @@ class ExtractTest(parameterized.TestCase):
     _make_zip(self.zip, (name, b'x'))
     self.assertEqual(self._extract(self.zip), {name: b'x'})
 
-  def test_archives_and_annotations_lie_side_by_side(self):
-    _make_tar(self.tar, ('car_ims/1.jpg', _PICTURE))
+  def test_archives_and_annotations_are_extracted_side_by_side(self):
+    _make_tar(self.tar, ('car_ims/1.jpg', _IMAGE))
     _make_zip(self.zip, ('devkit/meta', b'm'))
     annotations = self.base / 'cars_annos.MAT'
     annotations.write_bytes(b'MATLAB 5.0 MAT-file' + bytes(1000))
@@ -182,7 +182,7 @@ class ExtractTest(parameterized.TestCase):
     self.assertEqual(
       self._extract(self.tar, self.zip, annotations, empty),
       {
-        'car_ims/1.jpg': _PICTURE,
+        'car_ims/1.jpg': _IMAGE,
         'devkit/meta': b'm',
         'cars_annos.MAT': annotations.read_bytes(),
         'empty.txt': b'',
@@ -207,12 +207,12 @@ class ExtractTest(parameterized.TestCase):
     self.assertGreater(status.st_mtime, 1e9)
 
   @parameterized.parameters(*_BAD_NAMES)
-  def test_a_bad_name_in_a_tar_is_named(self, name, reason):
+  def test_an_unsafe_name_in_a_tar_is_listed(self, name, reason):
     _make_tar(self.tar, ('a/taken.txt', b'1'), ('x', b'2'))
     with tarfile.open(self.tar, 'w:gz') as archive:
       for each in ('a/taken.txt', name):
         info = tarfile.TarInfo(each)
-        # The field of old cuts names at NUL, this one does not.
+        # The classic name field is cut at NUL, this one is not.
         info.pax_headers = {'path': each}
         archive.addfile(info)
     message = self._check_fails(
@@ -222,7 +222,7 @@ class ExtractTest(parameterized.TestCase):
     self.assertRegex(message, reason)
 
   @parameterized.parameters(*_BAD_NAMES)
-  def test_a_bad_name_in_a_zip_is_named(self, name, reason):
+  def test_an_unsafe_name_in_a_zip_is_listed(self, name, reason):
     info = zipfile.ZipInfo('x')
     info.filename = name  # The constructor would repair it.
     _make_zip(self.zip, ('a/taken.txt', b'1'), (info, b'2'))
@@ -232,7 +232,7 @@ class ExtractTest(parameterized.TestCase):
     self.assertIn(f'{name[:200]!r} (', message)
     self.assertRegex(message, reason)
 
-  def test_an_empty_name_is_named(self):
+  def test_an_empty_name_is_unsafe(self):
     info = zipfile.ZipInfo('x')
     info.filename = ''
     _make_zip(self.zip, (info, b'2'), ('x', b''))
@@ -288,7 +288,7 @@ class ExtractTest(parameterized.TestCase):
     )
 
   @parameterized.parameters('zip', 'tar')
-  def test_all_offenders_are_named_at_once(self, kind):
+  def test_all_unsafe_members_are_listed_at_once(self, kind):
     members = [(f'../{n:02d}', b'') for n in range(25)]
     members = [('fine', b'')] + members + [('fine too', b'')]
     path = self.zip if kind == 'zip' else self.tar
@@ -302,10 +302,10 @@ class ExtractTest(parameterized.TestCase):
     self.assertNotIn('fine', message)
 
   @parameterized.parameters('zip', 'tar')
-  def test_bombs_are_refused_before_they_are_unpacked(self, kind):
+  def test_decompression_bombs_are_refused_before_extraction(self, kind):
     path = self.zip if kind == 'zip' else self.tar
     make = _make_zip if kind == 'zip' else _make_tar
-    make(path, ('x', _PICTURE), ('zeros', bytes(10**7)), ('../y', b''))
+    make(path, ('x', _IMAGE), ('zeros', bytes(10**7)), ('../y', b''))
     with mock.patch.object(archives, '_ALLOWANCE', 10**6):
       with mock.patch.object(archives, '_write', return_value='') as write:
         self._check_fails('exceeds a limit: more than .* bytes', path)
@@ -313,16 +313,16 @@ class ExtractTest(parameterized.TestCase):
     self.assertLen(self._extract_fixed(path), 2)
 
   def _extract_fixed(self, path):
-    """The same archive without its offender is fine within the limits."""
+    """The same archive without its unsafe member is within the limits."""
     make = _make_zip if path == self.zip else _make_tar
-    make(path, ('x', _PICTURE), ('zeros', bytes(10**7)))
+    make(path, ('x', _IMAGE), ('zeros', bytes(10**7)))
     return self._extract(path)
 
   def test_the_limit_grows_with_the_archive(self):
-    _make_tar(self.tar, ('x', _PICTURE), ('zeros', bytes(18 * len(_PICTURE))))
+    _make_tar(self.tar, ('x', _IMAGE), ('zeros', bytes(18 * len(_IMAGE))))
     with mock.patch.object(archives, '_ALLOWANCE', 10_000):
       self.assertLen(self._extract(self.tar), 2)
-      _make_tar(self.tar, ('x', _PICTURE), ('zeros', bytes(10**5)))
+      _make_tar(self.tar, ('x', _IMAGE), ('zeros', bytes(10**5)))
       self.out.rename(self.base / 'first')
       self._check_fails('exceeds a limit', self.tar)
 
@@ -336,25 +336,25 @@ class ExtractTest(parameterized.TestCase):
     with mock.patch.object(archives, 'MAX_MEMBERS', 6):
       self.assertLen(self._extract(path), 6)
 
-  def test_a_link_of_negative_size_does_not_pay_for_a_bomb(self):
+  def test_a_negative_size_does_not_offset_a_bomb(self):
     link = _tar_info('l', tarfile.SYMTYPE, pax_headers={'size': '-9999999'})
     _make_tar(self.tar, (link, b''), ('zeros', bytes(10**6)))
     with mock.patch.object(archives, '_ALLOWANCE', 10**5):
       self._check_fails('negative size|invalid offset', self.tar)
 
-  def test_a_negative_size_is_not_followed_for_ever(self):
+  def test_a_negative_size_causes_no_endless_loop(self):
     info = _tar_info('x', tarfile.REGTYPE, pax_headers={'size': '-1024'})
     _make_tar(self.tar, ('first', b''), (info, b''), ('y', b''))
     self._check_fails('is damaged', self.tar)
 
-  def test_what_follows_the_last_member_counts(self):
+  def test_bytes_after_the_last_member_count(self):
     _make_tar(self.tar, ('x', b'x'))
     data = gzip.decompress(self.tar.read_bytes())
     self.tar.write_bytes(gzip.compress(data + bytes(10**7)))
     with mock.patch.object(archives, '_ALLOWANCE', 10**6):
       self._check_fails('exceeds a limit', self.tar)
 
-  def test_headers_are_not_read_into_memory_at_any_size(self):
+  def test_huge_headers_are_not_read_into_memory(self):
     info = tarfile.TarInfo('x')
     info.pax_headers = {'comment': 'c' * 2 * 10**6}
     _make_tar(self.tar, ('first', b''), (info, b''))
@@ -364,7 +364,7 @@ class ExtractTest(parameterized.TestCase):
       self._check_fails('exceeds a limit: a header', self.zip)
 
   @parameterized.parameters((b'', 'not a zip or tar'), (b'x', 'is damaged'))
-  def test_words_for_numbers_in_headers_are_damage(self, first, message):
+  def test_words_instead_of_numbers_in_headers_are_damage(self, first, message):
     info = tarfile.TarInfo('x')
     info.pax_headers = {'GNU.sparse.map': 'a,b', 'GNU.sparse.size': '1'}
     members = [('first', first)] if first else []
@@ -380,17 +380,17 @@ class ExtractTest(parameterized.TestCase):
   @parameterized.parameters(
     (24, 500, 'declared size|Bad CRC'), (24, 50_000, 'Bad CRC|declared size')
   )
-  def test_a_zip_that_lies_about_a_size_is_damaged(self, field, size, reason):
-    _make_zip(self.zip, ('x', _PICTURE))
+  def test_a_zip_with_a_wrong_size_is_damaged(self, field, size, reason):
+    _make_zip(self.zip, ('x', _IMAGE))
     data = bytearray(self.zip.read_bytes())
     at = data.index(b'PK\1\2') + field
     data[at : at + 4] = struct.pack('<I', size)
     self.zip.write_bytes(data)
     self._check_fails(f'damaged: .*({reason}).*; download it again', self.zip)
 
-  def test_no_more_is_written_than_was_declared(self):
-    source = io.BytesIO(_PICTURE)
-    for size in (len(_PICTURE) - 1, len(_PICTURE) + 1):
+  def test_no_more_than_the_declared_size_is_written(self):
+    source = io.BytesIO(_IMAGE)
+    for size in (len(_IMAGE) - 1, len(_IMAGE) + 1):
       with self.assertRaisesRegex(
         EOFError, "'x' does not have its declared size"
       ):
@@ -400,20 +400,20 @@ class ExtractTest(parameterized.TestCase):
       (self.base / 'x').unlink()
 
   @parameterized.parameters(1.0, 0.999, 0.9, 0.5, 0.2)
-  def test_a_cut_tgz_is_damaged(self, fraction):
-    _make_tar(self.tar, *((str(n), _PICTURE) for n in range(30)))
+  def test_a_truncated_tgz_is_damaged(self, fraction):
+    _make_tar(self.tar, *((str(n), _IMAGE) for n in range(30)))
     data = self.tar.read_bytes()
     self.tar.write_bytes(data[: int(fraction * len(data)) - 1])
     self._check_fails(r'a\.tgz is damaged: .*; download it again\.$', self.tar)
 
   @parameterized.parameters(512, 1024, 1536 + 3, 512 * 7, 512 * 14)
-  def test_a_cut_tar_is_damaged(self, length):
-    _make_tar(self.tar, ('x', _PICTURE), ('y', _PICTURE), mode='w')
+  def test_a_truncated_tar_is_damaged(self, length):
+    _make_tar(self.tar, ('x', _IMAGE), ('y', _IMAGE), mode='w')
     self.tar.write_bytes(self.tar.read_bytes()[:length])
     self._check_fails(r'is damaged: .*; download it again\.$', self.tar)
 
   def test_a_broken_header_is_not_the_end_of_a_tar(self):
-    _make_tar(self.tar, ('x', _PICTURE), ('y', _PICTURE), mode='w')
+    _make_tar(self.tar, ('x', _IMAGE), ('y', _IMAGE), mode='w')
     data = bytearray(self.tar.read_bytes())
     data[512 * 7] ^= 1
     self.tar.write_bytes(data)
@@ -421,21 +421,21 @@ class ExtractTest(parameterized.TestCase):
 
   @parameterized.parameters(30, 200, 1500, -8)
   def test_a_flipped_bit_in_a_tgz_is_damage(self, position):
-    _make_tar(self.tar, ('x', _PICTURE))
+    _make_tar(self.tar, ('x', _IMAGE))
     data = bytearray(self.tar.read_bytes())
     data[position] ^= 4
     self.tar.write_bytes(data)
     self._check_fails('is damaged|is not a zip or tar', self.tar)
 
   def test_a_flipped_bit_in_a_zip_is_damage(self):
-    _make_zip(self.zip, ('x', _PICTURE))
+    _make_zip(self.zip, ('x', _IMAGE))
     data = bytearray(self.zip.read_bytes())
     data[1000] ^= 4
     self.zip.write_bytes(data)
     self._check_fails(r"is damaged: .*'x'.*; download it again", self.zip)
 
-  def test_a_cut_zip_is_damaged(self):
-    _make_zip(self.zip, ('x', _PICTURE))
+  def test_a_truncated_zip_is_damaged(self):
+    _make_zip(self.zip, ('x', _IMAGE))
     self.zip.write_bytes(self.zip.read_bytes()[:-30])
     self._check_fails('is damaged', self.zip)
 
@@ -446,7 +446,7 @@ class ExtractTest(parameterized.TestCase):
     _make_tar(self.tar, ('x', b'abc'), ('ä' * 200, b''))
     for path in (self.zip, self.tar, self.base / 'a.tar'):
       whole = np.frombuffer(path.read_bytes(), np.uint8)
-      # The tail of a tar is padding, where nothing is damage.
+      # The end of a tar is padding, where changes are harmless.
       used = np.flatnonzero(whole)
       for _ in range(200):
         data = whole.copy()
@@ -461,7 +461,7 @@ class ExtractTest(parameterized.TestCase):
           self.assertFalse(self.out.exists())
 
   @parameterized.parameters(b'', b'words', bytes(20), b'GIF89a' + bytes(2000))
-  def test_what_is_no_archive_is_named(self, content):
+  def test_files_that_are_not_archives_are_named(self, content):
     path = self.base / 'page.tgz'
     path.write_bytes(content)
     self._check_fails(r'page\.tgz is not a zip or tar archive', path)
@@ -478,7 +478,7 @@ class ExtractTest(parameterized.TestCase):
       self.zip.write_bytes(bytes(5000))
     self._check_fails('is damaged: it is empty', self.zip)
 
-  def test_what_an_interrupted_run_left_is_removed(self):
+  def test_leftovers_of_an_interrupted_run_are_removed(self):
     part = self.out.parent / 'out.part'
     (part / 'a').mkdir(parents=True)
     (part / 'a' / 'x').write_bytes(b'old')
@@ -486,7 +486,7 @@ class ExtractTest(parameterized.TestCase):
     _make_tar(self.tar, ('a/x', b'new'))
     self.assertEqual(self._extract(self.tar), {'a/x': b'new'})
 
-  def test_a_full_disk_is_no_fault_of_the_archive(self):
+  def test_a_full_disk_is_not_reported_as_damage(self):
     _make_tar(self.tar, ('x', b'x'))
 
     def refuse(path, mode):
@@ -499,7 +499,7 @@ class ExtractTest(parameterized.TestCase):
         self._extract(self.tar)
     self.assertEmpty(os.listdir(self.out.parent))
 
-  def test_nothing_is_printed_unless_someone_watches(self):
+  def test_progress_is_printed_only_on_a_terminal(self):
     _make_tar(self.tar, ('x', b'x'))
     with contextlib.redirect_stderr(io.StringIO()) as printed:
       self._extract(self.tar)
@@ -513,7 +513,7 @@ class ExtractTest(parameterized.TestCase):
     self.assertEmpty(os.listdir(self.out.parent))
 
   @parameterized.parameters('', '/')
-  def test_a_folder_that_exists_is_not_touched(self, end):
+  def test_an_existing_folder_is_not_touched(self, end):
     self.out.mkdir()
     (self.out / 'mine').write_bytes(b'mine')
     _make_tar(self.tar, ('x', b'x'))
@@ -609,7 +609,7 @@ class FindTest(absltest.TestCase):
     listed = [os.path.relpath(c.args[0], self.base) for c in seen.mock_calls]
     self.assertEqual(listed, ['.', 'a', 'a/b'])
 
-  def test_a_folder_that_cannot_be_read_is_passed_over(self):
+  def test_an_unreadable_folder_is_skipped(self):
     self._touch('a/x', 'b/x')
     scandir = os.scandir
 

@@ -11,7 +11,7 @@ class SplitTest(parameterized.TestCase):
     )
     return class_splits.split_classes(total, **(arguments | changes))
 
-  def test_classes_are_divided_without_overlap(self):
+  def test_train_and_test_classes_do_not_overlap(self):
     train, test = self._split(21, test_fraction=0.25)
     self.assertLen(train, 16)
     np.testing.assert_array_equal(
@@ -22,7 +22,7 @@ class SplitTest(parameterized.TestCase):
     np.testing.assert_array_equal(self._split()[0], self._split()[0])
     self.assertTrue(np.any(self._split()[0] != self._split(seed=1)[0]))
 
-  def test_a_given_division_is_kept(self):
+  def test_a_given_number_of_train_classes_comes_first(self):
     train, test = self._split(num_train_classes=15)
     np.testing.assert_array_equal(train, np.arange(15))
     np.testing.assert_array_equal(test, np.arange(15, 20))
@@ -41,9 +41,9 @@ class SplitTest(parameterized.TestCase):
 
 
 class ValidationTest(parameterized.TestCase):
-  # As ProxyNCA++ has the second halves of CUB, Cars, SOP and In-Shop.
+  # ProxyNCA++'s second halves of CUB, Cars, SOP and In-Shop.
   @parameterized.parameters((100, 50), (98, 49), (11318, 5659), (3997, 1998))
-  def test_the_second_half_selects(self, total, half):
+  def test_the_second_half_is_for_validation(self, total, half):
     train, validation = class_splits.split_validation(np.arange(total), '2/2')
     np.testing.assert_array_equal(train, np.arange(half))
     np.testing.assert_array_equal(validation, np.arange(half, total))
@@ -59,25 +59,25 @@ class ValidationTest(parameterized.TestCase):
       parts.append(validation)
     np.testing.assert_array_equal(np.concatenate(parts), classes)
 
-  def test_nothing_is_kept_unless_asked(self):
+  def test_without_validation_all_classes_are_for_training(self):
     train, validation = class_splits.split_validation(np.arange(9), '')
     self.assertLen(train, 9)
     self.assertEmpty(validation)
 
   @parameterized.parameters('half', '0/2', '3/2', '1/1', '1/9', '1/2/3')
-  def test_parts_that_are_none_are_errors(self, part):
+  def test_malformed_parts_are_errors(self, part):
     with self.assertRaisesRegex(ValueError, 'config.dataset.validation'):
       class_splits.split_validation(np.arange(9), part)
 
 
-class ThinOutTest(parameterized.TestCase):
+class MakeLongTailedTest(parameterized.TestCase):
   def test_classes_become_long_tailed(self):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(50), 80))
     learned, held_out = class_splits.make_long_tailed(labels, 20.0, seed=0)
     self.assertEmpty(np.intersect1d(learned, held_out))
     np.testing.assert_array_equal(np.bincount(labels[held_out]), 20)
     sizes = np.sort(np.bincount(labels[learned]))
-    # 60 are left of 80, and 3 is a twentieth of them.
+    # 60 of 80 are not held out, and 3 is a twentieth of them.
     self.assertEqual((sizes[0], sizes[-1]), (3, 60))
     np.testing.assert_allclose(
       sizes, 60 * 20 ** -np.linspace(1, 0, 50), atol=0.5
@@ -94,7 +94,7 @@ class ThinOutTest(parameterized.TestCase):
       np.bincount(labels[first]).tolist(), np.bincount(labels[other]).tolist()
     )
 
-  def test_two_pictures_are_enough(self):
+  def test_two_images_per_class_suffice(self):
     learned, held_out = class_splits.make_long_tailed(
       np.array([0, 0, 1, 1]), 9.0, seed=0
     )
@@ -104,13 +104,13 @@ class ThinOutTest(parameterized.TestCase):
     ([0, 0, 1, 1], 1.0, 'long_tail .1.0., .* must be above 1'),
     ([0, 1, 1], 9.0, '1 classes have a single image'),
   )
-  def test_what_cannot_be_is_an_error(self, labels, ratio, message):
+  def test_invalid_arguments_are_errors(self, labels, ratio, message):
     with self.assertRaisesRegex(ValueError, message):
       class_splits.make_long_tailed(np.array(labels), ratio, seed=0)
 
 
 class ChooseClassesTest(absltest.TestCase):
-  def test_fewer_are_among_more(self):
+  def test_subsets_are_nested(self):
     classes = np.arange(10, 40)
     few, more = (
       class_splits.choose_classes(classes, number, seed=3) for number in (5, 20)
@@ -123,7 +123,7 @@ class ChooseClassesTest(absltest.TestCase):
       class_splits.choose_classes(classes, 0, seed=3), classes
     )
 
-  def test_what_is_not_there_is_an_error(self):
+  def test_numbers_out_of_range_are_errors(self):
     with self.assertRaisesRegex(ValueError, 'num_train_classes .31. must be'):
       class_splits.choose_classes(np.arange(30), 31, seed=0)
 

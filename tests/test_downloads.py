@@ -40,7 +40,7 @@ class _Handler(server.BaseHTTPRequestHandler):
 
 
 def _whole(body=_CONTENT, *, upto=None, **headers):
-  """Ignores ranges; `upto` drops the connection after so many bytes."""
+  """Ignores ranges; drops the connection after `upto` bytes."""
   headers = {'Content_Length': len(body)} | headers
   return lambda handler: handler.reply(200, body[:upto], **headers)
 
@@ -54,7 +54,7 @@ def _status(status):
 
 
 def _ranged(body=_CONTENT, *, upto=None, content_range=None, length=None):
-  """Obeys ranges; `upto` drops each connection after so many bytes."""
+  """Supports ranges; drops each connection after `upto` bytes."""
 
   def answer(handler):
     asked = handler.headers['Range']
@@ -143,26 +143,26 @@ class FetchTest(parameterized.TestCase):
     {'size': None},
     {'size': None, 'checksum': ''},
   )
-  def test_a_file_arrives_whole(self, **changes):
+  def test_a_file_is_downloaded_completely(self, **changes):
     self._check(self._fetch([_whole()], **changes))
     self.assertLen(self.http.seen, 1)
 
-  def test_the_folder_is_made(self):
+  def test_the_folder_is_created(self):
     self.folder = self.folder / 'a' / 'b'
     self._check(self._fetch([_whole()]))
 
-  def test_a_file_that_is_there_is_not_asked_for(self):
+  def test_an_existing_file_is_not_requested(self):
     (self.folder / 'data.tgz').write_bytes(_CONTENT)
     self._check(self._fetch([_status(500)]))
     self.assertEmpty(self.http.seen)
 
-  def test_a_file_without_url_is_asked_of_the_user(self):
+  def test_a_file_without_url_is_left_to_the_user(self):
     self._check_fails(r'data\.tgz: has no URL; put it into')
 
   def test_a_body_without_announced_size_is_verified_at_its_end(self):
     self._check(self._fetch([_unannounced(_CONTENT)], size=None))
 
-  def test_only_the_rest_of_a_part_is_asked_for(self):
+  def test_only_the_rest_of_a_partial_file_is_requested(self):
     self.part.write_bytes(_CONTENT[:1234])
     self._check(self._fetch([_ranged()]))
     self.assertEqual(self._ranges(), ['bytes=1234-'])
@@ -175,11 +175,11 @@ class FetchTest(parameterized.TestCase):
     self.assertEqual(self._ranges(), [None, *(f'bytes={n}-' for n in starts)])
 
   @parameterized.parameters((_chunked, 999), (_reset, 1000))
-  def test_what_came_before_the_connection_broke_is_kept(self, broken, count):
+  def test_bytes_before_a_broken_connection_are_kept(self, broken, count):
     self._check(self._fetch([broken, _ranged()]))
     self.assertEqual(self._ranges(), [None, f'bytes={count}-'])
 
-  def test_a_silent_server_is_left_and_its_bytes_are_kept(self):
+  def test_a_silent_server_times_out_and_its_bytes_are_kept(self):
     wake, late = threading.Event(), []
     self.addCleanup(wake.set)
 
@@ -200,23 +200,23 @@ class FetchTest(parameterized.TestCase):
     self._check_fails(
       '/0: stops after 70000 of 300000 bytes$', [_whole(upto=70_000)]
     )
-    # The first brings something, three more bring no more than it did.
+    # The first connection adds bytes; three more add none.
     self.assertLen(self.http.seen, 4)
 
-  def test_progress_is_more_than_there_ever_was(self):
+  def test_progress_means_more_bytes_than_ever_before(self):
     self.part.write_bytes(_OTHER[:80_000])
     counts = (70_000, 50_000, 60_000)
     answers = [_whole(upto=count) for count in counts]
     self._check_fails('stops after 60000', [*answers, _whole()])
     self.assertLen(self.http.seen, 3)
 
-  def test_attempts_pause_longer_and_longer(self):
+  def test_pauses_between_attempts_grow(self):
     with mock.patch.object(downloads.time, 'sleep') as sleep:
       with mock.patch.object(downloads, '_PAUSE_SECONDS', 1.0):
         self._check_fails('stops after 0 of', [_whole(upto=0)])
     self.assertEqual([call.args[0] for call in sleep.call_args_list], [2, 3])
 
-  def test_the_second_server_goes_on_where_the_first_dropped(self):
+  def test_the_second_server_resumes_where_the_first_dropped(self):
     self._check(self._fetch([_whole(upto=70_000)], [_ranged()]))
     self.assertEqual(self.http.seen[-1], ('/1', 'bytes=70000-'))
 
@@ -238,7 +238,7 @@ class FetchTest(parameterized.TestCase):
     ('nowhere', 'unknown url type'),
     ('nowhere://x', 'unknown url type'),
   )
-  def test_a_useless_server_says_why_and_the_next_is_asked(self, url, reason):
+  def test_a_failing_url_is_explained_and_the_next_is_tried(self, url, reason):
     self._check_fails(f'^[^ ]*: .*{reason}.*$', url)
     self._check(self._fetch(url, [_whole()]))
 
@@ -256,7 +256,7 @@ class FetchTest(parameterized.TestCase):
     self._check_fails('sends 10{15} bytes', [endless])
     self.assertEqual(self.part.read_bytes(), _CONTENT[:1234])
 
-  def test_an_announced_size_too_small_loses_nothing_silently(self):
+  def test_an_announced_size_that_is_too_small_is_an_error(self):
     short = _whole(Content_Length=1000)
     self._check_fails('sends 1000 bytes', [short])
     self._check_fails('sha256 is', [short], size=None)
@@ -274,7 +274,7 @@ class FetchTest(parameterized.TestCase):
       ],
     )
 
-  def test_words_of_a_server_do_not_reach_the_terminal(self):
+  def test_control_characters_of_a_server_are_not_printed(self):
 
     def garbage(handler):
       handler.wfile.write(b'\x1b[2J' + b'x' * 1000 + b'\r\n\r\n')
@@ -291,14 +291,14 @@ class FetchTest(parameterized.TestCase):
     'bytes */300000',
     ' ',
   )
-  def test_another_range_than_the_one_asked_for_is_not_added(self, span):
+  def test_a_range_other_than_the_requested_one_is_not_appended(self, span):
     self.part.write_bytes(_CONTENT[:1234])
     answer = _ranged(content_range=span)
     self._check_fails('sends the range .* expected bytes 1234-', [answer])
     self.assertEqual(self.part.read_bytes(), _CONTENT[:1234])
     self._check(self._fetch([answer], [_ranged()]))
 
-  def test_a_range_of_a_file_of_another_size_is_not_added(self):
+  def test_a_range_of_a_file_of_another_size_is_not_appended(self):
     self.part.write_bytes(_CONTENT[:1234])
     answer = _ranged(content_range='bytes 1234-299999/300001')
     self._check_fails('sends 300001 bytes', [answer])
@@ -308,7 +308,7 @@ class FetchTest(parameterized.TestCase):
     answer = _ranged(content_range='bytes 1234-299999/*')
     self._check(self._fetch([answer]))
 
-  def test_a_server_that_gives_less_than_the_range_is_asked_again(self):
+  def test_the_rest_of_a_short_range_is_requested_again(self):
     self.part.write_bytes(_CONTENT[:1000])
 
     def some(handler):
@@ -322,28 +322,28 @@ class FetchTest(parameterized.TestCase):
     self._check(self._fetch([some, _ranged()], size=None))
     self.assertEqual(self._ranges(), ['bytes=1000-', 'bytes=1500-'])
 
-  def test_a_part_that_is_too_long_is_started_over(self):
+  def test_a_partial_file_that_is_too_long_is_restarted(self):
     self.part.write_bytes(_OTHER + b'more')
     self._check(self._fetch([_ranged()]))
     self.assertEqual(self._ranges(), [None])
 
-  def test_a_part_longer_than_a_file_of_unknown_size_is_started_over(self):
+  def test_a_partial_file_beyond_an_unknown_size_is_restarted(self):
     self.part.write_bytes(_OTHER + b'more')
     self._check(self._fetch([_ranged()], size=None))
     self.assertEqual(self._ranges(), ['bytes=300004-', None])
 
-  def test_a_whole_part_is_verified_without_a_request(self):
+  def test_a_complete_partial_file_is_verified_without_a_request(self):
     self.part.write_bytes(_CONTENT)
     self._check(self._fetch([_status(500)]))
     self.assertEmpty(self.http.seen)
 
   @parameterized.parameters(1234, 300_000)
-  def test_a_part_of_another_file_is_started_over_once(self, length):
+  def test_a_partial_file_of_another_file_is_restarted_once(self, length):
     self.part.write_bytes(_OTHER[:length])
     self._check(self._fetch([_ranged()]))
     self.assertEqual(self._ranges()[-1], None)
 
-  def test_a_part_from_a_wrong_server_does_not_poison_the_next(self):
+  def test_bytes_of_a_wrong_server_do_not_spoil_the_next_download(self):
     self._check(self._fetch([_whole(_OTHER, upto=9000)], [_ranged()]))
     self.assertEqual(self.http.seen[-2:], [('/1', 'bytes=9000-'), ('/1', None)])
 
@@ -353,8 +353,8 @@ class FetchTest(parameterized.TestCase):
     self.assertEmpty(os.listdir(self.folder))
     self.assertEqual(self._ranges(), ['bytes=1234-', None])
 
-  def test_a_full_disk_is_no_fault_of_the_server(self):
-    # Not `open` itself: /dev/full fails as a full disk does.
+  def test_a_full_disk_is_not_blamed_on_the_server(self):
+    # /dev/full fails on writing, like a full disk.
     self.part.symlink_to('/dev/full')
     with self.assertRaises(OSError) as caught:
       self._fetch([_whole()], [_whole()])
@@ -371,7 +371,7 @@ class FetchTest(parameterized.TestCase):
     names = [name for name, _, _ in calls.method_calls]
     self.assertEqual(names, ['fsync', 'replace'])
 
-  def test_a_bare_answer_is_asked_for(self):
+  def test_an_unencoded_body_is_requested(self):
     heard = {}
 
     def answer(handler):
@@ -382,7 +382,7 @@ class FetchTest(parameterized.TestCase):
     self.assertEqual(heard['Accept-Encoding'], 'identity')
     self.assertNotIn('urllib', heard['User-Agent'])
 
-  def test_ftp_starts_over(self):
+  def test_ftp_restarts_a_partial_file(self):
     self.part.write_bytes(_OTHER[:1234])
     with socketserver.ThreadingTCPServer(('127.0.0.1', 0), _Ftp) as ftp:
       thread = threading.Thread(target=ftp.serve_forever, args=[0.01])
@@ -397,7 +397,7 @@ class FetchTest(parameterized.TestCase):
 
 
 class _Ftp(socketserver.StreamRequestHandler):
-  """As much of FTP as one download needs."""
+  """The part of FTP that a download needs."""
 
   def handle(self):
     self._say('220 hello')

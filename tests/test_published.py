@@ -22,7 +22,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _write(name, folder):
-  """Writes a data set as it is published; Cars196 in its second way."""
+  """Writes a dataset in its published layout; Cars196 as two archives."""
   folder = str(folder)
   if name == 'cub200':
     made_archives.write_tgz(
@@ -76,7 +76,7 @@ class _Test(parameterized.TestCase):
 
 
 class LayoutsTest(_Test):
-  def test_cub200_is_split_by_species_not_by_its_own_file(self):
+  def test_cub200_is_split_by_species(self):
     _write('cub200', self.manual_dir)
     data = self._load('cub200')
     self.assertEqual(
@@ -91,10 +91,10 @@ class LayoutsTest(_Test):
       record['name'], 'images/199.Bird_199/Bird_199_0001_199001.jpg'
     )
     self.assertEqual(record['class_name'], '199.Bird_199')
-    self.assertEqual(record['image'], made_archives.picture(19901))
+    self.assertEqual(record['image'], made_archives.make_image(19901))
 
   @parameterized.parameters('cars196', 'cars196_for_classification')
-  def test_cars196_comes_in_two_ways(self, name):
+  def test_cars196_is_read_from_both_sets_of_archives(self, name):
     _write(name, self.manual_dir)
     data = self._load('cars196')
     self.assertEqual(
@@ -109,9 +109,9 @@ class LayoutsTest(_Test):
     np.testing.assert_array_equal(
       data.train.labels, np.repeat(range(3), images)
     )
-    pictures = {made_archives.picture(19500 + i) for i in range(images)}
+    expected = {made_archives.make_image(19500 + i) for i in range(images)}
     mine = [i for i in range(len(data.test)) if data.test.labels[i] == 1]
-    self.assertEqual({data.test[i]['image'] for i in mine}, pictures)
+    self.assertEqual({data.test[i]['image'] for i in mine}, expected)
 
   def test_sop_has_super_classes(self):
     _write('sop', self.manual_dir)
@@ -149,7 +149,7 @@ class LayoutsTest(_Test):
     skipped = dict(data.skipped)
     self.assertIn('system', skipped['bounding_box_test/Thumbs.db'])
 
-  def test_extracted_folders_serve_as_well(self):
+  def test_extracted_folders_are_accepted(self):
     folder = self.manual_dir / 'my data'
     made_archives.write_folder(folder, made_archives.cub200())
     self.assertLen(self._load('cub200').train, 9)
@@ -157,7 +157,7 @@ class LayoutsTest(_Test):
     made_archives.write_folder(folder / 'Img', images)
     made_archives.write_folder(folder, beside)
     self.assertLen(self._load('inshop').train, 12)
-    # Nothing of the user's is removed.
+    # The user's files are kept.
     self.assertTrue((folder / 'CUB_200_2011' / 'images.txt').exists())
     self.assertTrue((folder / 'Eval').exists())
 
@@ -194,7 +194,7 @@ class LayoutsTest(_Test):
 
 
 class TrustTest(_Test):
-  def test_other_counts_are_refused_and_named(self):
+  def test_deviating_counts_are_refused_and_listed(self):
     _write('sop', self.manual_dir)
     with self.assertRaisesRegex(
       ValueError,
@@ -203,14 +203,14 @@ class TrustTest(_Test):
       self._load('sop', allow_incomplete=False)
     self.assertEmpty(list(self.data_dir.rglob('*array_record*')))
 
-  def test_all_problems_are_named_at_once(self):
+  def test_all_problems_are_listed_at_once(self):
     files = made_archives.sop()
     root = 'Stanford_Online_Products'
     del files[f'{root}/cabinet_final/110000000001_0.JPG']
     files[f'{root}/cabinet_final/._110000000001_1.JPG'] = b'x'
     files[f'{root}/chair_final/Thumbs.db'] = b'x'
-    files[f'{root}/chair_final/more.JPG'] = made_archives.picture(0)
-    files[f'{root}/chair_final/110000000002_2.JPG'] = b'no picture'
+    files[f'{root}/chair_final/more.JPG'] = made_archives.make_image(0)
+    files[f'{root}/chair_final/110000000002_2.JPG'] = b'not an image'
     files[f'{root}/Ebay_test.txt'] += (
       b'98 7 1 coffee_maker_final/110000000007_0.JPG\n99 7\n'
       b'97 7 1 ../../../../etc/passwd\n96 7 1 /etc/passwd\n'
@@ -237,7 +237,7 @@ class TrustTest(_Test):
     self.assertIn('/etc/passwd: annotated, but missing', ''.join(logs.output))
     self.assertEqual((len(data.train), len(data.test)), (10, 9))
 
-  def test_an_unreadable_picture_is_refused_by_name(self):
+  def test_an_unreadable_image_is_refused_by_name(self):
     files = made_archives.cub200()
     name = 'CUB_200_2011/images/002.Bird_2/Bird_2_0001_2001.jpg'
     files[name] = files[name][:300]
@@ -278,7 +278,7 @@ class TrustTest(_Test):
     with self.assertRaisesRegex(ValueError, f'{name} cannot be read'):
       self._load('cars196')
 
-  def test_an_archive_that_leads_outside_writes_nothing(self):
+  def test_an_unsafe_archive_writes_nothing(self):
     files = made_archives.sop() | {'../evil': b'x'}
     made_archives.write_zip(
       self.manual_dir / 'Stanford_Online_Products.zip', files
@@ -288,7 +288,7 @@ class TrustTest(_Test):
     self.assertEmpty(list(self.data_dir.rglob('evil')))
     self.assertEmpty(list(self.data_dir.rglob('*.JPG')))
 
-  def test_what_is_nowhere_is_described(self):
+  def test_missing_files_are_described(self):
     config = self._config('inshop', allow_incomplete=False)
     with self.assertRaises(ValueError) as caught:
       datasets.load(config)
@@ -298,7 +298,7 @@ class TrustTest(_Test):
     with self.assertRaisesRegex(ValueError, "No folder '/nowhere'.*img.zip"):
       datasets.load(config)
 
-  def test_what_is_not_at_hand_is_downloaded_and_verified(self):
+  def test_missing_files_are_downloaded_and_verified(self):
     served = pathlib.Path(self.create_tempdir().full_path)
     _write('sop', served)
     archive = served / 'Stanford_Online_Products.zip'
@@ -328,7 +328,7 @@ class TrustTest(_Test):
       http.shutdown()
     self.assertTrue((self.data_dir / 'downloads' / archive.name).exists())
 
-  def test_a_torn_archive_is_named(self):
+  def test_a_truncated_archive_is_named(self):
     _write('cub200', self.manual_dir)
     archive = self.manual_dir / 'CUB_200_2011.tgz'
     archive.write_bytes(archive.read_bytes()[:5000])
@@ -354,7 +354,7 @@ class TrustTest(_Test):
     with self.assertRaisesRegex(ValueError, 'Ebay_train.txt'):
       self._load('sop')
 
-  def test_rows_of_too_few_words_are_problems(self):
+  def test_rows_with_too_few_words_are_problems(self):
     root = self.manual_dir
     (root / 'x.txt').write_text('header\n1 a b c\n\n2\n')
     rows, problems = annotations.read_rows(
@@ -365,24 +365,24 @@ class TrustTest(_Test):
 
 
 class CacheTest(_Test):
-  def _pictures(self, split):
+  def _images(self, split):
     return [split.image(i) for i in range(len(split))]
 
   @parameterized.parameters('square', 'shorter')
-  def test_stored_pictures_are_those_of_the_recipe(self, mode):
+  def test_cached_images_equal_those_of_the_recipe(self, mode):
     _write('sop', self.manual_dir)
     plain = self._load('sop', resize_mode=mode)
     stored = self._load('sop', resize_mode=mode, cache_size=16)
     for name in ('train', 'test'):
-      expected = self._pictures(getattr(plain, name))
-      actual = self._pictures(getattr(stored, name))
+      expected = self._images(getattr(plain, name))
+      actual = self._images(getattr(stored, name))
       self.assertLen(actual, len(expected))
       for a, b in zip(actual, expected):
         np.testing.assert_array_equal(a, b)
-    picture = Image.open(self._write_picture(plain.train[3]['image']))
+    image = Image.open(self._write_image(plain.train[3]['image']))
     size = (16, 16) if mode == 'square' else (16 * 24 // 20, 16)
     np.testing.assert_array_equal(
-      stored.train.image(3), picture.resize(size, Image.Resampling.BILINEAR)
+      stored.train.image(3), image.resize(size, Image.Resampling.BILINEAR)
     )
 
   def test_training_sees_the_same_batches(self):
@@ -400,8 +400,8 @@ class CacheTest(_Test):
       for name in decoded:
         np.testing.assert_array_equal(stored[name], decoded[name])
 
-  def _write_picture(self, encoded):
-    path = self.data_dir / 'picture.jpg'
+  def _write_image(self, encoded):
+    path = self.data_dir / 'image.jpg'
     path.write_bytes(encoded)
     return path
 
@@ -416,12 +416,12 @@ class CacheTest(_Test):
     self.assertLen(list(self.data_dir.glob('resized/*/pixels.bin')), 2)
     data = self._load('sop', cache_size=16, interpolation='bicubic')
     self.assertLen(list(self.data_dir.glob('resized/*/pixels.bin')), 3)
-    picture = Image.open(self._write_picture(data.train[3]['image']))
+    image = Image.open(self._write_image(data.train[3]['image']))
     np.testing.assert_array_equal(
-      data.train.image(3), picture.resize((16, 16), Image.Resampling.BICUBIC)
+      data.train.image(3), image.resize((16, 16), Image.Resampling.BICUBIC)
     )
 
-  def test_a_bilinear_file_is_named_as_before_there_was_a_choice(self):
+  def test_a_bilinear_cache_keeps_its_first_name(self):
     _write('sop', self.manual_dir)
     self._load('sop', cache_size=16)
     (file,) = self.data_dir.glob('resized/*/inputs.json')
@@ -430,7 +430,7 @@ class CacheTest(_Test):
       {'bytes', 'dataset', 'mode', 'pillow', 'records', 'side'},
     )
 
-  def test_a_half_written_file_is_written_again(self):
+  def test_an_incomplete_cache_is_written_again(self):
     _write('sop', self.manual_dir)
     data = self._load('sop', cache_size=16)
     expected = data.train.image(2).copy()
@@ -441,7 +441,7 @@ class CacheTest(_Test):
     np.testing.assert_array_equal(data.train.image(2), expected)
     self.assertEmpty(list(self.data_dir.glob('resized/*.part')))
 
-  def test_a_file_that_is_cut_short_or_gone_is_named(self):
+  def test_a_truncated_or_missing_cache_is_named(self):
     _write('sop', self.manual_dir)
     self._load('sop', cache_size=16)
     (file,) = self.data_dir.glob('resized/*/pixels.bin')
@@ -479,7 +479,7 @@ class CacheTest(_Test):
     (dict(resize_mode='longer'), 'square or shorter'),
     (dict(interpolation='cubic'), 'bilinear or bicubic'),
   )
-  def test_fields_that_do_not_fit_are_errors(self, fields, message):
+  def test_contradictory_fields_are_errors(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
       self._load('sop', **fields)
 
@@ -509,7 +509,7 @@ class CommandTest(_Test):
     self.assertEqual(taken.returncode, 0, taken.stderr)
     self.assertRegex(taken.stdout, 'query: 3 images')
 
-  def test_a_prepared_data_set_is_listed_as_such(self):
+  def test_a_prepared_dataset_is_listed_as_such(self):
     _write('sop', self.manual_dir)
     counts = {'train': (12, 4), 'test': (9, 3)}
     arguments = [

@@ -62,7 +62,7 @@ def opened(workdir: str) -> Iterator[Folder]:
       stack.callback(handler.close)
       stack.callback(package.removeHandler, handler)
     if folder.note:
-      _logger.warning(folder.note)
+      _logger.warning('%s', folder.note)
     yield folder
 
 
