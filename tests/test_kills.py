@@ -108,17 +108,17 @@ class KillsTest(absltest.TestCase):
         moments[index] *= 0.8
     return num_in_saves
 
-  def test_thirty_kills_change_no_bit(self):
+  def test_ten_kills_change_no_bit(self):
     rng = random.Random(0)
     num_in_saves = self._interrupt(
       signal.SIGKILL,
-      [rng.uniform(0, _LATEST) for _ in range(30)],
-      in_save=range(0, 30, 2),
+      [rng.uniform(0, _LATEST) for _ in range(10)],
+      in_save=range(0, 10, 2),
     )
-    self.assertGreater(num_in_saves, 5)
+    self.assertGreater(num_in_saves, 1)
 
-  def test_a_stop_in_every_eighth_of_a_run_changes_no_bit(self):
-    moments = [_LATEST * (i + 0.5) / 8 for i in range(8)]
+  def test_a_stop_in_every_quarter_of_a_run_changes_no_bit(self):
+    moments = [_LATEST * (i + 0.5) / 4 for i in range(4)]
     self._interrupt(signal.SIGTERM, moments)
 
 

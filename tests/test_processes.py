@@ -15,11 +15,11 @@ from absl.testing import absltest, parameterized
 from proxy_nca_jax.runtime import metric_writer, processes
 
 _SMALL = {
-  'num_steps': 100,
+  'num_steps': 40,
   'batch_size': 32,
   'log_every': 1,
-  'save_every': 20,
-  'eval_every': 50,
+  'save_every': 10,
+  'eval_every': 20,
   'report': False,
   'evaluation.kmeans_iterations': 0,
   'dataset.num_classes': 41,  # Not divisible by 2 or 4.
@@ -91,7 +91,7 @@ class RunTest(parameterized.TestCase):
         np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=1e-5)
 
   def test_two_processes_train_as_one_does(self):
-    self._assert_steps_are_of_one_process(self.two, num_steps=50)
+    self._assert_steps_are_of_one_process(self.two, num_steps=20)
     # Raw pixels do not depend on the training.
     results, expected = map(whole_runs.results, (self.two, self.one))
     self.assertEqual(results['raw_pixels'], expected['raw_pixels'])
@@ -99,7 +99,7 @@ class RunTest(parameterized.TestCase):
       [
         row['validation.recall@1']
         for row in metric_writer.read_metrics(folder)
-        if row['step'] == 50 and 'validation.recall@1' in row
+        if row['step'] == 20 and 'validation.recall@1' in row
       ]
       for folder in (self.two, self.one)
     )
@@ -107,12 +107,12 @@ class RunTest(parameterized.TestCase):
     self.assertLen(recall, 1)
 
   def test_only_the_primary_process_logs_steps(self):
-    self.assertIn('step 100/100', self.outputs[0])
+    self.assertIn('step 40/40', self.outputs[0])
     self.assertNotIn('step', self.outputs[1])
 
   def test_sharded_proxies_move_to_other_numbers_of_processes(self):
     workdir = self._workdir()
-    for number, last, sharded in ((4, 50, True), (2, 60, True), (1, 70, False)):
+    for number, last, sharded in ((4, 20, True), (2, 25, True), (1, 30, False)):
       codes, outputs = _finish(
         _start(
           workdir,
@@ -122,13 +122,13 @@ class RunTest(parameterized.TestCase):
         )
       )
       self.assertEqual(set(codes), {0}, outputs)
-    self._assert_steps_are_of_one_process(workdir, num_steps=70)
+    self._assert_steps_are_of_one_process(workdir, num_steps=30)
 
   def test_a_kill_or_stop_of_one_process_ends_all_and_they_resume(self):
     workdir = self._workdir()
-    for killed, step in ((0, 7), (1, 47)):
+    for killed, step in ((0, 7), (1, 27)):
       started = _start(workdir, 2, **_UNSCORED)
-      whole_runs.wait_for(started[0], f'step {step}/100')
+      whole_runs.wait_for(started[0], f'step {step}/40')
       started[killed].kill()
       begun = time.monotonic()
       codes, outputs = _finish(started)
