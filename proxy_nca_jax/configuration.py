@@ -215,7 +215,8 @@ _LOSS_FIELDS = {
 }
 
 _GROUP_FIELDS = {
-  'learning_rate': _real(0, 1e3),
+  # ProxyNCA++ trains the proxies of In-Shop at 2400.
+  'learning_rate': _real(0, 1e6),
   'freeze_steps': _count(),
   'warmup_steps': _count(),
   'schedule': Choice(optimizer_lib.SCHEDULES),
