@@ -410,13 +410,10 @@ def _check_augmentation(config) -> Iterator[str]:
       f'config.dataset.color_jitter {fields.color_jitter} must have a hue, the '
       'last value, of at most 0.5.'
     )
-  stored = 'image_folder' if fields.name == 'image_folder' else None
-  stored = 'config.dataset.cache_size' if fields.cache_size else stored
-  if (
-    fields.crop == 'random_resized'
-    and stored
-    and not fields.allow_resized_source
-  ):
+  if datasets.is_resized_source(fields) and not fields.allow_resized_source:
+    stored = (
+      'config.dataset.cache_size' if fields.cache_size else 'image_folder'
+    )
     yield (
       'config.dataset.crop=random_resized crops the original images, but '
       f'{stored} stores resized ones, whose crops have other pixels. Set '

@@ -459,11 +459,9 @@ class CacheTest(_Test):
     with self.assertRaisesRegex(ValueError, message.format('No such file.*')):
       self._load('sop', cache_size=16).train.image(0)
 
-  def test_recipes_that_crop_originals_must_allow_it(self):
+  def test_recipes_crop_originals_unless_only_resized_images_are_stored(self):
     _write('sop', self.manual_dir)
     fields = dict(cache_size=16, crop='random_resized')
-    with self.assertRaisesRegex(ValueError, 'allow_resized_source'):
-      self._load('sop', **fields)
     data = self._load('sop', allow_resized_source=True, **fields)
     self.assertTrue(data.is_resized_source)
     self.assertEqual(data.train.image(0).shape, (16, 16, 3))
@@ -471,17 +469,6 @@ class CacheTest(_Test):
     self.assertFalse(data.is_resized_source)
     self.assertEqual(data.train.image(0).shape, (20, 24, 3))
     self.assertEqual(data.test.image(0).shape, (16, 16, 3))
-
-  @parameterized.parameters(
-    (dict(cache_size=12), 'cache_size'),
-    (dict(resize=0), 'resize'),
-    (dict(crop='middle'), 'random or random_resized'),
-    (dict(resize_mode='longer'), 'square or shorter'),
-    (dict(interpolation='cubic'), 'bilinear or bicubic'),
-  )
-  def test_contradictory_fields_are_errors(self, fields, message):
-    with self.assertRaisesRegex(ValueError, message):
-      self._load('sop', **fields)
 
 
 class CommandTest(_Test):

@@ -1,6 +1,6 @@
 """Datasets: TFDS builders, prepared once and split by class."""
 
-from proxy_nca_jax.datasets.loading import load
+from proxy_nca_jax.datasets.loading import is_resized_source, load
 from proxy_nca_jax.datasets.preparation import (
   DATASETS,
   PUBLISHED,
@@ -15,6 +15,7 @@ __all__ = [
   'Datasets',
   'Split',
   'find_data_dir',
+  'is_resized_source',
   'load',
   'prepare',
 ]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax.datasets import (
@@ -32,14 +31,13 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
       split, or its fields contradict each other.
   """
   config = config.dataset
-  is_resized_source = _check_resizes(config)
   builder, skipped = preparation.prepare(config)
   metadata = builder.info.metadata
   source, stored_splits = _open_records(builder)
 
   eval_images = make_read_image(builder, source, config, side=config.resize)
   train_images = eval_images
-  if config.crop == 'random_resized' and not is_resized_source:
+  if config.crop == 'random_resized' and not is_resized_source(config):
     # The recipe crops from the original images.
     train_images = make_read_image(builder, source, config, side=0)
 
@@ -73,57 +71,19 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
     seen=seen,
     skipped=tuple((name, reason) for name, reason in skipped),
     num_shared_classes=_count_shared_names(train, test),
-    is_resized_source=is_resized_source,
+    is_resized_source=is_resized_source(config),
     digest=digest,
   )
 
 
-def _check_resizes(config: ml_collections.ConfigDict) -> bool:
-  """Checks the fields about resizing and cropping.
+def is_resized_source(config: ml_collections.ConfigDict) -> bool:
+  """Whether the recipe crops original images but only resized ones are stored.
 
-  Returns:
-    Whether the recipe crops from the original images but gets resized ones.
-
-  Raises:
-    ValueError: if the fields contradict each other, or if resized images
-      replace the originals without `config.allow_resized_source`.
+  Args:
+    config: `dataset` of a run's config.
   """
-  images_lib.resize(
-    Image.new('RGB', (1, 1)),
-    side=0,
-    mode=config.resize_mode,
-    interpolation=config.interpolation,
-  )
-  if config.crop not in ('random', 'random_resized'):
-    raise ValueError(
-      f'Unknown config.dataset.crop {config.crop!r}: choose random or '
-      'random_resized.'
-    )
-  is_published = config.name in preparation.PUBLISHED
-  if config.resize < 0 or (is_published and config.resize < 1):
-    raise ValueError(
-      f'config.dataset.resize ({config.resize}) must be at least 1 pixel.'
-    )
-  if config.cache_size not in (0, config.resize):
-    raise ValueError(
-      f'config.dataset.cache_size ({config.cache_size}) must be 0 or equal to '
-      f'config.dataset.resize ({config.resize}): the cache holds the images '
-      'that the recipe crops from.'
-    )
-  if config.crop == 'random':
-    return False
-  is_resized_source = bool(config.cache_size) or config.name == 'image_folder'
-  if is_resized_source and not config.allow_resized_source:
-    storage = (
-      'config.dataset.cache_size' if config.cache_size else 'image_folder'
-    )
-    raise ValueError(
-      'config.dataset.crop=random_resized crops from the original images, but '
-      f'{storage} stores resized ones, which gives other pixels. To train on '
-      'those anyway, set config.dataset.allow_resized_source=True; the results '
-      'will say so.'
-    )
-  return is_resized_source
+  is_resized = bool(config.cache_size) or config.name == 'image_folder'
+  return config.crop == 'random_resized' and is_resized
 
 
 def _open_records(

@@ -118,7 +118,7 @@ def _run(work, argv: list[str]) -> None:
     _logger.debug('The run failed', exc_info=True)
     if 'RESOURCE_EXHAUSTED' in str(error):
       errors.fail(
-        f'The memory of a device is full ({str(error)[:300]}). Make '
+        f'The memory of a device is full ({errors.one_line(error, max_length=300)}). Make '
         'config.batch_size, config.dataset.image_size or the network smaller, '
         'or set config.model.remat=True; --config.dry_run=True prints the '
         'memory of a step.'
@@ -127,13 +127,13 @@ def _run(work, argv: list[str]) -> None:
       raise
     errors.fail(
       'Another process of this run has ended or cannot be reached '
-      f'({str(error)[:300]}). Start all of them again: the run resumes from '
+      f'({errors.one_line(error, max_length=300)}). Start all of them again: the run resumes from '
       'its last checkpoint.'
     )
 
 
 def _describe(error: Exception) -> str:
-  text = ' '.join(str(error).split())
+  text = errors.one_line(error, max_length=None)
   is_full = 'No space left' in text or 'RESOURCE_EXHAUSTED' in text
   if is_full or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
     return (
