@@ -116,9 +116,10 @@ def _run(work, argv: list[str]) -> None:
     errors.fail(_describe(error))
   except jax.errors.JaxRuntimeError as error:
     _logger.debug('The run failed', exc_info=True)
+    reason = errors.one_line(error, max_length=300)
     if 'RESOURCE_EXHAUSTED' in str(error):
       errors.fail(
-        f'The memory of a device is full ({errors.one_line(error, max_length=300)}). Make '
+        f'The memory of a device is full ({reason}). Make '
         'config.batch_size, config.dataset.image_size or the network smaller, '
         'or set config.model.remat=True; --config.dry_run=True prints the '
         'memory of a step.'
@@ -127,8 +128,8 @@ def _run(work, argv: list[str]) -> None:
       raise
     errors.fail(
       'Another process of this run has ended or cannot be reached '
-      f'({errors.one_line(error, max_length=300)}). Start all of them again: the run resumes from '
-      'its last checkpoint.'
+      f'({reason}). Start all of them again: the run resumes from its last '
+      'checkpoint.'
     )
 
 
