@@ -1,4 +1,4 @@
-"""What holds for every loss, each against its oracle."""
+"""Properties of all losses, and comparisons with their oracles."""
 
 import functools
 import inspect
@@ -18,10 +18,10 @@ _SHAPES = {
   losses.MULTI_CENTER: (_CLASSES, _CENTERS, _DIM),
   losses.UNASSIGNED: (_CLASSES + 2, _DIM),
 }
-# Some classes have two proxies, and the last proxy no class.
+# Some classes have two proxies, and the last proxy has no class.
 _ASSIGNMENT = np.array([[0, 0], [1, 5], [2, 2], [3, 5], [4, 4]])
 
-# The defaults of every loss, and other arguments.
+# Every loss with its defaults, and with other arguments.
 _CASES = tuple((name, {}) for name in losses.LOSSES) + (
   ('arcface', {'scale': 4.0, 'margin': 2.0}),
   ('facility_location', {'margin_multiplier': 3.0, 'num_refinements': 0}),
@@ -41,7 +41,7 @@ _LABELS_ARE_INDICES = tuple(
 
 
 def _points(name, rng):
-  """The arrays that a loss has gradients of: embeddings, maybe proxies."""
+  """The arrays to differentiate by: embeddings, and proxies if any."""
   shapes = [(_BATCH, _DIM)]
   if form := losses.LOSSES[name].proxies:
     shapes.append(_SHAPES[form])
@@ -87,7 +87,7 @@ def _compiled(name, **kwargs):
 
 
 def _labels(rng):
-  """Two examples of one class, three of another, and three alone."""
+  """Classes of two, three and three times one example."""
   return rng.permutation([0, 0, 1, 1, 1, 2, 3, 4]).astype(np.int32)
 
 
@@ -97,7 +97,7 @@ def _inputs(name, seed=0):
 
 
 class LossesTest(parameterized.TestCase):
-  def test_the_table_tells_of_every_loss(self):
+  def test_the_table_has_every_loss(self):
     self.assertEqual(sorted(losses.LOSSES), list(losses.LOSSES))
     for name, loss in losses.LOSSES.items():
       self.assertEqual(loss.fn.__name__, f'{name}_loss')
@@ -112,12 +112,15 @@ class LossesTest(parameterized.TestCase):
       )
 
   @parameterized.parameters(*_CASES)
-  def test_a_row_that_does_not_count_might_not_be_there(self, name, kwargs):
+  def test_masked_rows_have_no_effect(self, name, kwargs):
     points, labels = _inputs(name)
     where = np.arange(_BATCH) != 3
     kept, kept_labels = [points[0][where], *points[1:]], labels[where]
-    points[0][3], labels[3] = np.nan, -1
+    points[0][3] = np.nan
+    expected, _ = _compiled(name, **kwargs)(points, labels, where)
+    labels[3] = -1
     actual, gradients = _compiled(name, **kwargs)(points, labels, where)
+    np.testing.assert_array_equal(actual, expected)
     oracle = _oracle(name, **kwargs)
     expected = oracle(*kept, kept_labels)
     if actual.ndim:
@@ -127,19 +130,19 @@ class LossesTest(parameterized.TestCase):
 
     np.testing.assert_array_equal(gradients[0][3], 0)
     gradients[0] = gradients[0][where]
-    for place, gradient in enumerate(gradients):
+    for index, gradient in enumerate(gradients):
 
-      def total(x, place=place):
-        moved = [*kept[:place], x, *kept[place + 1 :]]
-        return np.sum(oracle(*moved, kept_labels))
+      def total(x, index=index):
+        changed = [*kept[:index], x, *kept[index + 1 :]]
+        return np.sum(oracle(*changed, kept_labels))
 
-      expected = oracles.gradient(total, kept[place])
+      expected = oracles.gradient(total, kept[index])
       np.testing.assert_allclose(gradient, expected, rtol=2e-3, atol=2e-3)
       self.assertGreater(np.abs(expected).max(), 0.01)
 
   @parameterized.product(
     name=tuple(losses.LOSSES),
-    batch=('one class', 'all differ', 'alike', 'zeros', 'one', 'none'),
+    batch=('one class', 'all differ', 'equal', 'zeros', 'one', 'none'),
   )
   def test_degenerate_batches_are_finite(self, name, batch):
     points, labels = _inputs(name)
@@ -149,7 +152,7 @@ class LossesTest(parameterized.TestCase):
     elif batch == 'all differ':
       labels, where = np.arange(_BATCH, dtype=np.int32), where & (labels < 0)
       where[:_CLASSES] = True
-    elif batch == 'alike':
+    elif batch == 'equal':
       points = [0 * x + 1 for x in points]
     elif batch == 'zeros':
       points = [0 * x for x in points]
@@ -175,19 +178,19 @@ class LossesTest(parameterized.TestCase):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
   @parameterized.parameters(*_LABELS_ARE_INDICES)
-  def test_a_label_without_a_proxy_is_an_error_or_traced_nan(self, name):
+  def test_a_label_out_of_range_is_an_error_or_nan_if_traced(self, name):
     points, labels = _inputs(name)
     labels[2] = _CLASSES
     with self.assertRaisesRegex(ValueError, r'5.*\[0, 5\)'):
       _loss(name)(*points, labels)
     loss, _ = _compiled(name)(points, labels)
-    is_wrong = np.arange(_BATCH) == 2
+    is_invalid = np.arange(_BATCH) == 2
     np.testing.assert_array_equal(
-      np.isnan(loss), is_wrong if loss.ndim else True
+      np.isnan(loss), is_invalid if loss.ndim else True
     )
 
   @parameterized.parameters(*losses.LOSSES)
-  def test_arguments_are_those_that_the_table_tells(self, name):
+  def test_the_signature_agrees_with_the_table(self, name):
     loss = losses.LOSSES[name]
     parameters = inspect.signature(loss.fn).parameters
     arrays = ['embeddings', 'proxies', 'labels']

@@ -23,7 +23,7 @@ class CenterTest(absltest.TestCase):
     np.testing.assert_allclose(loss, [np.log1p(np.e) + 0.25 * 2], rtol=1e-6)
 
   def test_magnet_by_hand(self):
-    # Squared distances to the own class's nearest centers 1 and 1: s2 is 2.
+    # Squared distances of 1 and 1 to the nearest centers of the class: s2 = 2.
     x = jnp.array([[0.0], [6.0]])
     centers = jnp.array([[[1.0], [-3.0]], [[7.0], [9.0]]])
     loss = losses.magnet_loss(x, jnp.array([0, 1]), centers=centers, alpha=20.0)
@@ -43,7 +43,7 @@ class CenterTest(absltest.TestCase):
       rtol=1e-4,
     )
 
-  def test_centers_move_to_their_examples_by_hand(self):
+  def test_centers_move_toward_their_examples_by_hand(self):
     centers = jnp.array([[0.0, 0.0], [4.0, 0.0], [1.0, 1.0]])
     x = jnp.array([[3.0, 0.0], [0.0, 6.0], [4.0, 2.0], [9.0, 9.0]])
     where = jnp.array([True, True, True, False])
@@ -53,14 +53,25 @@ class CenterTest(absltest.TestCase):
     # Half of (3, 6) / (1 + 2), and half of (0, 2) / (1 + 1).
     np.testing.assert_allclose(moved, [[0.5, 1], [4, 0.5], [1, 1]], rtol=1e-6)
 
-  def test_the_nearest_center_of_the_own_class_moves(self):
+  def test_numpy_arrays_are_accepted_and_not_changed(self):
+    centers = np.array([[0.0, 0.0], [4.0, 0.0]])
+    x, labels = np.array([[3.0, 0.0], [0.0, 6.0]]), np.array([0, 7])
+    where = np.array([True, False])
+    for array in (centers, x, labels, where):
+      array.setflags(write=False)
+    moved = losses.update_centers(centers, x, labels, where=where)
+    self.assertEqual(moved.dtype, jnp.float32)
+    # Half of 3 / (1 + 1).
+    np.testing.assert_allclose(moved, [[0.75, 0], [4, 0]], rtol=1e-6)
+
+  def test_the_nearest_center_of_the_class_moves(self):
     centers = jnp.array([[[0.0], [10.0]], [[7.0], [8.0]]])
     moved = losses.update_centers(
       centers, jnp.array([[7.0], [2.0]]), jnp.array([0, 0]), rate=1.0
     )
     np.testing.assert_allclose(moved, [[[1], [8.5]], [[7], [8]]], rtol=1e-6)
 
-  def test_a_traced_label_without_a_center_moves_none(self):
+  def test_a_traced_label_out_of_range_moves_no_center(self):
     centers = jnp.arange(6.0).reshape(3, 2)
     update = jax.jit(losses.update_centers)
     for label in (-1, 3):

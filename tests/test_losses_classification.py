@@ -40,23 +40,23 @@ class ClassificationTest(parameterized.TestCase):
     np.testing.assert_allclose(loss, [np.log(1 + np.exp(-1.5))], rtol=1e-6)
 
   @parameterized.parameters(
-    # The own angle, and its cosine widened by 60 degrees.
+    # The target's angle, and its cosine with a margin of 60 degrees.
     (0, 0.5),
     (30, 0.0),
     (-60, -0.5),
     (120, -1.0),
-    # Beyond 120 degrees the margin would turn back.
+    # Beyond 120 degrees, cos(theta + margin) would increase again.
     (180, -1 - np.pi / 3 * np.sin(np.pi / 3)),
   )
-  def test_arcface_by_hand(self, degrees, own):
+  def test_arcface_by_hand(self, degrees, target):
     x = jnp.asarray(_at(20)[None])
     proxies = jnp.asarray(np.stack([_at(20 + degrees), _at(110)]))
     loss = losses.arcface_loss(
       x, proxies, jnp.array([0]), scale=2.0, margin=np.pi / 3
     )
-    np.testing.assert_allclose(loss, [np.log1p(np.exp(-2 * own))], atol=2e-3)
+    np.testing.assert_allclose(loss, [np.log1p(np.exp(-2 * target))], atol=2e-3)
 
-  def test_arcface_never_rewards_a_wider_angle(self):
+  def test_arcface_increases_with_the_angle(self):
     angles = np.arange(0, 181, 3.0)
     x = jnp.asarray(np.stack([_at(angle) for angle in angles]))
     # The other proxies are at right angles to all.
@@ -85,7 +85,7 @@ class ClassificationTest(parameterized.TestCase):
     )
 
   def test_soft_triple_by_hand(self):
-    # Cosines 1 and 0 to the own centers, 0 and 0 to the others.
+    # Cosines 1 and 0 to the centers of the class, 0 and 0 to the others.
     x = jnp.array([[1.0, 0.0]])
     proxies = jnp.array([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 1.0], [0.0, -1.0]]])
     loss = losses.soft_triple_loss(
@@ -97,7 +97,7 @@ class ClassificationTest(parameterized.TestCase):
     expected = np.log1p(np.exp(-3 * (similarity - 0.1))) + 0.5 * spread
     np.testing.assert_allclose(loss, [expected], rtol=1e-6)
 
-  def test_all_are_one_softmax_without_their_margins(self):
+  def test_without_margins_all_are_the_normalized_softmax(self):
     x, proxies, labels = _inputs()
     centers = proxies[:, None]
     expected = losses.normalized_softmax_loss(
@@ -112,7 +112,7 @@ class ClassificationTest(parameterized.TestCase):
     ):
       np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
-  def test_centers_of_a_class_that_coincide_have_a_finite_gradient(self):
+  def test_coinciding_centers_have_a_finite_gradient(self):
     x, proxies, labels = _inputs(num_centers=3)
     proxies[1] = proxies[1][:1]
     gradient = jax.jit(

@@ -16,7 +16,7 @@ class ClassWeightsTest(parameterized.TestCase):
     np.testing.assert_allclose(weights[0] / weights[2], 100**power, rtol=1e-6)
 
   def test_by_hand(self):
-    # Four examples, of which each class gets half of the weight.
+    # Each class has half of the total weight of four examples.
     np.testing.assert_allclose(
       losses.class_weights(np.array([3, 1])), [2 / 3, 2], rtol=1e-6
     )
@@ -39,7 +39,9 @@ class LogPriorsTest(parameterized.TestCase):
       for chunk in (None, 3)
     ]
   )
-  def test_the_loss_equals_its_definition(self, in_sum, normalize, chunk):
+  def test_the_adjusted_loss_equals_its_definition(
+    self, in_sum, normalize, chunk
+  ):
     rng = np.random.default_rng(0)
     x, p = rng.normal(size=(4, 5)), rng.normal(size=(7, 5))
     labels = np.array([0, 6, 3, 3])
@@ -62,7 +64,7 @@ class LogPriorsTest(parameterized.TestCase):
       total = odds.sum() - (0 if in_sum else odds[label])
       np.testing.assert_allclose(value, -np.log(odds[label] / total), rtol=1e-4)
 
-  def test_equal_classes_change_no_loss_nor_gradient(self):
+  def test_equal_priors_change_neither_loss_nor_gradient(self):
     rng = np.random.default_rng(0)
     x, p = rng.normal(size=(4, 5)), rng.normal(size=(7, 5))
     labels = np.array([0, 6, 3, 3])
@@ -83,7 +85,7 @@ class LogPriorsTest(parameterized.TestCase):
       rtol=1e-5,
     )
 
-  def test_a_prior_for_each_proxy(self):
+  def test_log_priors_need_one_value_per_proxy(self):
     x, p = jnp.ones((2, 3)), jnp.ones((4, 3))
     with self.assertRaises(AssertionError):
       losses.proxy_nca_loss(x, p, jnp.array([0, 1]), log_priors=jnp.zeros(3))

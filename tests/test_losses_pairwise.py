@@ -17,8 +17,9 @@ class PairwiseTest(parameterized.TestCase):
     np.testing.assert_allclose(loss, (1 + 1 + 4) / 2 / 6, rtol=1e-6)
 
   @parameterized.parameters(
-    # The squares: 1 of the pair; 9 and 49 of the first to the negatives, 4 and
-    # 36 of the second. With a margin of 4 one triplet has a loss, of 1.
+    # Squared distances: 1 between the pair; 9 and 49 from its first example to
+    # the negatives, 4 and 36 from its second. With a margin of 4 only one
+    # triplet has a loss, of 1.
     ('batch_all', 4.0, 1.0),
     ('batch_hard', 4.0, (0 + 1) / 2),
     ('semi_hard', 4.0, (0 + 1) / 2),
@@ -35,8 +36,9 @@ class PairwiseTest(parameterized.TestCase):
   def test_semi_hard_skips_negatives_nearer_than_the_positive(self):
     x = np.array([[0.0], [2.0], [1.0], [3.0]], np.float32)
     labels = np.array([0, 0, 1, 2])
-    # From 0, the positive is at 2, the negatives at 1 and 3: the latter. From
-    # 2, both negatives are at 1, nearer than the positive: the farthest is one.
+    # Distances from 0: 2 to the positive, 1 and 3 to the negatives, of which
+    # the farther is selected. From 2: both negatives are at 1, nearer than the
+    # positive, so the farthest negative is selected.
     loss = losses.triplet_loss(x, labels, margin=0.5)
     np.testing.assert_allclose(loss, (0 + (4 + 0.5 - 1)) / 2, rtol=1e-6)
 
@@ -51,7 +53,7 @@ class PairwiseTest(parameterized.TestCase):
     first, second = np.log1p(np.exp(1 - 2)), np.log1p(np.exp(0 - 3))
     np.testing.assert_allclose(loss, (first + second) / 2, rtol=1e-6)
 
-  def test_n_pairs_takes_two_of_a_class(self):
+  def test_n_pairs_uses_the_first_two_of_each_class(self):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(7, 3)).astype(np.float32)
     labels = np.array([0, 1, 0, 1, 0, 2, 1])
@@ -68,8 +70,8 @@ class PairwiseTest(parameterized.TestCase):
     )
 
   def test_multi_similarity_by_hand(self):
-    # Cosines of the first: 0.6 to its positive, 0.8 and -1 to its negatives,
-    # of which the second is easy.
+    # Cosines of the first example: 0.6 to its positive, 0.8 and -1 to its
+    # negatives, of which only the first is selected.
     x = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
     loss = losses.multi_similarity_loss(
       x, jnp.array([0, 0, 1, 2]), alpha=2.0, beta=4.0
@@ -79,7 +81,7 @@ class PairwiseTest(parameterized.TestCase):
     # No other example has a positive.
     np.testing.assert_array_equal(loss[2:], 0)
 
-  def test_infinite_epsilon_keeps_every_pair(self):
+  def test_infinite_epsilon_selects_all_pairs_of_anchors_with_both(self):
     x = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
     loss = losses.multi_similarity_loss(
       x, jnp.array([0, 0, 1, 2]), alpha=2.0, beta=4.0, epsilon=jnp.inf
@@ -87,28 +89,32 @@ class PairwiseTest(parameterized.TestCase):
     pushes = np.exp([4 * 0.3, -4 * 1.5]).sum()
     expected = np.log1p(np.exp(-2 * 0.1)) / 2 + np.log1p(pushes) / 4
     np.testing.assert_allclose(loss[0], expected, rtol=1e-6)
+    # The others have no positive. If all are of one class, none has a negative.
+    np.testing.assert_array_equal(loss[2:], 0)
+    loss = losses.multi_similarity_loss(x, jnp.zeros(4, int), epsilon=jnp.inf)
+    np.testing.assert_array_equal(loss, 0)
 
   def test_facility_location_by_hand(self):
     x = np.array([[0.0], [1.0], [10.0], [12.0]], np.float32)
     facility = jax.jit(losses.facility_location_loss)
-    # The classes are the clusters: no medoids but those of the classes are
-    # better than by the weight of NMI, which is then 1.
+    # The classes are the clusters: the best medoids are those of the classes,
+    # with an NMI of 1, so that both terms cancel.
     loss = facility(x, np.array([0, 0, 1, 1]), margin_multiplier=0.1)
     np.testing.assert_allclose(loss, 0, atol=1e-6)
-    # Classes across the clusters: medoids of the clusters cost 1 + 2, those of
-    # the classes 10 + 11, and the NMI of these partitions is 0.
+    # Each class has one example of each cluster: the medoids of the clusters
+    # cost 1 + 2, those of the classes 10 + 11, and the NMI is 0.
     loss = facility(x, np.array([0, 1, 0, 1]), margin_multiplier=0.5)
     np.testing.assert_allclose(loss, 0.5 - 3 + 21, rtol=1e-6)
 
-  def test_facility_location_exchanges_what_the_greedy_search_chose(self):
-    # The best single medoid is the middle. Of two medoids it is a bad one: with
-    # 0 the cost is 1 + 4 + 5, and exchanged for 9 it is 1 + 4 + 1.
+  def test_facility_location_refines_the_greedy_search(self):
+    # The best single medoid is 5. As one of two it is not optimal: with 0 the
+    # cost is 1 + 4 + 5, and with 0 and 9 it is 1 + 4 + 1.
     x = np.array([[0.0], [1.0], [5.0], [9.0], [10.0]], np.float32)
     labels = np.array([0, 1, 0, 1, 1])
     facility = jax.jit(
       losses.facility_location_loss, static_argnames='num_refinements'
     )
-    # The classes' own medoids cost 5 and 8 + 1.
+    # The medoids of the classes cost 5 and 8 + 1.
     for rounds, cost in ((0, 10), (5, 6)):
       loss = facility(x, labels, margin_multiplier=0, num_refinements=rounds)
       np.testing.assert_allclose(loss, 5 + 9 - cost, rtol=1e-6)
@@ -118,12 +124,12 @@ class PairwiseTest(parameterized.TestCase):
   )
   def test_the_order_of_a_batch_does_not_matter(self, name):
     rng = np.random.default_rng(1)
-    # Two of each class: N-pairs chooses by order among more.
+    # Two of each class: with more, N-pairs selects by order.
     x = rng.normal(size=(6, 3)).astype(np.float32)
     labels = np.array([0, 0, 1, 1, 2, 2])
     order = np.array([4, 2, 0, 5, 3, 1])
     loss = jax.jit(losses.LOSSES[name].fn)
-    # A pair's first is its anchor; exchanged, N-pairs sums other products.
+    # N-pairs anchors the first of a pair, so the order within pairs matters.
     if name == 'n_pairs':
       order = np.array([4, 5, 0, 1, 2, 3])
     np.testing.assert_allclose(

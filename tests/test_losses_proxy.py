@@ -83,8 +83,9 @@ class ProxyNcaLossTest(parameterized.TestCase):
       self.assertGreater(np.abs(b).max(), 0.1)
 
   @parameterized.parameters(True, False)
-  def test_descent_on_proxies_alone_makes_the_nearest_right(self, softmax):
-    # The wrong sign learns mirrored proxies, which no retrieval metric sees.
+  def test_descent_on_proxies_makes_the_right_one_the_nearest(self, softmax):
+    # A wrong sign would learn mirrored proxies, which no retrieval metric
+    # shows.
     x = jnp.eye(4)
     labels = jnp.arange(4)
     proxies = jax.random.normal(jax.random.key(0), (4, 4))
@@ -186,7 +187,7 @@ class ProxyNcaLossTest(parameterized.TestCase):
     np.testing.assert_allclose(stacked[0], plain, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stacked[1], plain[::-1], rtol=1e-5, atol=1e-6)
 
-  def test_where_drops_a_row_whatever_it_holds(self):
+  def test_a_masked_row_is_ignored_whatever_its_values(self):
     x, p, labels = _inputs()
     where = np.arange(7) != 3
     bad, bad_labels = x.copy(), labels.copy()
@@ -208,14 +209,14 @@ class ProxyNcaLossTest(parameterized.TestCase):
     np.testing.assert_allclose(dp, expected, rtol=1e-4, atol=1e-5)
 
   @parameterized.parameters(-1, 5, 100)
-  def test_a_label_without_a_proxy_is_an_error(self, label):
+  def test_a_label_out_of_range_is_an_error(self, label):
     x, p, labels = _inputs()
     labels[2] = label
     with self.assertRaisesRegex(ValueError, rf'{label}.*\[0, 5\)'):
       proxy_nca_loss(x, p, labels)
 
   @parameterized.parameters(-1, 5, 100)
-  def test_a_traced_label_without_a_proxy_is_nan_for_its_row(self, label):
+  def test_a_traced_label_out_of_range_gives_nan_for_its_row(self, label):
     x, p, labels = _inputs()
     expected = np.array(proxy_nca_loss(x, p, labels))
     labels[2], expected[2] = label, np.nan
@@ -291,8 +292,8 @@ class ProxyNcaLossTest(parameterized.TestCase):
 
 class FractionalProxyNcaLossTest(absltest.TestCase):
   def test_values_by_hand(self):
-    # Squared distances 0, 2, 4 and 2 to the proxies. Class 0 owns the second
-    # and the third, and is nearest to the second; class 1 owns the first.
+    # Squared distances 0, 2, 4 and 2 to the proxies. Class 0 has the second and
+    # the third, and its nearest is the second; class 1 has the first.
     x = jnp.array([[1.0, 0.0], [1.0, 0.0]])
     proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     loss = fractional_proxy_nca_loss(
@@ -307,7 +308,7 @@ class FractionalProxyNcaLossTest(absltest.TestCase):
       loss, [2 + np.log(others[0]), np.log(others[1])], rtol=1e-6
     )
 
-  def test_one_proxy_a_class_is_proxy_nca(self):
+  def test_one_proxy_per_class_is_proxy_nca(self):
     inputs = _inputs()
     np.testing.assert_allclose(
       fractional_proxy_nca_loss(*inputs, assignment=jnp.arange(5)[:, None]),
@@ -316,32 +317,33 @@ class FractionalProxyNcaLossTest(absltest.TestCase):
       atol=1e-6,
     )
 
-  def test_a_class_cannot_own_all_proxies(self):
+  def test_a_class_with_all_proxies_is_an_error(self):
     x, p, labels = _inputs(num_proxies=1)
-    with self.assertRaisesRegex(ValueError, 'leaves no other'):
+    with self.assertRaisesRegex(ValueError, 'must be fewer'):
       fractional_proxy_nca_loss(x, p, labels, assignment=jnp.zeros((1, 1), int))
 
 
 class DynamicProxyNcaLossTest(absltest.TestCase):
   def test_value_by_hand(self):
-    # The points' proxies are the first, the first, the second and the second.
+    # The nearest proxies are the first, the first, the second and the second.
     x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
     proxies = jnp.array([[2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
     labels = jnp.array([7, 3, 3, 9])
     loss = dynamic_proxy_nca_loss(x, proxies, labels, temperature=1.0)
-    # Squared distances of the second point: 0.4 to the first proxy, 0.8 to the
-    # second, which is its positive's and its last negative's. Of the third: 2
-    # to its positive's; 2 and 0 to those of its negatives.
+    # The second point: 0.4 to the first proxy, which replaces its first
+    # negative, and 0.8 to the second, which replaces its positive and its last
+    # negative. The third point: 2 to its positive's proxy, 2 and 0 to its
+    # negatives'.
     second = 0.8 + np.log(np.exp(-0.4) + np.exp(-0.8))
     third = 2 + np.log(np.exp(-2) + np.exp(0))
     np.testing.assert_allclose(loss, [0, second, third, 0], rtol=1e-6)
 
-  def test_only_chosen_proxies_move(self):
+  def test_only_assigned_proxies_have_gradients(self):
     x, p, labels = _inputs()
     p[4] = -np.sum(x, axis=0)
     p[4] *= 0
     gradient = jax.grad(lambda p: dynamic_proxy_nca_loss(x, p, labels).sum())(p)
-    # A proxy at the origin has cosine 0: some proxy is nearer to each point.
+    # A proxy at the origin has cosine 0: for each point, another is nearer.
     np.testing.assert_array_equal(gradient[4], 0)
     self.assertGreater(np.abs(gradient).max(), 0.1)
 
@@ -355,18 +357,18 @@ class ProxyTripletLossTest(absltest.TestCase):
     loss = proxy_triplet_loss(x, proxies, labels, margin=0.5)
     np.testing.assert_allclose(loss, [(2.5 + 0 + 1.7) / 3], rtol=1e-6)
 
-  def test_a_margin_that_holds_has_no_loss(self):
+  def test_no_loss_beyond_the_margin(self):
     loss = proxy_triplet_loss(jnp.eye(3), jnp.eye(3), jnp.arange(3), margin=2.0)
     np.testing.assert_array_equal(loss, 0)
 
-  def test_two_proxies_are_needed(self):
+  def test_fewer_than_two_proxies_is_an_error(self):
     with self.assertRaisesRegex(ValueError, 'two proxies'):
       proxy_triplet_loss(*_inputs(num_proxies=1))
 
 
 class ProxyAnchorLossTest(absltest.TestCase):
   def test_value_by_hand(self):
-    # Cosines 1 and 0 to the own proxies, 0 and -1 to the others.
+    # Cosines 1 and 0 to the proxies of the classes, 0 and -1 to the others.
     x = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
     proxies = jnp.array([[2.0, 0.0], [0.0, 3.0], [0.0, -1.0]])
     loss = proxy_anchor_loss(

@@ -31,7 +31,7 @@ class ModelsTest(parameterized.TestCase):
       jnp.linalg.norm(embeddings, axis=1), 1, rtol=1e-6
     )
 
-  def test_normalized_embeddings_are_the_others_divided_by_their_norm(self):
+  def test_normalization_divides_by_the_norm(self):
     images = _images()
     plain = models.create_model(_config(normalize=False))
     unit = models.create_model(_config())
@@ -51,10 +51,10 @@ class ModelsTest(parameterized.TestCase):
     before = jax.tree.leaves(variables['batch_stats'])
     after = jax.tree.leaves(updated['batch_stats'])
     self.assertTrue(all(np.any(a != b) for a, b in zip(after, before)))
-    # An example's embedding must not depend on its neighbours in evaluation.
-    alone = model.apply(variables, images[:1], train=False)
-    together = model.apply(variables, images, train=False)
-    np.testing.assert_allclose(alone[0], together[0], rtol=1e-4, atol=1e-5)
+    # In evaluation, an embedding must not depend on the rest of the batch.
+    single = model.apply(variables, images[:1], train=False)
+    batch = model.apply(variables, images, train=False)
+    np.testing.assert_allclose(single[0], batch[0], rtol=1e-4, atol=1e-5)
 
   def test_bfloat16_keeps_float32_parameters_and_embeddings(self):
     images = _images()
@@ -75,7 +75,7 @@ class ModelsTest(parameterized.TestCase):
     (dict(dtype='float8'), 'bfloat16'),
     (dict(embedding_dim=0), 'embedding_dim'),
   )
-  def test_bad_fields_name_the_choices(self, fields, message):
+  def test_invalid_fields_are_errors(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
       models.create_model(_config(**fields))
 

@@ -1,4 +1,4 @@
-"""Files in tests/originals are written by `benchmarks/parity.py originals`."""
+"""`benchmarks/parity.py originals` writes the files in tests/originals."""
 
 import functools
 import os
@@ -59,10 +59,10 @@ def _variables(module, size):
 
 
 def _compute(module, variables, images):
-  """Pooled features in evaluation and training, statistics, and gradients.
+  """Returns pooled features of evaluation and training, statistics, gradients.
 
-  Those of convolutional networks nobody reads: a rectifier at 0 may pass a
-  gradient here and not there.
+  Gradients only of transformers: those of convolutional networks differ
+  wherever a ReLU's input is 0 up to rounding.
   """
 
   def pool(features):
@@ -108,7 +108,8 @@ class BackboneTest(parameterized.TestCase):
     images = made_weights.make_images(size)
     evaluated, trained, statistics, gradients = _run(module, variables, images)
     self._assert_close(evaluated, original['evaluated'], 1e-4)
-    # Deep channels have eight numbers: their normalisation enlarges rounding.
+    # Deep channels have eight values: normalizing them amplifies rounding
+    # errors.
     self._assert_close(trained, original['trained'], 5e-3)
     if gradients:
       self._assert_close(
@@ -122,7 +123,7 @@ class BackboneTest(parameterized.TestCase):
     }.get(name)
     if deep:
       deep = functools.reduce(lambda tree, key: tree[key], deep, statistics)
-      # The biased variance of eight numbers would be 1% off.
+      # The biased variance of eight values would differ by 1%.
       self._assert_close(deep['var'], original['deep_variance'], 2e-3)
 
   def _assert_close(self, actual, expected, tolerance):
@@ -158,7 +159,7 @@ class BackboneTest(parameterized.TestCase):
       jax.tree.leaves(_run(module, variables, images))
       for module in (plain, remat)
     )
-    # Of one size for all: that of a key's bias is 0, but for rounding.
+    # One scale for all, since the gradient of a key's bias is 0 up to rounding.
     scale = max(np.abs(leaf).max() for leaf in plain)
     for actual, expected in zip(remat, plain):
       np.testing.assert_allclose(actual, expected, atol=1e-5 * scale)
@@ -178,7 +179,7 @@ class ImportTest(parameterized.TestCase):
   def _import(self, name='resnet18'):
     return pretrained.import_tensors(self.tensors, self.variables, name)
 
-  def test_each_tensor_lands_in_its_place(self):
+  def test_each_parameter_gets_its_tensor(self):
     filled = self._import()
     kernel = filled['params']['layer2.0']['downsample.0']['kernel']
     torch_kernel = self.tensors['layer2.0.downsample.0.weight']
@@ -188,7 +189,7 @@ class ImportTest(parameterized.TestCase):
       self.tensors['layer4.1.bn2.running_var'],
     )
 
-  def test_every_misfit_is_listed(self):
+  def test_all_mismatches_are_listed(self):
     del self.tensors['conv1.weight'], self.tensors['layer1.0.bn1.bias']
     self.tensors['extra.one'] = self.tensors['extra.two'] = np.zeros(3)
     self.tensors['bn1.weight'] = np.zeros(65)
@@ -198,21 +199,21 @@ class ImportTest(parameterized.TestCase):
       '2 tensors are missing: ',
       'conv1.weight',
       'layer1.0.bn1.bias',
-      '2 tensors have no place: extra.one, extra.two',
+      '2 tensors are unexpected: extra.one, extra.two',
       '(65,) instead of (64,)',
     ):
       self.assertIn(text, str(raised.exception))
 
-  def test_another_architecture_is_refused(self):
+  def test_weights_of_another_architecture_are_an_error(self):
     self.tensors = _load_original('resnet50')['tensors']
     with self.assertRaisesRegex(ValueError, 'config.model.name'):
       self._import()
 
-  def test_a_missing_classifier_is_no_misfit(self):
+  def test_the_classifier_can_be_missing(self):
     del self.tensors['fc.weight'], self.tensors['fc.bias']
     self._import()
 
-  def test_vectors_of_bn_inception_may_lie_in_a_row(self):
+  def test_vectors_of_bn_inception_can_have_two_axes(self):
     name = 'bn_inception'
     self.variables = _variables(_make_backbone(name), 32)
     self.tensors = _load_original(name)['tensors']
@@ -238,7 +239,7 @@ class PositionsTest(parameterized.TestCase):
     return rng.normal(size=(1, 1 + grid**2, 3)).astype(np.float32)
 
   @parameterized.parameters('antialiased', 'offset', 'corners')
-  def test_a_grid_that_fits_stays_as_it_is(self, method):
+  def test_a_grid_of_the_right_size_is_unchanged(self, method):
     positions = self._positions(4)
     actual = pretrained.resample(positions, (1, 17, 3), method)
     np.testing.assert_array_equal(actual, positions)
@@ -246,9 +247,7 @@ class PositionsTest(parameterized.TestCase):
   @parameterized.product(
     method=('antialiased', 'offset', 'corners'), new=(2, 7)
   )
-  def test_a_constant_stays_constant_and_the_class_token_itself(
-    self, method, new
-  ):
+  def test_constants_and_the_class_token_are_unchanged(self, method, new):
     positions = self._positions(4)
     positions[0, 1:] = [1, -2, 3]
     actual = pretrained.resample(positions, (1, 1 + new**2, 3), method)
@@ -269,10 +268,10 @@ class PositionsTest(parameterized.TestCase):
       return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
 
     def taps(i):
-      place = (i + 0.5) / ((new + 0.1) / old) - 0.5
-      first = int(np.floor(place))
+      position = (i + 0.5) / ((new + 0.1) / old) - 0.5
+      first = int(np.floor(position))
       return [
-        (min(max(t, 0), old - 1), cubic(place - t))
+        (min(max(t, 0), old - 1), cubic(position - t))
         for t in range(first - 1, first + 3)
       ]
 
@@ -341,14 +340,14 @@ class FlaxViTTest(parameterized.TestCase):
     ('', True),
     ('params/', True),
   )
-  def test_attention_of_the_torch_tensors_is_that_of_flax(self, prefix, is_big):
+  def test_renamed_attention_equals_that_of_flax(self, prefix, is_big):
     arrays = self._arrays(prefix, is_big)
     tensors = flax_vit.to_torch(arrays)
     self.assertLen(tensors, 20)
     x = np.random.default_rng(1).normal(size=(3, 8))
     attention = f'{prefix}Transformer/encoderblock_0/MultiHeadDotProduct'
     attention += f'Attention_{0 if is_big else 1}'
-    # Flax: a matrix a head. torch: rows of the three parts, heads in turn.
+    # Flax has a kernel per head; torch concatenates query, key and value.
     qkv = x @ tensors['blocks.0.attn.qkv.weight'].T
     qkv = (qkv + tensors['blocks.0.attn.qkv.bias']).reshape(3, 3, 2, 4)
     for index, part in enumerate(('query', 'key', 'value')):
@@ -364,7 +363,7 @@ class FlaxViTTest(parameterized.TestCase):
     actual = heads.reshape(3, 8) @ tensors['blocks.0.attn.proj.weight'].T
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
-  def test_an_augreg_file_fills_a_vit(self):
+  def test_an_augreg_file_loads_into_a_vit(self):
     name, size = 'vit_s16', 32
     original = _load_original(name)
     arrays = _as_augreg(original['tensors'])
@@ -378,7 +377,7 @@ class FlaxViTTest(parameterized.TestCase):
 
 
 def _as_augreg(tensors):
-  """Renames timm's tensors as the published .npz has them."""
+  """Renames timm's tensors as in the published .npz."""
   arrays = {
     'cls': tensors['cls_token'],
     'Transformer/posembed_input/pos_embedding': tensors['pos_embed'],
@@ -436,7 +435,7 @@ class TorchFilesTest(parameterized.TestCase):
     return path
 
   @parameterized.parameters('zip', 'stream')
-  def test_torchs_own_files_read_as_torch_reads_them(self, kind):
+  def test_files_of_torch_load_as_in_torch(self, kind):
     tensors = torch_files.read_tensors(str(_ORIGINALS / f'{kind}.pth'))
     with np.load(_ORIGINALS / 'tensors.npz') as file:
       expected = dict(file)
@@ -447,7 +446,7 @@ class TorchFilesTest(parameterized.TestCase):
     self.assertEqual(tensors['count'].dtype, np.int64)
     self.assertEqual(tensors['half'].dtype, np.float16)
 
-  def test_code_in_a_pickle_is_refused_by_name_and_not_run(self):
+  def test_code_in_a_pickle_is_named_and_not_run(self):
     mark = os.path.join(self.folder, 'mark')
     path = self._write_zip({'a': _Call(os.mkdir, mark)})
     with self.assertRaisesRegex(ValueError, r'posix\.mkdir'):
@@ -464,12 +463,12 @@ class TorchFilesTest(parameterized.TestCase):
     ([1, 2], 'no state dict'),
     ({}, 'no state dict'),
   )
-  def test_a_pickle_without_tensors_is_refused(self, tree, message):
+  def test_a_pickle_without_tensors_is_an_error(self, tree, message):
     with self.assertRaisesRegex(ValueError, message):
       torch_files.read_tensors(self._write_zip(tree))
 
   @parameterized.parameters('zip', 'stream')
-  def test_a_torn_file_is_refused(self, kind):
+  def test_a_truncated_file_is_an_error(self, kind):
     content = (_ORIGINALS / f'{kind}.pth').read_bytes()
     for length in range(0, len(content) - 1, len(content) // 23):
       path = os.path.join(self.folder, f'{length}.pth')
@@ -478,13 +477,13 @@ class TorchFilesTest(parameterized.TestCase):
         torch_files.read_tensors(path)
 
   @parameterized.parameters('zip', 'stream')
-  def test_changed_bytes_read_as_tensors_or_are_refused(self, kind):
+  def test_changed_bytes_load_as_tensors_or_are_an_error(self, kind):
     content = (_ORIGINALS / f'{kind}.pth').read_bytes()
     rng = np.random.default_rng(0)
     path = os.path.join(self.folder, 'changed.pth')
-    for place in rng.choice(len(content), 300):
+    for index in rng.choice(len(content), 300):
       changed = bytearray(content)
-      changed[place] ^= 1 << rng.integers(8)
+      changed[index] ^= 1 << rng.integers(8)
       pathlib.Path(path).write_bytes(bytes(changed))
       try:
         tensors = torch_files.read_tensors(path)
@@ -494,18 +493,18 @@ class TorchFilesTest(parameterized.TestCase):
         self.assertEqual(value.size, np.prod(value.shape))
         value.astype(np.float32)
 
-  def test_big_endian_numbers_are_refused(self):
+  def test_big_endian_files_are_an_error(self):
     path = self._write_zip({}, byteorder=b'big')
     with self.assertRaisesRegex(ValueError, 'little-endian'):
       torch_files.read_tensors(path)
 
 
 class FindWeightsTest(parameterized.TestCase):
-  def test_a_missing_file_says_what_to_fetch(self):
+  def test_a_missing_file_names_a_download(self):
     with self.assertRaisesRegex(ValueError, 'bn_inception-52deb4733.pth from'):
       pretrained.find_weights('nowhere/x.pth', 'bn_inception')
 
-  def test_without_the_hub_it_says_what_to_fetch(self):
+  def test_without_the_hub_the_error_names_a_download(self):
     error = huggingface_hub.errors.LocalEntryNotFoundError('offline')
     with mock.patch.object(
       huggingface_hub, 'hf_hub_download', side_effect=error
@@ -513,7 +512,7 @@ class FindWeightsTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'offline.*torchvision'):
         pretrained.find_weights('timm/resnet50.tv_in1k', 'resnet50')
 
-  def test_the_hub_is_asked_for_safetensors_alone(self):
+  def test_only_safetensors_are_downloaded_from_the_hub(self):
     with mock.patch.object(
       huggingface_hub, 'hf_hub_download', return_value='x.safetensors'
     ) as download:
@@ -530,11 +529,11 @@ class FindWeightsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'x{kind}'):
       pretrained.read_weights(path)
 
-  def test_an_unknown_kind_names_those_that_are_read(self):
+  def test_an_unknown_extension_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, '.safetensors, .npz'):
       pretrained.read_weights('x.h5')
 
-  def test_safetensors_are_read(self):
+  def test_safetensors_are_loaded(self):
     path = os.path.join(self.create_tempdir().full_path, 'x.safetensors')
     tensors = {'a': np.arange(6, dtype=np.float32).reshape(2, 3)}
     safetensors_numpy.save_file(tensors, path)

@@ -1,11 +1,11 @@
-"""Losses that classify: a softmax over the cosines to each class's proxy.
+"""Classification losses: softmax over the cosines to each class's proxy.
 
-All functions take `embeddings: float [batch, dim]`, `proxies: float
-[num_classes, dim]`, or `[num_classes, num_centers, dim]` where a class has
-several, and `labels: int [batch]` in [0, num_classes). Labels known outside of
-`jit` are checked (ValueError); inside, one out of range gives NaN for its
-example. They normalise both sides, compute in float32 whatever comes in, and
-return the unreduced `float32 [batch]`, 0 for examples that `where` leaves out.
+All functions take `embeddings: float [batch, dim]`, `labels: int [batch]` in
+[0, num_classes), and `proxies: float [num_classes, dim]`, or `[num_classes,
+num_centers, dim]` for several centers per class. They normalize embeddings and
+proxies, compute in float32 whatever the input dtype, and return the unreduced
+`float32 [batch]`, 0 for masked examples. A label out of range raises ValueError
+if it is concrete; under `jit` its loss is NaN.
 
 References:
   Zhai and Wu, Classification is a Strong Baseline for Deep Metric Learning,
@@ -33,19 +33,19 @@ def normalized_softmax_loss(
   temperature: float = 0.05,
   where: chex.Array | None = None,
 ) -> jax.Array:
-  """Calculates the normalised softmax loss of each example.
+  """Calculates the normalized softmax loss of each example.
 
     loss(x, y) = -log(exp(cos(x, p_y) / T) / sum_c exp(cos(x, p_c) / T))
 
-  (https://arxiv.org/abs/1811.12649, whose T is 0.05). On the unit sphere this
-  is `proxy_nca_pp_loss` at twice the temperature.
+  (https://arxiv.org/abs/1811.12649, whose T is 0.05). It equals
+  `proxy_nca_pp_loss` with twice the temperature.
 
   Args:
     embeddings: float [batch, dim].
     proxies: float [num_classes, dim].
     labels: int [batch], in [0, num_classes).
     temperature: T, positive.
-    where: bool [batch], examples that count.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [batch], the loss of each example.
@@ -66,24 +66,25 @@ def cosface_loss(
 ) -> jax.Array:
   """Calculates the CosFace loss of each example.
 
-  A softmax over s cos(x, p_c) with the own cosine lowered by the margin (Eq. 4
-  of https://arxiv.org/abs/1801.09414; 64 and 0.35 are the paper's).
+  Softmax cross-entropy of s cos(x, p_c), with the margin subtracted from the
+  target's cosine (Eq. 4 of https://arxiv.org/abs/1801.09414; the defaults are
+  the paper's).
 
   Args:
     embeddings: float [batch, dim].
     proxies: float [num_classes, dim].
     labels: int [batch], in [0, num_classes).
     scale: s, positive.
-    margin: m, of the cosine.
-    where: bool [batch], examples that count.
+    margin: m, subtracted from the cosine.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [batch], the loss of each example.
   """
   embeddings, where = _prepare(embeddings, proxies, labels, 2, where)
   cosines = distances.cosines(embeddings, proxies)
-  is_own = inputs.is_class(labels, proxies.shape[0])
-  return _cross_entropy(scale * (cosines - margin * is_own), labels, where)
+  is_target = inputs.one_hot(labels, proxies.shape[0])
+  return _cross_entropy(scale * (cosines - margin * is_target), labels, where)
 
 
 def arcface_loss(
@@ -97,24 +98,24 @@ def arcface_loss(
 ) -> jax.Array:
   """Calculates the ArcFace loss of each example.
 
-  A softmax over s cos(theta_c), theta_c the angle to each proxy, with the own
-  angle widened by the margin (Eq. 3 of https://arxiv.org/abs/1801.07698; 64 and
-  0.5 are the paper's).
+  Softmax cross-entropy of s cos(theta_c), where theta_c is the angle to a
+  proxy, with the margin added to the target's angle (Eq. 3 of
+  https://arxiv.org/abs/1801.07698; the defaults are the paper's).
 
   Args:
     embeddings: float [batch, dim].
     proxies: float [num_classes, dim].
     labels: int [batch], in [0, num_classes).
     scale: s, positive.
-    margin: m, of the angle in radians, in [0, pi].
-    where: bool [batch], examples that count.
+    margin: m, added to the angle, in [0, pi] radians.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [batch], the loss of each example.
   """
   embeddings, where = _prepare(embeddings, proxies, labels, 2, where)
   cosines = distances.cosines(embeddings, proxies)
-  logits = scale * _widen_own(cosines, labels, margin)
+  logits = scale * _add_angular_margin(cosines, labels, margin)
   return _cross_entropy(logits, labels, where)
 
 
@@ -129,23 +130,23 @@ def subcenter_arcface_loss(
 ) -> jax.Array:
   """Calculates the sub-center ArcFace loss of each example.
 
-  ArcFace with the angle to the nearest of the K centres of each class (Sec. 3.2
-  of Deng et al., ECCV 2020, whose K is 3).
+  ArcFace with the angle to the nearest of K centers of each class (Sec. 3.2 of
+  Deng et al., ECCV 2020, where K is 3).
 
   Args:
     embeddings: float [batch, dim].
     proxies: float [num_classes, num_centers, dim].
     labels: int [batch], in [0, num_classes).
     scale: s, positive.
-    margin: m, of the angle in radians, in [0, pi].
-    where: bool [batch], examples that count.
+    margin: m, added to the angle, in [0, pi] radians.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [batch], the loss of each example.
   """
   embeddings, where = _prepare(embeddings, proxies, labels, 3, where)
   cosines = jnp.max(_center_cosines(embeddings, proxies), axis=2)
-  logits = scale * _widen_own(cosines, labels, margin)
+  logits = scale * _add_angular_margin(cosines, labels, margin)
   return _cross_entropy(logits, labels, where)
 
 
@@ -162,8 +163,8 @@ def soft_triple_loss(
 ) -> jax.Array:
   """Calculates the SoftTriple loss of each example.
 
-  With the centres w of a class c, on the unit sphere, and s(x, c) the mean of
-  the cosines x.w weighted by softmax(x.w / gamma) (Sec. 3.2 and 3.3 of
+  With w_c1 to w_cK the unit centers of class c, and s(x, c) the mean of the
+  cosines x.w_ck weighted by softmax_k(x.w_ck / gamma) (Sec. 3.2 and 3.3 of
   https://arxiv.org/abs/1909.05235),
 
     loss(x, y) = -log(exp(scale (s(x, y) - margin)) /
@@ -171,9 +172,9 @@ def soft_triple_loss(
 
     R = 1/(C K (K-1)) sum_c sum_{i < j} ||w_ci - w_cj||.
 
-  R draws the centres of a class together. It is the same for each example, so
-  that the mean over examples is the paper's objective. Two centres that
-  coincide have no gradient in R.
+  R pulls the centers of a class together. It is added to the loss of every
+  example, so that the mean over examples is the paper's objective. The gradient
+  of the distance of two centers that coincide is 0.
 
   Args:
     embeddings: float [batch, dim].
@@ -181,9 +182,10 @@ def soft_triple_loss(
     labels: int [batch], in [0, num_classes).
     scale: lambda, positive; the paper's is 20.
     margin: delta; the paper's is 0.01.
-    gamma: of the softmax over the centres of a class, positive; 0.1.
-    tau: the weight of R; 0.2.
-    where: bool [batch], examples that count.
+    gamma: temperature of the softmax over centers, positive; the paper's is
+      0.1.
+    tau: the weight of R; the paper's is 0.2.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [batch], the loss of each example.
@@ -192,54 +194,54 @@ def soft_triple_loss(
   cosines = _center_cosines(embeddings, proxies)
   weights = jax.nn.softmax(cosines / gamma, axis=2)
   similarities = jnp.sum(weights * cosines, axis=2)
-  is_own = inputs.is_class(labels, proxies.shape[0])
+  is_target = inputs.one_hot(labels, proxies.shape[0])
   spread = tau * _center_spread(proxies)
-  logits = scale * (similarities - margin * is_own)
+  logits = scale * (similarities - margin * is_target)
   return _cross_entropy(logits, labels, where, plus=spread)
 
 
 def _prepare(embeddings, proxies, labels, rank, where):
   chex.assert_rank(proxies, rank)
-  return inputs.prepare(
+  return inputs.validate(
     embeddings, labels, num_classes=proxies.shape[0], where=where
   )
 
 
 def _cross_entropy(logits, labels, where, *, plus=0.0):
   num_classes = logits.shape[1]
-  is_own = inputs.is_class(labels, num_classes)
-  own = jnp.sum(logits, axis=1, where=is_own)
-  loss = jax.nn.logsumexp(logits, axis=1) - own + plus
-  return inputs.finish(loss, labels, num_classes, where)
+  is_target = inputs.one_hot(labels, num_classes)
+  targets = jnp.sum(logits, axis=1, where=is_target)
+  loss = jax.nn.logsumexp(logits, axis=1) - targets + plus
+  return inputs.mask_loss(loss, labels, num_classes, where)
 
 
-def _widen_own(cosines, labels, margin):
-  """Replaces the own class's cos(theta) by cos(theta + margin).
+def _add_angular_margin(cosines, labels, margin):
+  """Replaces the target's cos(theta) by cos(theta + margin).
 
-  Beyond pi - margin that would rise again; as in the authors' code it goes on
-  as cos(theta) - margin sin(margin), so that a wider angle never pays.
+  For theta > pi - margin, where that would increase again, it is replaced by
+  cos(theta) - margin sin(margin), as in the authors' code.
   """
-  is_own = inputs.is_class(labels, cosines.shape[1])
-  cosine = jnp.sum(cosines, axis=1, where=is_own)
-  # Rounding takes cosines beyond 1, and the sine has no derivative at 0.
+  is_target = inputs.one_hot(labels, cosines.shape[1])
+  cosine = jnp.sum(cosines, axis=1, where=is_target)
+  # Rounded cosines can exceed 1, and the sine has no derivative at 0.
   sine = distances.safe_sqrt(jnp.maximum(1 - cosine**2, 0))
-  wider = jnp.where(
+  with_margin = jnp.where(
     cosine >= -jnp.cos(margin),
     cosine * jnp.cos(margin) - sine * jnp.sin(margin),
     cosine - margin * jnp.sin(margin),
   )
-  return jnp.where(is_own, wider[:, None], cosines)
+  return jnp.where(is_target, with_margin[:, None], cosines)
 
 
 def _center_cosines(embeddings, proxies):
-  """The cosines to every centre: float32 [batch, num_classes, num_centers]."""
+  """Returns the cosines, float32 [batch, num_classes, num_centers]."""
   num_classes, num_centers, dim = proxies.shape
   flat = distances.cosines(embeddings, proxies.reshape(-1, dim))
   return flat.reshape(-1, num_classes, num_centers)
 
 
 def _center_spread(proxies):
-  """R of SoftTriple, half the mean distance of two centres of a class."""
+  """Returns R of SoftTriple: half the mean distance of a class's centers."""
   num_centers = proxies.shape[1]
   if num_centers == 1:
     return 0.0

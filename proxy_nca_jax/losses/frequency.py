@@ -1,13 +1,13 @@
-"""Corrections for classes of different sizes; the paper has none.
+"""Corrections for class imbalance, which Proxy-NCA itself does not have.
 
-Both take `counts: int [num_classes]`, the training examples of each class, at
-least 1, and are constants of a run.
+Both take `counts: int [num_classes]`, the number of training examples of each
+class, at least 1. The results are constants of a run.
 
 References:
   Menon et al., Long-tail learning via logit adjustment, ICLR 2021,
     https://arxiv.org/abs/2007.07314
   Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR
-    2019, https://arxiv.org/abs/1901.05555 (whose weights lie between those of
+    2019, https://arxiv.org/abs/1901.05555 (its weights lie between those of
     the powers 0 and 1)
 """
 
@@ -17,16 +17,16 @@ import jax.numpy as jnp
 
 
 def class_weights(counts: chex.Array, *, power: float = 1.0) -> jax.Array:
-  """Weights a class of n examples by n^-power, the mean of all examples by 1.
+  """Returns n^-power of each class, scaled to a mean of 1 over all examples.
 
   >>> print(class_weights(jnp.array([3, 1])))
   [0.6666667 2.       ]
 
-  Multiply them with the losses of examples, as `weights[labels] * loss`.
+  Multiply them with unreduced losses: `weights[labels] * loss`.
 
   Args:
     counts: int [num_classes], at least 1.
-    power: 0 weighs every example alike, 1 every class.
+    power: 0 weights all examples equally, 1 all classes.
 
   Returns:
     float32 [num_classes].
@@ -38,14 +38,14 @@ def class_weights(counts: chex.Array, *, power: float = 1.0) -> jax.Array:
 
 
 def log_priors(counts: chex.Array, *, power: float = 1.0) -> jax.Array:
-  """The logarithms of the classes' shares of the examples, times `power`.
+  """Returns power * log(n / total), the scaled log frequencies of the classes.
 
-  As `log_priors` of `proxy_nca_loss` they are logit adjustment, with `power`
-  the tau of Menon et al.: a rare class must win by more than its rarity.
+  Passed as `log_priors` to `proxy_nca_loss` they are the logit adjustment of
+  Menon et al., with tau = `power`: it enlarges the margin of rare classes.
 
   Args:
     counts: int [num_classes], at least 1.
-    power: 0 adjusts nothing.
+    power: 0 disables the adjustment.
 
   Returns:
     float32 [num_classes], at most 0.

@@ -1,4 +1,4 @@
-"""What all losses do with their inputs: check, cast, leave out."""
+"""Shared input handling of the losses: validation, float32 cast, masking."""
 
 import chex
 import jax
@@ -6,26 +6,27 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def prepare(
+def validate(
   embeddings: chex.Array,
   labels: chex.Array,
   *,
   num_classes: int | None = None,
   where: chex.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Checks the inputs of a loss and takes the examples out that do not count.
+  """Validates the inputs of a loss, casts to float32, zeroes masked examples.
 
   Args:
     embeddings: float [batch, dim].
     labels: int [batch].
-    num_classes: with it, labels must be in [0, num_classes).
-    where: bool [batch], or None for all.
+    num_classes: if given, labels must be in [0, num_classes).
+    where: bool [batch], examples to include; None includes all.
 
   Returns:
-    (embeddings, where): float32 [batch, dim], 0 where not; bool [batch].
+    (embeddings, where): float32 [batch, dim], 0 for masked examples; and bool
+    [batch].
 
   Raises:
-    ValueError: if a known label has no proxy.
+    ValueError: if a concrete label is out of range.
   """
   chex.assert_rank([embeddings, labels], [2, 1])
   chex.assert_equal_shape_prefix([embeddings, labels], 1)
@@ -35,8 +36,8 @@ def prepare(
   chex.assert_equal_shape([labels, where])
   if num_classes is not None:
     check_labels(labels, num_classes, where=where)
-  # An example that does not count must not reach the arithmetic: the zero
-  # cotangent of its loss times an infinite derivative would be NaN.
+  # Masked before any arithmetic: the zero cotangent of a masked loss times an
+  # infinite derivative would be NaN.
   embeddings = jnp.where(where[:, None], embeddings.astype(jnp.float32), 0)
   return embeddings, where
 
@@ -44,59 +45,60 @@ def prepare(
 def check_labels(
   labels: chex.Array, num_proxies: int, *, where: chex.Array | None = None
 ) -> None:
-  """Raises ValueError if a known label has no proxy; traced ones pass."""
+  """Raises ValueError if a label is out of range; traced ones are ignored."""
   if isinstance(labels, jax.core.Tracer) or isinstance(where, jax.core.Tracer):
     return
   labels = np.asarray(labels)
   if where is not None:
     labels = labels[np.asarray(where)]
-  wrong = labels[(labels < 0) | (labels >= num_proxies)]
-  if wrong.size:
+  invalid = labels[(labels < 0) | (labels >= num_proxies)]
+  if invalid.size:
     raise ValueError(
-      f'{wrong.size} of {labels.size} labels have no proxy, such as '
-      f'{wrong[0]}: labels must be in [0, {num_proxies}), the number of '
-      'proxies. Renumber the classes from 0.'
+      f'{invalid.size} of {labels.size} labels are out of range, such as '
+      f'{invalid[0]}: labels must be in [0, {num_proxies}), one per proxy. '
+      'Renumber the classes from 0.'
     )
 
 
-def finish(
+def mask_loss(
   loss: chex.Array, labels: chex.Array, num_classes: int, where: chex.Array
 ) -> jax.Array:
-  """Marks what cannot be: NaN for a label without a proxy.
+  """Masks the loss, and sets it to NaN where a label is out of range.
 
   Args:
     loss: float32 [batch], or [] for a loss of the batch as a whole.
     labels: int [batch].
-    num_classes: labels from 0 to below it have a proxy.
-    where: bool [batch], examples that count.
+    num_classes: labels in [0, num_classes) are valid.
+    where: bool [batch], examples to include.
 
   Returns:
-    The loss; of each example NaN where its label has no proxy and 0 where it
-    does not count; of a batch NaN if any label that counts has no proxy.
+    float32 [batch], 0 for masked examples and NaN for invalid labels; or
+    float32 [], NaN if any included label is invalid.
   """
-  is_wrong = where & ((labels < 0) | (labels >= num_classes))
+  is_invalid = where & ((labels < 0) | (labels >= num_classes))
   if loss.ndim == 0:
-    return jnp.where(jnp.any(is_wrong), jnp.nan, loss)
-  return jnp.where(where, jnp.where(is_wrong, jnp.nan, loss), 0.0)
+    return jnp.where(jnp.any(is_invalid), jnp.nan, loss)
+  return jnp.where(where, jnp.where(is_invalid, jnp.nan, loss), 0.0)
 
 
-def is_class(labels: chex.Array, num_classes: int) -> jax.Array:
-  """Whether each example is of each class: bool [batch, num_classes]."""
+def one_hot(labels: chex.Array, num_classes: int) -> jax.Array:
+  """Returns the one-hot labels: bool [batch, num_classes]."""
   return labels[:, None] == jnp.arange(num_classes)[None, :]
 
 
 def pairs(labels: chex.Array, where: chex.Array) -> tuple[jax.Array, jax.Array]:
-  """Whether two examples are a positive and a negative pair of the batch.
+  """Returns the masks of the positive and the negative pairs of a batch.
 
   Args:
     labels: int [batch], of any values.
-    where: bool [batch], examples that count; the others are in no pair.
+    where: bool [batch], examples to include; others are in no pair.
 
   Returns:
-    (is_positive, is_negative): bool [batch, batch], symmetric. No example is
-    its own positive.
+    (is_positive, is_negative): bool [batch, batch], symmetric. An example is
+    not paired with itself.
   """
-  is_alike = labels[:, None] == labels[None, :]
+  is_same_class = labels[:, None] == labels[None, :]
   is_pair = where[:, None] & where[None, :]
   is_self = jnp.eye(labels.shape[0], dtype=bool)
-  return is_alike & is_pair & ~is_self, ~is_alike & is_pair
+  is_positive = is_same_class & is_pair & ~is_self
+  return is_positive, ~is_same_class & is_pair

@@ -1,16 +1,16 @@
-"""Losses that compare the examples of a batch with each other: no proxies.
+"""Losses that compare the examples of a batch with each other, without proxies.
 
 All functions take `embeddings: float [batch, dim]` and `labels: int [batch]` of
-any values, which say who is alike, and `where: bool [batch]`: an example that
-does not count is in no pair. No example is paired with itself. They compute in
-float32 whatever comes in, and take the embeddings as they are: where a paper
-has them on the unit sphere, the network puts them there. Only
-`multi_similarity_loss` is of cosines by definition.
+any values: a positive pair is two different examples with the same label. Pairs
+with an example that `where: bool [batch]` masks are ignored. The functions
+compute in float32 whatever the input dtype. They do not normalize embeddings,
+except for `multi_similarity_loss`, which is defined by cosines: for a loss of
+unit vectors, let the model normalize.
 
-Except for that one, which returns `float32 [batch]`, they are losses of the
-batch as a whole and return a scalar. A batch in which they find nothing to
-compare has a loss and gradients of 0. Where two examples coincide, a distance
-has no derivative; it is taken as 0.
+That one returns `float32 [batch]`; the others are losses of the batch as a
+whole and return a scalar. A batch without the required pairs has a loss and
+gradients of 0. The derivative of the distance of two examples that coincide,
+which does not exist, is taken as 0.
 
 References:
   Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping,
@@ -37,7 +37,7 @@ from proxy_nca_jax.losses import inputs, masked
 
 
 def _squared_distances(embeddings):
-  """Those of all pairs, float32 [batch, batch], exactly 0 on the diagonal."""
+  """Returns those of all pairs, float32 [batch, batch]; the diagonal is 0."""
   squares = distances.squared_distances(embeddings, embeddings)
   return jnp.where(jnp.eye(embeddings.shape[0], dtype=bool), 0, squares)
 
@@ -60,13 +60,13 @@ def contrastive_loss(
   Args:
     embeddings: float [batch, dim].
     labels: int [batch].
-    margin: the distance from which on negatives have no loss.
-    where: bool [batch], examples that count.
+    margin: the distance beyond which negatives have no loss.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [], the loss of the batch.
   """
-  embeddings, where = inputs.prepare(embeddings, labels, where=where)
+  embeddings, where = inputs.validate(embeddings, labels, where=where)
   squares = _squared_distances(embeddings)
   shortfall = jax.nn.relu(margin - distances.safe_sqrt(squares))
   is_positive, is_negative = inputs.pairs(labels, where)
@@ -85,26 +85,25 @@ def triplet_loss(
   """Calculates the triplet loss of a batch, a scalar.
 
   With d the squared Euclidean distance, the mean over triplets of an anchor a,
-  a positive p and a negative n (FaceNet, whose embeddings are unit vectors and
-  whose margin is 0.2) of
+  a positive p and a negative n of
 
-    [d(a, p) + margin - d(a, n)]_+.
+    [d(a, p) + margin - d(a, n)]_+
 
-  Mining chooses the triplets:
+  (FaceNet, with unit embeddings and a margin of 0.2). Mining selects triplets:
 
-    batch_all: all whose loss is not 0 (Hermans et al.).
-    batch_hard: for each anchor its farthest positive and its nearest negative
+    batch_all: all triplets with a nonzero loss (Hermans et al.).
+    batch_hard: for each anchor, the farthest positive and the nearest negative
       (Hermans et al.).
-    semi_hard: for each positive pair the nearest of the negatives farther from
-      the anchor than the positive is (FaceNet); where there is none, the
-      farthest negative, as in the loss of Song et al.'s comparisons.
+    semi_hard: for each positive pair, the nearest of the negatives that are
+      farther from the anchor than the positive (FaceNet); if there is none, the
+      farthest negative, as in the comparisons of Song et al.
 
   Args:
     embeddings: float [batch, dim].
     labels: int [batch].
     margin: by which a positive should be nearer than a negative.
     mining: 'batch_all', 'batch_hard' or 'semi_hard'.
-    where: bool [batch], examples that count.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [], the loss of the batch.
@@ -116,14 +115,14 @@ def triplet_loss(
     raise ValueError(
       f'Unknown mining {mining!r}: choose one of {", ".join(sorted(_MINING))}.'
     )
-  embeddings, where = inputs.prepare(embeddings, labels, where=where)
+  embeddings, where = inputs.validate(embeddings, labels, where=where)
   squares = _squared_distances(embeddings)
 
   def sum_of_anchor(row):
-    hinges, is_chosen = _MINING[mining](*row, margin)
-    return jnp.sum(hinges, where=is_chosen), jnp.sum(is_chosen)
+    hinges, is_selected = _MINING[mining](*row, margin)
+    return jnp.sum(hinges, where=is_selected), jnp.sum(is_selected)
 
-  # Anchor by anchor, forwards and backwards: all triplets at once are batch^3.
+  # Both passes go anchor by anchor: all triplets at once would take batch^3.
   sums, counts = jax.lax.map(
     jax.checkpoint(sum_of_anchor), (squares, *inputs.pairs(labels, where))
   )
@@ -131,13 +130,14 @@ def triplet_loss(
 
 
 def _batch_all(squares, is_positive, is_negative, margin):
-  """The hinges of an anchor's triplets, [batch, batch], and which count."""
+  """Returns the hinges of an anchor's triplets, [batch, batch], and a mask."""
   hinges = jax.nn.relu(squares[:, None] + margin - squares[None, :])
   is_triplet = is_positive[:, None] & is_negative[None, :]
   return hinges, is_triplet & (hinges > 0)
 
 
 def _batch_hard(squares, is_positive, is_negative, margin):
+  """Returns the hinge of an anchor's hardest triplet, [], and a mask."""
   farthest = jnp.max(squares, where=is_positive, initial=0)
   nearest = jnp.min(squares, where=is_negative, initial=jnp.inf)
   hinge = jax.nn.relu(farthest + margin - nearest)
@@ -145,7 +145,7 @@ def _batch_hard(squares, is_positive, is_negative, margin):
 
 
 def _semi_hard(squares, is_positive, is_negative, margin):
-  """The hinge of each positive pair of an anchor, [batch], and which count."""
+  """Returns the hinges of an anchor's positive pairs, [batch], and a mask."""
   is_farther = is_negative[None, :] & (squares[None, :] > squares[:, None])
   nearest = jnp.min(
     jnp.broadcast_to(squares, is_farther.shape),
@@ -176,24 +176,24 @@ def n_pairs_loss(
   """Calculates the multi-class N-pair loss of a batch, a scalar.
 
   The first two examples of each class are its pair (x, x+). With N pairs
-  (Eq. 6 of Sohn, and its regulariser of Sec. 3.2.2)
+  (Eq. 6 of Sohn, and the regularizer of Sec. 3.2.2),
 
     loss = 1/N sum_i log(1 + sum_{j != i} exp(x_i.x_j+ - x_i.x_i+))
          + regularization/(2 N) sum_i (||x_i||^2 + ||x_i+||^2).
 
-  Further examples of a class and classes with one take no part: the paper's
-  batches hold two of each.
+  Further examples of a class, and classes with a single example, are ignored:
+  batches of the paper have two examples of each class.
 
   Args:
     embeddings: float [batch, dim].
     labels: int [batch].
     regularization: the weight of the squared norms.
-    where: bool [batch], examples that count.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [], the loss of the batch.
   """
-  embeddings, where = inputs.prepare(embeddings, labels, where=where)
+  embeddings, where = inputs.validate(embeddings, labels, where=where)
   is_positive, _ = inputs.pairs(labels, where)
   is_later, is_earlier = jnp.triu(is_positive), jnp.tril(is_positive)
   is_anchor = jnp.any(is_later, axis=1) & ~jnp.any(is_earlier, axis=1)
@@ -226,12 +226,12 @@ def lifted_structure_loss(
     embeddings: float [batch, dim].
     labels: int [batch].
     margin: alpha; the paper's is 1.
-    where: bool [batch], examples that count.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [], the loss of the batch.
   """
-  embeddings, where = inputs.prepare(embeddings, labels, where=where)
+  embeddings, where = inputs.validate(embeddings, labels, where=where)
   lengths = distances.safe_sqrt(_squared_distances(embeddings))
   is_positive, is_negative = inputs.pairs(labels, where)
   pushes = masked.log_sum_exp(margin - lengths, axis=1, where=is_negative)
@@ -252,31 +252,34 @@ def multi_similarity_loss(
 ) -> jax.Array:
   """Calculates the multi-similarity loss of each example.
 
-  With S the cosines, an anchor i keeps the negatives N more similar than its
-  least similar positive less epsilon, and the positives P less similar than its
-  most similar negative plus epsilon (Eq. 11 to 15 of
+  With S the cosines, each anchor i selects the negatives N with a cosine above
+  that of its least similar positive minus epsilon, and the positives P with a
+  cosine below that of its most similar negative plus epsilon (Eq. 11 to 15 of
   https://arxiv.org/abs/1904.06627):
 
     loss_i = 1/alpha log(1 + sum_{k in P} exp(-alpha (S_ik - base)))
            + 1/beta log(1 + sum_{k in N} exp(beta (S_ik - base))).
 
   Args:
-    embeddings: float [batch, dim]; they are normalised.
+    embeddings: float [batch, dim]; normalized by this function.
     labels: int [batch].
-    alpha: of the positives, positive.
-    beta: of the negatives, positive.
-    base: lambda, the cosine from which on pairs weigh; 0.5 as in the authors'
-      code.
-    epsilon: by which a pair may be easy and still be kept; infinity keeps all.
-    where: bool [batch], examples that count.
+    alpha: the scale of positives, > 0.
+    beta: the scale of negatives, > 0.
+    base: lambda, the offset of the cosines; 0.5 as in the authors' code.
+    epsilon: slack of the selection. With infinity, an anchor that has both a
+      positive and a negative selects all of its pairs; an anchor without one
+      of them still selects none.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
-    float32 [batch], the loss of each example; 0 without a positive or without a
-    negative.
+    float32 [batch], the loss of each example; 0 for an anchor without a
+    positive or without a negative.
   """
-  embeddings, where = inputs.prepare(embeddings, labels, where=where)
+  embeddings, where = inputs.validate(embeddings, labels, where=where)
   cosines = distances.cosines(embeddings, embeddings)
   is_positive, is_negative = inputs.pairs(labels, where)
+  # Without a positive (or a negative), the threshold is infinite. An infinite
+  # epsilon makes it NaN, with which no comparison holds either.
   least = jnp.min(
     cosines, axis=1, where=is_positive, initial=jnp.inf, keepdims=True
   )
@@ -306,39 +309,39 @@ def facility_location_loss(
 ) -> jax.Array:
   """Calculates the structured clustering loss of a batch, a scalar.
 
-  A set S of examples, the medoids, clusters the batch: each example goes to its
-  nearest medoid. With D the Euclidean distance (https://arxiv.org/abs/1612.01213),
+  A set S of examples, the medoids, clusters the batch by the nearest medoid.
+  With D the Euclidean distance (https://arxiv.org/abs/1612.01213),
 
     loss = [max_S {F(S) + margin_multiplier (1 - NMI(S, labels))} - F_true]_+
     F(S) = -sum_i min_{j in S} D_ij
     F_true = sum_c max_{j in c} -sum_{i in c} D_ij,
 
-  S of as many examples as there are classes c. The maximum is searched as in
-  the paper: medoids are added one by one, each the best (Algorithm 1), then
-  each is exchanged for the best example of its cluster, over and over
-  (Algorithm 2). NMI has the geometric mean of the entropies. The search is a
-  constant to the gradient. Its time grows with the batch to the third times the
-  number of classes.
+  where S has one medoid per class c in the batch. The maximum is approximated
+  as in the paper: a greedy search adds the best medoid, one at a time
+  (Algorithm 1); then, repeatedly, each medoid is exchanged for the best example
+  of its cluster (Algorithm 2). NMI uses the geometric mean of the entropies. No
+  gradient flows through the search. Its time is proportional to batch^3 times
+  the number of classes.
 
   Args:
     embeddings: float [batch, dim].
     labels: int [batch].
-    margin_multiplier: gamma; the paper lets it decay.
-    num_refinements: rounds of exchanges.
-    where: bool [batch], examples that count.
+    margin_multiplier: gamma, which the paper decays during training.
+    num_refinements: number of rounds of exchanges.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [], the loss of the batch.
   """
-  embeddings, where = inputs.prepare(embeddings, labels, where=where)
+  embeddings, where = inputs.validate(embeddings, labels, where=where)
   lengths = distances.safe_sqrt(_squared_distances(embeddings))
-  is_alike = (labels[:, None] == labels[None, :]) & where[None, :]
-  # The first of its class stands for it.
-  classes = jnp.argmax(is_alike, axis=1)
+  is_same_class = (labels[:, None] == labels[None, :]) & where[None, :]
+  # A class is represented by the index of its first example.
+  classes = jnp.argmax(is_same_class, axis=1)
   is_first = where & (classes == jnp.arange(labels.shape[0]))
 
   def score(is_medoid, lengths):
-    """F(S) and the weighted 1 - NMI, and the medoid of each example."""
+    """Returns F(S) + gamma (1 - NMI), and each example's medoid."""
     to_medoids = jnp.where(is_medoid[None, :], lengths, jnp.inf)
     clusters = jnp.argmin(to_medoids, axis=1)
     facility = -jnp.sum(jnp.min(to_medoids, axis=1), where=where)
@@ -352,24 +355,33 @@ def facility_location_loss(
     num_refinements,
   )
   worst, _ = score(medoids, lengths)
-  costs = jnp.sum(lengths, axis=0, where=is_alike.T & where[:, None])
+  costs = jnp.sum(lengths, axis=0, where=is_same_class.T & where[:, None])
   costs = jnp.min(
-    jnp.broadcast_to(costs, is_alike.shape),
+    jnp.broadcast_to(costs, is_same_class.shape),
     axis=1,
-    where=is_alike,
+    where=is_same_class,
     initial=jnp.inf,
   )
   return jax.nn.relu(worst + jnp.sum(costs, where=is_first))
 
 
 def _search_medoids(score, where, num_medoids, num_refinements):
-  """Searches the medoids of the largest score: bool [batch].
+  """Searches for the medoids with the largest score.
+
+  First a greedy search: each step adds the example that increases the score
+  most. Then local search: each round visits the medoids in order, removes one,
+  and adds the best example of the cluster it had at the start of the round,
+  which can be the same one.
 
   Args:
-    score: bool [batch] -> (float32 [], the medoid of each example).
-    where: bool [batch], examples that count.
-    num_medoids: int32 [].
-    num_refinements: rounds of exchanges after the greedy search.
+    score: maps medoids, bool [batch], to (score, clusters): float32 [], and
+      int32 [batch], each example's medoid.
+    where: bool [batch], examples to include; by default all.
+    num_medoids: int32 [], number of medoids.
+    num_refinements: number of rounds of local search.
+
+  Returns:
+    bool [batch], whether each example is a medoid.
   """
   indices = jnp.arange(where.shape[0])
 
@@ -385,7 +397,8 @@ def _search_medoids(score, where, num_medoids, num_refinements):
     return is_medoid.at[best].set(True)
 
   def exchange(index, is_medoid, clusters):
-    # Even a medoid whose twin has taken its cluster may stay.
+    # A medoid stays a candidate even if its cluster is empty, because another
+    # medoid coincides with it.
     candidates = (where & (clusters == index)).at[index].set(True)
     return add_best(is_medoid.at[index].set(False), candidates)
 
@@ -413,10 +426,17 @@ def _search_medoids(score, where, num_medoids, num_refinements):
 
 
 def _normalized_mutual_information(a, b, where):
-  """I(a, b) / sqrt(H(a) H(b)) of two partitions, int [batch] below batch.
+  """Returns I(a, b) / sqrt(H(a) H(b)) of two partitions.
 
-  Each entropy is a mean over examples of the logarithm of the share of those
-  that are in the same part. Two partitions of one part each are alike.
+  An entropy is the mean over examples of -log(fraction of the examples in the
+  same part). Two partitions with a single part each have an NMI of 1.
+
+  Args:
+    a, b: int [batch], in [0, batch).
+    where: bool [batch], examples to include.
+
+  Returns:
+    float32 [].
   """
   size = where.shape[0]
   total = jnp.maximum(jnp.sum(where), 1)
@@ -428,8 +448,10 @@ def _normalized_mutual_information(a, b, where):
     count = jnp.where(where, count, 1)
     return -masked.mean(jnp.log(count / total), where=where)
 
-  of_a, of_b = entropy(a), entropy(b)
-  shared = of_a + of_b - entropy(size * a + b)
-  norm = jnp.sqrt(of_a * of_b)
-  is_trivial = (of_a == 0) & (of_b == 0)
-  return jnp.where(norm > 0, shared / jnp.where(norm > 0, norm, 1), is_trivial)
+  entropy_a, entropy_b = entropy(a), entropy(b)
+  information = entropy_a + entropy_b - entropy(size * a + b)
+  norm = jnp.sqrt(entropy_a * entropy_b)
+  is_trivial = (entropy_a == 0) & (entropy_b == 0)
+  return jnp.where(
+    norm > 0, information / jnp.where(norm > 0, norm, 1), is_trivial
+  )

@@ -1,10 +1,9 @@
 """Losses that compare each embedding with learned proxies.
 
 All functions take `embeddings: float [batch, dim]`, `proxies: float
-[num_proxies, dim]` and `labels: int [batch]`, which index the proxies, and
-compute in float32 whatever comes in. A loss that is a mean over examples
-returns them unreduced, `float32 [batch]`; a loss of the batch as a whole
-returns a scalar, and says so.
+[num_proxies, dim]` and `labels: int [batch]`, and compute in float32 whatever
+the input dtype. Losses that are means over examples return the unreduced
+`float32 [batch]`; losses of the batch as a whole return a scalar, and say so.
 
 References:
   Movshovitz-Attias et al., No Fuss Distance Metric Learning using Proxies,
@@ -39,20 +38,20 @@ def proxy_nca_loss(
 ) -> jax.Array:
   """Calculates the Proxy-NCA loss of each example.
 
-  With d the squared Euclidean distance, p(y) the proxy of the example's label
+  With d the squared Euclidean distance, p(y) the proxy of the example's class,
   and Z the other proxies (Algorithm 1 of https://arxiv.org/abs/1703.07464),
 
     loss(x, y) = -log(exp(-d(x, p(y)) / T) / sum_{p in Z} exp(-d(x, p) / T)).
 
-  The sum leaves the positive out, so that the loss can be negative. With
-  `positive_in_denominator` the sum runs over all proxies: the softmax form of
-  ProxyNCA++ (https://arxiv.org/abs/2004.01113). The paper names no temperature;
-  1/9 is ProxyNCA++'s. Code that scales both unit vectors by 3 means the same,
-  since the distance is squared.
+  The sum excludes the positive, so the loss can be negative. With
+  `positive_in_denominator` the sum runs over all proxies, the softmax form of
+  ProxyNCA++ (https://arxiv.org/abs/2004.01113). The paper has no temperature;
+  1/9 is that of ProxyNCA++. Code that multiplies both unit vectors by 3
+  computes the same, since the distance is squared.
 
-  Label smoothing is not the paper's. It moves the given mass from the positive
-  to the other proxies in equal shares, as common Proxy-NCA code does; Optax's
-  `smooth_labels` leaves a share with the positive.
+  Label smoothing is not in the paper. It distributes the given probability
+  evenly over the other proxies, as common Proxy-NCA code does, unlike Optax's
+  `smooth_labels`, which distributes it over all classes.
 
   >>> x = jnp.array([[1., 0.]])
   >>> p = jnp.array([[1., 0.], [0., 1.]])
@@ -62,32 +61,32 @@ def proxy_nca_loss(
   Args:
     embeddings: float [batch, dim].
     proxies: float [num_proxies, dim].
-    labels: int [batch], in [0, num_proxies). Values known outside of `jit` are
-      checked; inside, a label out of range gives NaN for its example.
-    temperature: T, positive. Small values sharpen the comparison.
+    labels: int [batch], in [0, num_proxies). A label out of range raises
+      ValueError if it is concrete; under `jit` its loss is NaN.
+    temperature: T, positive. Smaller values sharpen the softmax.
     positive_in_denominator: whether the sum includes the positive.
     normalize: whether to project embeddings and proxies to the unit sphere.
-    label_smoothing: in [0, 1), mass given to the other proxies.
-    proxy_chunk: proxies to compare with at a time. Memory is then that of
-      [batch, proxy_chunk], not of [batch, num_proxies], for one more product;
-      the loss is the same up to rounding. By default all at once.
-    log_priors: float [num_proxies], added to -d(x, p) / T of each proxy, such
-      as `frequency.log_priors`: logit adjustment for classes of different
-      sizes (https://arxiv.org/abs/2007.07314). By default nothing.
-    where: bool [batch], examples that count. The others have a loss and
-      gradients of 0, whatever their values.
+    label_smoothing: in [0, 1), the probability given to the other proxies.
+    proxy_chunk: number of proxies to process at a time. It reduces memory from
+      [batch, num_proxies] to [batch, proxy_chunk], at the cost of one more
+      matmul; the loss is the same up to rounding. By default all at once.
+    log_priors: float [num_proxies], added to -d(x, p) / T, such as
+      `frequency.log_priors`: logit adjustment for long-tailed classes
+      (https://arxiv.org/abs/2007.07314). By default none.
+    where: bool [batch], examples to include; by default all. Masked examples
+      have a loss and gradients of 0, whatever their values.
 
   Returns:
     float32 [batch], the loss of each example.
 
   Raises:
-    ValueError: if a label is out of range, the temperature or the chunk not
-      positive, smoothing asked of the paper's form, or no other proxy there to
-      compare with.
+    ValueError: if a label, the temperature, label_smoothing or proxy_chunk is
+      out of range, if label_smoothing is set without positive_in_denominator,
+      or if there is no other proxy to compare with.
   """
   chex.assert_rank(proxies, 2)
   num_proxies = proxies.shape[0]
-  embeddings, where = inputs.prepare(
+  embeddings, where = inputs.validate(
     embeddings, labels, num_classes=num_proxies, where=where
   )
   _check_temperature(temperature)
@@ -95,8 +94,9 @@ def proxy_nca_loss(
     raise ValueError(f'label_smoothing ({label_smoothing}) must be in [0, 1).')
   if label_smoothing and not positive_in_denominator:
     raise ValueError(
-      f'label_smoothing ({label_smoothing}) needs positive_in_denominator=True:'
-      ' without the positive in the sum there is no distribution to smooth.'
+      f'label_smoothing ({label_smoothing}) requires '
+      'positive_in_denominator=True: without the positive in the sum there is '
+      'no distribution to smooth.'
     )
   if label_smoothing or not positive_in_denominator:
     _check_others(num_proxies)
@@ -109,33 +109,34 @@ def proxy_nca_loss(
   if normalize:
     embeddings = distances.unit_norm(embeddings)
   scaled = 2 / temperature * embeddings
-  share = label_smoothing / max(num_proxies - 1, 1)
+  smoothed = label_smoothing / max(num_proxies - 1, 1)
 
   def compare(proxies, priors, first):
-    """The part of these proxies in each example's two terms."""
-    # As in `negative_distances`. The own proxies are gathered: another sum
-    # over the similarities would keep a copy of them, and twice the time.
+    """Returns this chunk's part of log_sum and target, each [batch]."""
+    # The logits are those of `negative_distances`. The positives are gathered,
+    # since a masked sum over the logits would keep a copy of them and take
+    # twice as long.
     proxies = jnp.asarray(proxies, jnp.float32)
     local = labels - first
     positives = proxies.at[local].get(mode='clip')
     if normalize:
-      own = jnp.sum(scaled * distances.unit_norm(positives), axis=1)
+      target = jnp.sum(scaled * distances.unit_norm(positives), axis=1)
       logits = distances.projections(scaled, proxies)
     else:
-      own = jnp.sum(scaled * positives - positives**2 / temperature, axis=1)
+      target = jnp.sum(scaled * positives - positives**2 / temperature, axis=1)
       squares = jnp.sum(proxies**2, axis=1) / temperature
       logits = distances.products(scaled, proxies) - squares[None, :]
     if priors is not None:
-      own += priors.at[local].get(mode='clip')
+      target += priors.at[local].get(mode='clip')
       logits += priors[None, :]
     size = proxies.shape[0]
-    target = jnp.where((local >= 0) & (local < size), own, 0)
+    target = jnp.where((local >= 0) & (local < size), target, 0)
     if label_smoothing:
-      everything = jnp.sum(logits, axis=1)
-      target = (1 - label_smoothing - share) * target + share * everything
+      total = jnp.sum(logits, axis=1)
+      target = (1 - label_smoothing - smoothed) * target + smoothed * total
     in_sum = (first + jnp.arange(size) < num_proxies)[None, :]
     if not positive_in_denominator:
-      in_sum &= ~inputs.is_class(local, size)
+      in_sum &= ~inputs.one_hot(local, size)
     return masked.log_sum_exp(logits, axis=1, where=in_sum), target
 
   if proxy_chunk is None:
@@ -144,19 +145,19 @@ def proxy_nca_loss(
     log_sums, targets = _map_chunks(compare, proxies, log_priors, proxy_chunk)
     log_sum = jax.nn.logsumexp(log_sums, axis=0)
     target = jnp.sum(targets, axis=0)
-  return inputs.finish(log_sum - target, labels, num_proxies, where)
+  return inputs.mask_loss(log_sum - target, labels, num_proxies, where)
 
 
 def _map_chunks(fn, proxies: chex.Array, priors: chex.Array | None, size: int):
-  """Stacks fn(proxies, priors, index of the first), chunk by chunk.
+  """Stacks fn(proxies, priors, index of the first proxy) of all chunks.
 
-  The last is filled with 0. Backwards a chunk is computed again: nothing of a
-  chunk is kept.
+  The last chunk is padded with 0. The backward pass recomputes each chunk, so
+  that none is kept in memory.
   """
 
   def divide(rows):
-    filling = ((0, -rows.shape[0] % size),) + ((0, 0),) * (rows.ndim - 1)
-    return jnp.pad(rows, filling).reshape(-1, size, *rows.shape[1:])
+    padding = ((0, -rows.shape[0] % size),) + ((0, 0),) * (rows.ndim - 1)
+    return jnp.pad(rows, padding).reshape(-1, size, *rows.shape[1:])
 
   chunks = jax.tree.map(divide, (proxies, priors))
   firsts = size * jnp.arange(chunks[0].shape[0])
@@ -173,7 +174,7 @@ def _check_temperature(temperature):
 def _check_others(num_proxies):
   if num_proxies < 2:
     raise ValueError(
-      f'At least two proxies are needed, got {num_proxies}: the positive is '
+      f'At least two proxies are required, got {num_proxies}: the positive is '
       'compared with the others.'
     )
 
@@ -188,13 +189,15 @@ def proxy_nca_pp_loss(
   log_priors: chex.Array | None = None,
   where: chex.Array | None = None,
 ) -> jax.Array:
-  """Calculates the loss of ProxyNCA++ of each example.
+  """Calculates the ProxyNCA++ loss of each example.
 
-  The probability of the own proxy among all (https://arxiv.org/abs/2004.01113):
+  The softmax cross-entropy over all proxies P
+  (https://arxiv.org/abs/2004.01113):
 
     loss(x, y) = -log(exp(-d(x, p(y)) / T) / sum_{p in P} exp(-d(x, p) / T)).
 
-  `proxy_nca_loss` says the rest; what else ProxyNCA++ is lies outside the loss.
+  See `proxy_nca_loss` for the arguments. The other changes of ProxyNCA++ are
+  outside the loss.
   """
   return proxy_nca_loss(
     embeddings,
@@ -220,13 +223,13 @@ def fractional_proxy_nca_loss(
 ) -> jax.Array:
   """Calculates Proxy-NCA with fewer or more proxies than classes.
 
-  Classes are assigned to proxies beforehand, as `proxies.random_assignment`
-  does: few proxies are shared by classes, of many a class has several. p(y) is
-  the nearest of the class's own proxies and Z all that are not its own,
+  A fixed assignment, such as that of `proxies.random_assignment`, gives each
+  class one or several proxies, which classes can share. p(y) is the nearest
+  proxy of the class, and Z are the proxies of other classes only:
 
     loss(x, y) = -log(exp(-d(x, p(y)) / T) / sum_{p in Z} exp(-d(x, p) / T)).
 
-  The paper assigns at random, with at most one proxy a class (Sec. 4.1 of
+  The paper assigns at random, with at most one proxy per class (Sec. 4.1 of
   https://arxiv.org/abs/1703.07464).
 
   Args:
@@ -234,40 +237,40 @@ def fractional_proxy_nca_loss(
     proxies: float [num_proxies, dim].
     labels: int [batch], in [0, num_classes); checked as in `proxy_nca_loss`.
     assignment: int [num_classes, k], the proxies of each class, in
-      [0, num_proxies), k < num_proxies. Repeated ones count once.
+      [0, num_proxies), k < num_proxies. Repetitions count once.
     temperature: T, positive.
     normalize: whether to project embeddings and proxies to the unit sphere.
-    where: bool [batch], examples that count.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [batch], the loss of each example.
 
   Raises:
-    ValueError: if a label is out of range, the temperature not positive, or a
-      class may own all proxies.
+    ValueError: if a label or the temperature is out of range, or k is not less
+      than num_proxies.
   """
   chex.assert_rank([proxies, assignment], 2)
   _check_temperature(temperature)
-  num_proxies, num_own = proxies.shape[0], assignment.shape[1]
-  if num_own >= num_proxies:
+  num_proxies, num_assigned = proxies.shape[0], assignment.shape[1]
+  if num_assigned >= num_proxies:
     raise ValueError(
-      f'A class with {num_own} of {num_proxies} proxies leaves no other to '
-      'compare with.'
+      f'The proxies per class ({num_assigned}) must be fewer than all proxies '
+      f'({num_proxies}): the others are compared with.'
     )
-  embeddings, where = inputs.prepare(
+  embeddings, where = inputs.validate(
     embeddings, labels, num_classes=assignment.shape[0], where=where
   )
   logits = negative_distances(embeddings, proxies, normalize=normalize)
   logits = logits / temperature
-  own = jnp.asarray(assignment).at[labels].get(mode='clip')
-  is_own = functools.reduce(
+  assigned = jnp.asarray(assignment).at[labels].get(mode='clip')
+  is_target = functools.reduce(
     jnp.logical_or,
-    [inputs.is_class(own[:, k], num_proxies) for k in range(num_own)],
+    [inputs.one_hot(assigned[:, k], num_proxies) for k in range(num_assigned)],
   )
   # The nearest has the largest logit.
-  positive = jnp.max(logits, axis=1, where=is_own, initial=-jnp.inf)
-  loss = masked.log_sum_exp(logits, axis=1, where=~is_own) - positive
-  return inputs.finish(loss, labels, assignment.shape[0], where)
+  positive = jnp.max(logits, axis=1, where=is_target, initial=-jnp.inf)
+  loss = masked.log_sum_exp(logits, axis=1, where=~is_target) - positive
+  return inputs.mask_loss(loss, labels, assignment.shape[0], where)
 
 
 def dynamic_proxy_nca_loss(
@@ -279,19 +282,17 @@ def dynamic_proxy_nca_loss(
   normalize: bool = True,
   where: chex.Array | None = None,
 ) -> jax.Array:
-  """Calculates Proxy-NCA where every point belongs to its nearest proxy.
+  """Calculates Proxy-NCA with each point assigned to its nearest proxy.
 
-  No class owns a proxy: labels only say which points of the batch are alike.
-  Of each anchor x, Y are the points like it and Z those unlike it, each of
-  which its nearest proxy replaces, p(z) = argmin_p d(z, p) (Sec. 4.1 of
-  https://arxiv.org/abs/1703.07464):
+  Proxies have no class; labels only define the positives Y and the negatives Z
+  of each anchor x in the batch. Each of these is replaced by its nearest proxy,
+  p(z) = argmin_p d(z, p) (Sec. 4.1 of https://arxiv.org/abs/1703.07464):
 
     loss(x) = mean_{y in Y} -log(exp(-d(x, p(y)) / T)
                                  / sum_{z in Z} exp(-d(x, p(z)) / T)).
 
-  Points that share a proxy count one by one, as in the bound of the paper. The
-  assignment is no function to differentiate; gradients reach the proxies that
-  it chose.
+  Points that share a proxy are counted separately, as in the paper's bound. The
+  assignment is not differentiable; gradients flow to the assigned proxies.
 
   Args:
     embeddings: float [batch, dim].
@@ -299,18 +300,18 @@ def dynamic_proxy_nca_loss(
     labels: int [batch], of any values.
     temperature: T, positive.
     normalize: whether to project embeddings and proxies to the unit sphere.
-    where: bool [batch], examples that count.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
-    float32 [batch], the loss of each example; 0 for one without a point like it
-    or without one unlike it.
+    float32 [batch], the loss of each example; 0 for an anchor without a
+    positive or without a negative.
 
   Raises:
-    ValueError: if the temperature is not positive.
+    ValueError: if the temperature is out of range.
   """
   chex.assert_rank(proxies, 2)
   _check_temperature(temperature)
-  embeddings, where = inputs.prepare(embeddings, labels, where=where)
+  embeddings, where = inputs.validate(embeddings, labels, where=where)
   logits = negative_distances(embeddings, proxies, normalize=normalize)
   nearest = jnp.argmax(logits, axis=1)
   logits = logits[:, nearest] / temperature
@@ -330,42 +331,42 @@ def proxy_triplet_loss(
   normalize: bool = True,
   where: chex.Array | None = None,
 ) -> jax.Array:
-  """Calculates the margin loss of each example with proxies.
+  """Calculates the triplet loss with proxies of each example.
 
-  The triplet loss with the proxies of its positive and negative (Sec. 3 of
-  https://arxiv.org/abs/1703.07464), d the squared Euclidean distance, in the
-  mean over the other proxies Z:
+  The positive and the negative are replaced by their proxies (Sec. 3 of
+  https://arxiv.org/abs/1703.07464). With d the squared Euclidean distance and Z
+  the other proxies,
 
     loss(x, y) = mean_{p in Z} [d(x, p(y)) + margin - d(x, p)]_+.
 
-  The paper names no margin; 0.2 is FaceNet's, for the same distance.
+  The paper gives no margin; 0.2 is FaceNet's, for the same distance.
 
   Args:
     embeddings: float [batch, dim].
     proxies: float [num_proxies, dim], at least two.
     labels: int [batch], in [0, num_proxies); checked as in `proxy_nca_loss`.
-    margin: by which the own proxy should be nearer than others.
+    margin: by which the positive should be nearer than the other proxies.
     normalize: whether to project embeddings and proxies to the unit sphere.
-    where: bool [batch], examples that count.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [batch], the loss of each example.
 
   Raises:
-    ValueError: if a label is out of range or there is no other proxy.
+    ValueError: if a label is out of range, or there is only one proxy.
   """
   chex.assert_rank(proxies, 2)
   num_proxies = proxies.shape[0]
   _check_others(num_proxies)
-  embeddings, where = inputs.prepare(
+  embeddings, where = inputs.validate(
     embeddings, labels, num_classes=num_proxies, where=where
   )
-  nearness = negative_distances(embeddings, proxies, normalize=normalize)
-  is_positive = inputs.is_class(labels, num_proxies)
-  positive = jnp.sum(nearness, axis=1, where=is_positive, keepdims=True)
-  hinges = jax.nn.relu(margin + nearness - positive)
+  similarities = negative_distances(embeddings, proxies, normalize=normalize)
+  is_positive = inputs.one_hot(labels, num_proxies)
+  positive = jnp.sum(similarities, axis=1, where=is_positive, keepdims=True)
+  hinges = jax.nn.relu(margin + similarities - positive)
   loss = masked.mean(hinges, axis=1, where=~is_positive)
-  return inputs.finish(loss, labels, num_proxies, where)
+  return inputs.mask_loss(loss, labels, num_proxies, where)
 
 
 def proxy_anchor_loss(
@@ -379,15 +380,15 @@ def proxy_anchor_loss(
 ) -> jax.Array:
   """Calculates the Proxy-Anchor loss of a batch, a scalar.
 
-  With s the cosine, P all proxies, P+ those of the classes in the batch, and
-  X+ and X- the examples of a proxy's class and of the others (Sec. 3.2 of
+  With s the cosine, P all proxies, P+ those of classes in the batch, and X+ and
+  X- the examples of the proxy's class and of all others (Sec. 3.2 of
   https://arxiv.org/abs/2003.13911),
 
     loss = 1/|P+| sum_{p in P+} log(1 + sum_{X+} exp(-alpha (s(x, p) - margin)))
          + 1/|P| sum_{p in P} log(1 + sum_{X-} exp(alpha (s(x, p) + margin))).
 
-  A proxy is the anchor and gathers the batch, so that the loss is no mean over
-  examples. A batch without examples has a loss of 0.
+  Proxies are the anchors, so that the loss is not a mean over examples. An
+  empty batch has a loss of 0.
 
   >>> x = jnp.array([[1., 0.]])
   >>> p = jnp.array([[1., 0.], [0., 1.]])
@@ -397,11 +398,11 @@ def proxy_anchor_loss(
   Args:
     embeddings: float [batch, dim].
     proxies: float [num_classes, dim].
-    labels: int [batch], in [0, num_classes). Values known outside of `jit` are
-      checked; inside, a label out of range makes the loss NaN.
+    labels: int [batch], in [0, num_classes). A label out of range raises
+      ValueError if it is concrete; under `jit` the loss is NaN.
     alpha: the scale of the cosines, positive; the paper's is 32.
     margin: delta; the paper's is 0.1.
-    where: bool [batch], examples that count.
+    where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [], the loss of the batch.
@@ -411,11 +412,11 @@ def proxy_anchor_loss(
   """
   chex.assert_rank(proxies, 2)
   num_classes = proxies.shape[0]
-  embeddings, where = inputs.prepare(
+  embeddings, where = inputs.validate(
     embeddings, labels, num_classes=num_classes, where=where
   )
   cosines = distances.cosines(embeddings, proxies)
-  is_positive = inputs.is_class(labels, num_classes)
+  is_positive = inputs.one_hot(labels, num_classes)
   pulls = masked.log1p_sum_exp(
     -alpha * (cosines - margin), axis=0, where=is_positive & where[:, None]
   )
@@ -424,17 +425,17 @@ def proxy_anchor_loss(
   )
   in_batch = jnp.any(is_positive & where[:, None], axis=0)
   loss = masked.mean(pulls, where=in_batch) + jnp.mean(pushes)
-  return inputs.finish(loss, labels, num_classes, where)
+  return inputs.mask_loss(loss, labels, num_classes, where)
 
 
 def negative_distances(
   embeddings: chex.Array, proxies: chex.Array, *, normalize: bool
 ) -> jax.Array:
-  """Returns -||x - p||^2 up to a constant a row, float32 [batch, num_proxies].
+  """Returns -||x - p||^2 + constant(x) of all pairs, float32 [batch, proxies].
 
-  ||x - p||^2 = ||x||^2 - 2 x.p + ||p||^2, and ||x||^2 is the same for every
-  proxy: it cancels in the loss, and so do both norms on the unit sphere. One
-  matmul of cosines is faster than differences, and exact where x = p.
+  ||x - p||^2 = ||x||^2 - 2 x.p + ||p||^2, where ||x||^2 is the same for all
+  proxies and cancels in the loss, as do both norms on the unit sphere. One
+  matmul is faster than differences, and exact for x = p.
   """
   if normalize:
     return 2 * distances.cosines(embeddings, proxies)

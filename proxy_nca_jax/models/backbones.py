@@ -1,4 +1,4 @@
-"""The backbones by name: how to build each, and what its weights expect."""
+"""The backbones by name: constructors and conventions of published weights."""
 
 import dataclasses
 import functools
@@ -22,17 +22,18 @@ class Backbone:
   """An architecture with the conventions of its published weights.
 
   Attributes:
-    make: builds the module, given `dtype` and what the flags below ask for.
-    mean, std: of the input, per channel of 0..255, in the order it is fed.
-    is_bgr: whether blue comes first.
+    make: builds the module, given `dtype` and the arguments below.
+    mean, std: for normalizing each channel in [0, 255], in the channel order of
+      the backbone.
+    is_bgr: whether the channel order is BGR.
     has_batch_norm: whether `make` takes `make_norm`.
     has_blocks: whether `make` takes `remat`.
-    patch_size: what divides the image's sides; 1 for convolutions.
-    unused: tensors of the published files that an embedding does without: the
-      classifier, and what only its own training needed.
-    resampling: how published position embeddings are brought to another grid:
-      'antialiased', or 'offset' (see `pretrained.resample`); None without.
-    weights: where weights are published.
+    patch_size: divisor of the image's height and width; 1 for convolutions.
+    unused: tensors in the published files that an embedding does not need: the
+      classifier, and those used only by their own training.
+    resampling: method of `pretrained.resample` for position embeddings; None
+      without position embeddings.
+    weights: where weights are published, for an error message.
   """
 
   make: Callable[..., nn.Module]
@@ -65,7 +66,7 @@ def _vit(dim, *, published, patch_size=16, layer_scale=False, **kwargs):
       ViT, patch_size, dim, num_heads=dim // 64, layer_scale=layer_scale
     ),
     patch_size=patch_size,
-    # DINOv2's mask token replaces patches in its own training.
+    # DINOv2's mask token replaces patches only in its own training.
     unused=(
       'head.weight',
       'head.bias',
@@ -158,7 +159,7 @@ def make_backbone(
   batch_norm_momentum: float,
   width: int,
 ) -> nn.Module:
-  """Builds a backbone, from those arguments that its architecture knows."""
+  """Builds a backbone from the arguments that its architecture takes."""
   backbone = BACKBONES[name]
   kwargs = {'dtype': dtype}
   if backbone.has_batch_norm:

@@ -1,4 +1,4 @@
-"""Batch normalisation with torch's running statistics."""
+"""Batch normalization with torch's running statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,16 @@ from flax import linen as nn
 
 
 class BatchNorm(nn.Module):
-  """Normalises each channel over the whole batch, in float32 at least.
+  """Normalizes each channel over the whole batch, in at least float32.
 
-  As torch's BatchNorm2d, and unlike `nn.BatchNorm`, the running variance is fed
-  with the unbiased variance of the batch, while the batch itself is divided by
-  the biased one. `momentum` is the share of the running statistics that is
-  kept: torch's `momentum` is one less it.
+  As in torch's BatchNorm2d, and unlike in `nn.BatchNorm`, the running variance
+  averages the unbiased variance of batches, while a batch is normalized by the
+  biased one.
+
+  Attributes:
+    momentum: decay of the running statistics, 1 - torch's `momentum`.
+    epsilon: added to the variance.
+    dtype: of the result.
   """
 
   momentum: float = 0.9
@@ -20,11 +24,15 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Maps [..., channels] to the same of `dtype`.
+    """Normalizes a batch.
 
     Args:
-      x: the batch.
-      train: whether to use, and to keep, the batch's own statistics.
+      x: float [..., channels].
+      train: whether to normalize by the statistics of the batch and to update
+        the running ones, instead of normalizing by the running ones.
+
+    Returns:
+      [..., channels] of `dtype`.
     """
     channels = x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (channels,))

@@ -1,10 +1,10 @@
-"""BN-Inception, the network of Proxy-NCA's experiments.
+"""BN-Inception, the backbone of the experiments of Proxy-NCA.
 
 Ioffe and Szegedy, Batch Normalization, ICML 2015,
-https://arxiv.org/abs/1502.03167, in the layout of its Caffe model, which the
-published weights follow: convolutions have biases, strided pools round their
-size up, and averages count the padding. Modules have the names of
-`pretrainedmodels`' port, so that its weights need no table.
+https://arxiv.org/abs/1502.03167. It follows the Caffe model that the published
+weights come from: convolutions have biases, strided pooling rounds the output
+size up, and average pooling includes the padding. Modules are named as in the
+port of `pretrainedmodels`, so that its weights load without a table of names.
 """
 
 import functools
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# Of each block: 1x1; reduce, 3x3; reduce, 3x3, 3x3; the pool and its
-# projection. Blocks without 1x1 and projection halve the resolution.
+# Widths of each block's branches: 1x1; reduction, 3x3; reduction, 3x3, 3x3; and
+# the pooling with the width of its projection. Blocks without a 1x1 branch and
+# a projection halve the resolution.
 _BLOCKS = {
   '3a': (64, (64, 64), (64, 96, 96), ('average', 32)),
   '3b': (64, (64, 96), (64, 96, 96), ('average', 64)),
@@ -34,9 +35,9 @@ class BNInception(nn.Module):
   """Maps images [batch, height, width, 3] to features [batch, h, w, 1024].
 
   Attributes:
-    make_norm: makes a normalisation, given its name.
-    dtype: of the convolutions.
-    remat: whether to compute each block again in the backward pass.
+    make_norm: builds a normalization layer, given its name.
+    dtype: compute dtype of the convolutions.
+    remat: whether to recompute each block in the backward pass.
   """
 
   make_norm: Callable[..., nn.Module]
@@ -83,7 +84,7 @@ class BNInception(nn.Module):
     return jnp.concatenate(branches, axis=-1)
 
   def _conv(self, name, width, size, x, train, stride=1):
-    """Convolution, normalisation, ReLU."""
+    """Applies convolution, normalization, and ReLU."""
     x = nn.Conv(
       width,
       (size, size),
@@ -97,5 +98,5 @@ class BNInception(nn.Module):
 
 
 def _halve(x):
-  """Max-pools 3x3 in steps of 2, the size rounded up as in Caffe."""
+  """Max-pools 3x3 with stride 2, with the size rounded up as in Caffe."""
   return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)))

@@ -1,15 +1,16 @@
-"""The tensors of Google's Vision Transformers, renamed as torch's.
+"""Renames the tensors of Google's Vision Transformers as in torch.
 
-Their .npz files come from Flax code that numbers layers by creation: augreg's
-(https://github.com/google-research/vision_transformer) and, with other numbers,
-big_vision's. Attention is stored by head and in three parts.
+Google's .npz files come from Flax code that numbers layers in the order of
+their creation: augreg (https://github.com/google-research/vision_transformer)
+and big_vision, which numbers them differently. Attention kernels have an axis
+for heads, and query, key and value are separate.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-# The attention, the second normalisation and the perceptron of a block.
+# Names of the attention, the second normalization and the MLP of a block.
 _AUGREG = ('MultiHeadDotProductAttention_1', 'LayerNorm_2', 'MlpBlock_3')
 _BIG_VISION = ('MultiHeadDotProductAttention_0', 'LayerNorm_1', 'MlpBlock_0')
 
@@ -17,17 +18,18 @@ _PREFIXES = ('opt/target/', 'params/img/', 'params/')
 
 
 def to_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Renames and reshapes tensors; names that are unknown stay as they are.
+  """Renames and reshapes tensors; unknown names are kept unchanged.
 
   Args:
     arrays: {name: array} of an .npz file.
 
   Returns:
-    {name: array} in torch's names and layouts. What lacks a part is left out.
+    {name: array} in torch's names and layouts. A tensor joined from several is
+    omitted if one of them is missing.
   """
   for prefix in _PREFIXES:
     if f'{prefix}embedding/kernel' in arrays:
-      # What lies beside the parameters is of the optimiser.
+      # Other entries are the optimizer's state.
       arrays = {
         name.removeprefix(prefix): value
         for name, value in arrays.items()
@@ -46,7 +48,7 @@ def to_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _table(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
-  """The names of torch, each with those whose tensors it joins."""
+  """Returns {torch name: the names of the tensors that it concatenates}."""
   is_big_vision = 'pos_embedding' in arrays
   attention, norm2, mlp = _BIG_VISION if is_big_vision else _AUGREG
   positions = 'pos_embedding'
@@ -83,11 +85,11 @@ def _table(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
 
 def _layout(name: str, value: np.ndarray) -> np.ndarray:
   if not name.endswith('/kernel'):
-    # The biases of the heads lie one after the other in torch.
+    # torch concatenates the biases of the heads.
     return value.reshape(-1) if name.endswith(('/bias', '/scale')) else value
   if value.ndim == 4:
     return value.transpose(3, 2, 0, 1)
-  # [dim, heads, head_dim], but the output's is [heads, head_dim, dim].
+  # [dim, heads, head_dim], except for the output: [heads, head_dim, dim].
   if name.endswith('/out/kernel'):
     return value.reshape(-1, value.shape[-1]).T
   return value.reshape(value.shape[0], -1).T

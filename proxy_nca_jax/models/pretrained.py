@@ -1,9 +1,9 @@
-"""Weights of a backbone from a file, or from Hugging Face by name.
+"""Loads the weights of a backbone from a file, or from Hugging Face by name.
 
-Every tensor of a file must have its place and every parameter its tensor, but
-for the classifier, which an embedding does without. Modules bear the names of
-their torch originals, so that the table here is of the leaves alone: their
-names and layouts.
+Loading is strict both ways: every tensor of a file must have its parameter, and
+every parameter its tensor. Only the classifier and the like are ignored (see
+`Backbone.unused`). Modules are named as in the torch originals, so that only
+the names and layouts of the leaves differ.
 """
 
 import math
@@ -35,26 +35,26 @@ _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 def load_weights(
   path: str, name: str, params: dict, model_state: dict
 ) -> tuple[dict, dict]:
-  """Puts the weights of a file into the backbone.
+  """Replaces the weights of the backbone by those of a file.
 
   Args:
     path: of a .pth (.pt, .bin), .safetensors or .npz file.
     name: of the backbone.
-    params: {'backbone', ...}, the parameters as initialised.
+    params: {'backbone', ...}, the initialized parameters.
     model_state: {'batch_stats': {'backbone'}} or {}.
 
   Returns:
-    (params, model_state) with the backbone's replaced, of the same structure,
-    shapes, dtypes and shardings.
+    (params, model_state) with the weights of the backbone replaced, of the same
+    structure, shapes, dtypes and shardings.
 
   Raises:
-    ValueError: if the file cannot be read or does not fit.
+    ValueError: if the file is invalid or does not fit the backbone.
   """
   tensors = read_weights(path)
   statistics = model_state.get('batch_stats', {}).get('backbone', {})
   backbone = {'params': params['backbone'], 'batch_stats': statistics}
   try:
-    # Google's files come with Google's way.
+    # .npz files are Google's, whose code resamples like this.
     resampling = 'corners' if path.endswith('.npz') else None
     filled = import_tensors(tensors, backbone, name, resampling=resampling)
   except ValueError as error:
@@ -67,38 +67,40 @@ def load_weights(
 
 
 def find_weights(init_from: str, name: str) -> str:
-  """Returns the path of a file, or of what Hugging Face's hub gives.
+  """Returns the path of a weights file, downloading it if necessary.
 
   Args:
-    init_from: a path, or a name on the hub, as timm/resnet50.tv_in1k.
+    init_from: a path, or a repository on Hugging Face such as
+      timm/resnet50.tv_in1k.
     name: of the backbone.
 
   Raises:
-    ValueError: if there is neither; it says what to fetch.
+    ValueError: if neither exists; the message says where to find weights.
   """
   path = os.path.expanduser(init_from)
   if os.path.isfile(path):
     return path
   published = BACKBONES[name].weights or 'nowhere'
   help_ = (
-    f'Weights for {name} are published as {published}: fetch them on a machine '
-    'that is online, and give the path of the file with '
-    '--config.model.init_from=FILE. --config.model.init_from= starts from '
-    'random weights.'
+    f'Weights for {name} are published as {published}. Download them on a '
+    'machine with internet access, and pass the file as '
+    '--config.model.init_from=FILE, or train from random weights with '
+    '--config.model.init_from= (empty).'
   )
   is_name = re.fullmatch(r'[\w-]+/[\w.-]+', init_from)
   if not is_name or os.path.splitext(init_from)[1] in _READERS:
     raise ValueError(
-      f'There is no file {init_from!r} (config.model.init_from). {help_}'
+      f'File {init_from!r} (config.model.init_from) does not exist. {help_}'
     )
   try:
     return huggingface_hub.hf_hub_download(init_from, 'model.safetensors')
-  # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors as well.
+  # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors.
   except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
     reason = str(error).split('\n')[0]
     raise ValueError(
       f'model.safetensors of {init_from!r} (config.model.init_from) could not '
-      f'be had from Hugging Face ({type(error).__name__}: {reason}). {help_}'
+      f'be downloaded from Hugging Face ({type(error).__name__}: {reason}). '
+      f'{help_}'
     ) from error
 
 
@@ -106,15 +108,15 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
   """Reads the tensors of a file, in torch's names and layouts.
 
   Raises:
-    ValueError: if its kind is unknown or it is damaged.
+    ValueError: if the file's extension is unknown or its content is damaged.
   """
-  kind = os.path.splitext(path)[1]
-  if kind not in _READERS:
+  extension = os.path.splitext(path)[1]
+  if extension not in _READERS:
     raise ValueError(
       f'{path!r} (config.model.init_from) must end with one of '
       f'{", ".join(_READERS)}.'
     )
-  return _READERS[kind](path)
+  return _READERS[extension](path)
 
 
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
@@ -122,7 +124,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     return safetensors_numpy.load_file(path)
   except (SafetensorError, ValueError, KeyError) as error:
     raise ValueError(
-      f'{path!r} is not a whole safetensors file ({error}): fetch it again.'
+      f'{path!r} is a damaged safetensors file ({error}): download it again.'
     ) from error
 
 
@@ -130,9 +132,10 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
   try:
     with np.load(path) as file:
       arrays = dict(file)
-  except Exception as error:  # zipfile's, zlib's and NumPy's, of many types.
+  # zipfile, zlib and NumPy raise many types of errors.
+  except Exception as error:
     raise ValueError(
-      f'{path!r} is not a whole .npz file ({error}): fetch it again.'
+      f'{path!r} is a damaged .npz file ({error}): download it again.'
     ) from error
   return flax_vit.to_torch(arrays)
 
@@ -153,25 +156,27 @@ def import_tensors(
   *,
   resampling: str | None = None,
 ) -> dict:
-  """Fills a backbone's variables from tensors in torch's names and layouts.
+  """Replaces a backbone's variables by tensors in torch's names and layouts.
 
   Args:
     tensors: {name: array}.
     variables: {'params', 'batch_stats'} of the backbone.
     name: of the backbone.
-    resampling: of position embeddings, see `resample`; None is the backbone's.
+    resampling: method of `resample` for position embeddings; by default the
+      backbone's.
 
   Returns:
-    The variables, each replaced by its tensor as float32 and placed alike.
+    The tensors as float32, in the structure and with the shardings of the
+    variables.
 
   Raises:
-    ValueError: if tensors are missing, left over or of another shape; it lists
-      all of them.
+    ValueError: if tensors are missing, unexpected or of a wrong shape; the
+      message lists all of them.
   """
   backbone = BACKBONES[name]
   leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
   wanted = {_torch_name(path): leaf for path, leaf in leaves}
-  # BatchNorm2d counts its batches; no arithmetic uses the count.
+  # The number of batches that BatchNorm2d counts is not used.
   given = {
     key: np.asarray(value, np.float32)
     for key, value in tensors.items()
@@ -195,7 +200,7 @@ def import_tensors(
 
 
 def _torch_name(path) -> str:
-  """('params', 'layer1.0', 'conv1', 'kernel') is layer1.0.conv1.weight."""
+  """Maps ('params', 'layer1.0', 'conv1', 'kernel') to layer1.0.conv1.weight."""
   *modules, leaf = [key.key for key in path[1:]]
   return '.'.join([*modules, _LEAVES.get(leaf, leaf)])
 
@@ -203,7 +208,7 @@ def _torch_name(path) -> str:
 def _to_flax(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
   if tensor.ndim == leaf.ndim and leaf.ndim in _AXES:
     return tensor.transpose(_AXES[leaf.ndim])
-  # The port of BN-Inception stores vectors as [1, channels].
+  # The files of BN-Inception store vectors as [1, channels].
   if tensor.ndim == 2 and leaf.ndim == 1 and tensor.shape[0] == 1:
     return tensor[0]
   return tensor
@@ -212,7 +217,7 @@ def _to_flax(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
 def _check_same_names(given: Mapping, wanted: Mapping) -> None:
   missing = [key for key in wanted if key not in given]
   extra = [key for key in given if key not in wanted]
-  mis_shaped = [
+  misshapen = [
     f'{key} {given[key].shape} instead of {leaf.shape}'
     for key, leaf in wanted.items()
     if key in given and given[key].shape != leaf.shape
@@ -221,37 +226,37 @@ def _check_same_names(given: Mapping, wanted: Mapping) -> None:
     f'{len(keys)} tensors {what}: {", ".join(keys)}'
     for keys, what in (
       (missing, 'are missing'),
-      (extra, 'have no place'),
-      (mis_shaped, 'have another shape (in the order of Flax)'),
+      (extra, 'are unexpected'),
+      (misshapen, 'have a wrong shape (in the axis order of Flax)'),
     )
     if keys
   ]
   if problems:
     raise ValueError(
-      f'the weights do not fit the architecture. {"; ".join(problems)}. Choose '
-      'the config.model.name that they are of.'
+      f'the weights do not fit the architecture. {"; ".join(problems)}. Set '
+      'config.model.name to the architecture of the weights.'
     )
 
 
 def resample(
   positions: np.ndarray, shape: tuple[int, ...], method: str | None
 ) -> np.ndarray:
-  """Brings the position embeddings of square images to another grid.
+  """Resamples the position embeddings of square images to another grid.
 
-  * 'antialiased': bicubic, as timm for the weights of augreg. Here torch's
-    cubic has a = -0.5, as JAX's.
-  * 'offset': bicubic without antialiasing, a = -0.75 and edges repeated, at the
-    scale (new + 0.1) / old, as DINO and DINOv2 themselves.
-  * 'corners': linear between the outer positions, as Google's own code.
+  * 'antialiased': bicubic with antialiasing, as in timm for the weights of
+    augreg. With antialiasing, torch's cubic has a = -0.5, as does JAX's.
+  * 'offset': bicubic without antialiasing, with a = -0.75, repeated edges, and
+    the scale (new + 0.1) / old, as in the code of DINO and DINOv2.
+  * 'corners': linear with aligned corners, as in Google's code.
 
   Args:
-    positions: float32 [1, 1 + old^2, dim], the class token's first.
+    positions: float32 [1, 1 + old^2, dim], that of the class token first.
     shape: (1, 1 + new^2, dim).
-    method: see above.
+    method: 'antialiased', 'offset' or 'corners'.
 
   Returns:
-    float32 of `shape`, or the positions as they are if they fit or are not of
-    a square.
+    float32 of `shape`; or the positions unchanged if they have that shape or
+    are not those of a square.
   """
   old, new = (math.isqrt(size - 1) for size in (positions.shape[1], shape[1]))
   if positions.shape == shape or positions.shape[1] != 1 + old**2:
@@ -272,13 +277,13 @@ def resample(
 
 
 def _cubic_weights(old: int, new: int) -> np.ndarray:
-  """The [new, old] weights of torch's bicubic interpolation at DINO's scale."""
+  """Returns torch's bicubic weights at DINO's scale: float64 [new, old]."""
   a = -0.75
-  place = (np.arange(new) + 0.5) * (old / (new + 0.1)) - 0.5
-  first = np.floor(place).astype(int)
+  position = (np.arange(new) + 0.5) * (old / (new + 0.1)) - 0.5
+  first = np.floor(position).astype(int)
   weights = np.zeros((new, old))
   for offset in range(-1, 3):
-    x = np.abs(place - (first + offset))
+    x = np.abs(position - (first + offset))
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = a * (((x - 5) * x + 8) * x - 4)
     column = np.clip(first + offset, 0, old - 1)

@@ -1,9 +1,9 @@
-"""ResNet-18, -50 and -101, version 1.5, as torchvision has them.
+"""ResNet-18, -50 and -101, version 1.5, as in torchvision.
 
 He et al., Deep Residual Learning for Image Recognition, CVPR 2016,
-https://arxiv.org/abs/1512.03385. Version 1.5 puts the stride of a bottleneck on
-its 3x3 convolution. Modules have torchvision's names, so that its weights need
-no table.
+https://arxiv.org/abs/1512.03385. Version 1.5 has the stride of a bottleneck in
+its 3x3 convolution. Modules are named as in torchvision, so that its weights
+load without a table of names.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from flax import linen as nn
 
 
 class _Block(nn.Module):
-  """Convolutions beside a shortcut, which is projected where shapes differ.
+  """Convolutions with a shortcut, which is projected if the shapes differ.
 
   Attributes:
-    widths: output channels of each convolution; the last are the block's.
-    sizes: their kernels' sides.
-    strides: their strides.
-    make_norm: makes a normalisation, given its name.
-    dtype: of the convolutions.
+    widths: output channels of each convolution.
+    sizes: kernel size of each convolution.
+    strides: stride of each convolution.
+    make_norm: builds a normalization layer, given its name.
+    dtype: compute dtype of the convolutions.
   """
 
   widths: tuple[int, ...]
@@ -46,15 +46,15 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """Maps images [batch, height, width, 3] to features at 1/32 of the size.
+  """Maps images [batch, height, width, 3] to features at 1/32 resolution.
 
   Attributes:
-    stages: blocks of each of the four stages.
-    is_bottleneck: whether a block is 1x1, 3x3, 1x1 with four times the width
-      at its end, or two 3x3.
-    make_norm: makes a normalisation, given its name.
-    dtype: of the convolutions.
-    remat: whether to compute each block again in the backward pass.
+    stages: number of blocks in each of the four stages.
+    is_bottleneck: whether a block has 1x1, 3x3 and 1x1 convolutions, the last
+      with four times the width, or two 3x3 convolutions.
+    make_norm: builds a normalization layer, given its name.
+    dtype: compute dtype of the convolutions.
+    remat: whether to recompute each block in the backward pass.
   """
 
   stages: tuple[int, ...]

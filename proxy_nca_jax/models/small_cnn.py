@@ -10,9 +10,9 @@ from flax import linen as nn
 class SmallCNN(nn.Module):
   """Three stages of two 3x3 convolutions, each stage at half the resolution.
 
-  The first convolution has stride 2 already: at full resolution it would cost
-  more than the rest under XLA's CPU backend. Widths are 1, 2 and 4 times
-  `width`. Padding is symmetric, one pixel on each side.
+  Even the first convolution has stride 2: at full resolution it would take more
+  time than all others on CPUs. The stages have `width`, 2 `width` and 4 `width`
+  channels. Padding is symmetric, one pixel on each side.
   """
 
   width: int

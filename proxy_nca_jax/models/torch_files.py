@@ -1,9 +1,9 @@
-"""Reads tensors out of torch's .pth files, without torch and without trust.
+"""Reads tensors from torch's .pth files safely, without torch.
 
-A .pth is a pickle, and unpickling runs whatever code the file names. Here only
-the few names that make up tensors are known, each to a function of this file;
-any other name ends the reading. Both formats are read: the zip archive of torch
-1.6 and later, and the pickled stream before it.
+A .pth file is a pickle, and unpickling can run any code that the file names.
+Here only the few names that tensors consist of are allowed, and map to
+functions of this file; any other name is an error. Both formats are supported:
+the zip archive of torch 1.6 and later, and the pickle stream before.
 """
 
 import collections
@@ -33,12 +33,12 @@ _STORAGE_TYPES = {
   'BoolStorage': np.bool_,
 }
 
-# Where training code keeps the weights in a checkpoint that holds more.
+# Keys of the weights in checkpoints that contain more than them.
 _WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'teacher')
 
 
 class _Storage(NamedTuple):
-  """Names the numbers behind tensors: a key of the file, and their type."""
+  """A flat array of the file: its key, dtype, and number of elements."""
 
   key: str
   dtype: np.dtype
@@ -46,7 +46,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-  """A view of a storage, in elements."""
+  """A strided view of a storage; offset and strides count elements."""
 
   storage: _Storage
   offset: int
@@ -57,18 +57,18 @@ class _Tensor(NamedTuple):
 def read_tensors(path: str) -> dict[str, np.ndarray]:
   """Returns the tensors of a state dict that `torch.save` wrote.
 
-  A checkpoint that holds its state dict under 'state_dict', 'model_state_dict',
-  'model' or 'teacher' gives that one, and the prefix 'module.' of data-parallel
-  training is taken off.
+  The state dict can also be the entry 'state_dict', 'model_state_dict', 'model'
+  or 'teacher' of a checkpoint. The prefix 'module.' of data-parallel training
+  is removed.
 
   Args:
     path: of the file.
 
   Returns:
-    {name: array}, of the types in the file.
+    {name: array}, with the dtypes of the file.
 
   Raises:
-    ValueError: if the file is damaged, or needs more than tensors.
+    ValueError: if the file is damaged, or contains more than tensors.
   """
   try:
     if zipfile.is_zipfile(path):
@@ -78,12 +78,12 @@ def read_tensors(path: str) -> dict[str, np.ndarray]:
     tensors = _find_state_dict(tree)
     return {name: _view(tensor, read) for name, tensor in tensors.items()}
   except ValueError as error:
-    raise ValueError(f'{path!r} cannot be read: {error}') from error
-  # Damaged bytes raise errors of all kinds in pickle, zipfile and struct.
+    raise ValueError(f'Could not read {path!r}: {error}') from error
+  # Damaged files raise errors of many types in pickle, zipfile and struct.
   except Exception as error:
     raise ValueError(
-      f'{path!r} is not a whole file of torch.save ({error or "torn"}): fetch '
-      'it again.'
+      f'{path!r} is a damaged file of torch.save ({error or "truncated"}): '
+      'download it again.'
     ) from error
 
 
@@ -91,9 +91,11 @@ def _read_zip(path: str):
   archive = zipfile.ZipFile(path)
   names = {name.split('/', 1)[-1]: name for name in archive.namelist()}
   if 'data.pkl' not in names:
-    raise ValueError('it is a zip archive without data.pkl, not of torch.save.')
+    raise ValueError(
+      'it is a zip archive without data.pkl, not a file of torch.save.'
+    )
   if 'byteorder' in names and archive.read(names['byteorder']) != b'little':
-    raise ValueError('its numbers are not little-endian.')
+    raise ValueError('its byte order is not little-endian.')
   with archive.open(names['data.pkl']) as file:
     tree = _Unpickler(file).load()
 
@@ -106,13 +108,13 @@ def _read_zip(path: str):
 
 def _read_stream(path: str):
   with open(path, 'rb') as file:
-    # A tar archive, torch's first format, fails here as any other file.
+    # The tar archives of torch's first versions are not supported.
     if _Unpickler(file).load() != _STREAM_MAGIC:
-      raise ValueError('it is not of torch.save.')
+      raise ValueError('it is not a file of torch.save.')
     if _Unpickler(file).load() != _STREAM_PROTOCOL:
       raise ValueError('its protocol is unknown.')
     if not _Unpickler(file).load().get('little_endian', True):
-      raise ValueError('its numbers are not little-endian.')
+      raise ValueError('its byte order is not little-endian.')
     unpickler = _Unpickler(file)
     tree = unpickler.load()
     storages = {}
@@ -120,17 +122,19 @@ def _read_stream(path: str):
       storage = unpickler.storages[key]
       (size,) = struct.unpack('<q', file.read(8))
       if size != storage.size:
-        raise ValueError(f'its storage {key} has {size} numbers.')
+        raise ValueError(
+          f'its storage {key} has {size} elements instead of {storage.size}.'
+        )
       content = file.read(size * np.dtype(storage.dtype).itemsize)
       storages[key] = np.frombuffer(content, storage.dtype, size)
   return tree, lambda storage: storages[storage.key]
 
 
 class _Unpickler(pickle.Unpickler):
-  """Knows the names that tensors are made of, and refuses any other."""
+  """An unpickler that allows only the names that tensors consist of."""
 
   def __init__(self, file: BinaryIO):
-    # Python 2 wrote some files: its byte strings are names.
+    # Files written by Python 2 have byte strings as names.
     super().__init__(file, encoding='latin1')
     self.storages: dict[str, _Storage] = {}
 
@@ -140,14 +144,14 @@ class _Unpickler(pickle.Unpickler):
     known = _KNOWN.get((module, name))
     if known is None:
       raise ValueError(
-        f'it holds {module}.{name}, and only tensors are taken from a pickle, '
-        'for anything else could run code. Save the state_dict alone, or use '
-        'safetensors.'
+        f'it contains {module}.{name}, but only tensors are loaded from a '
+        'pickle, because other objects can run code. Save only the state_dict, '
+        'or use safetensors.'
       )
     return known
 
   def persistent_load(self, identity: tuple) -> _Storage:
-    # The device, and a view of older files, follow.
+    # The device and, in older files, a view are ignored.
     kind, dtype, key, _, size, *_ = identity
     if kind != 'storage' or dtype not in _STORAGE_TYPES.values():
       raise ValueError(f'it refers to {kind!r}, not to a storage.')
@@ -178,12 +182,13 @@ def _find_state_dict(tree) -> Mapping[str, _Tensor]:
       if all(name.startswith(prefix) for name in tree):
         return {name[len(prefix) :]: value for name, value in tree.items()}
       return tree
-    inside = [name for name in _WRAPPERS if name in tree]
-    if not inside:
+    wrappers = [name for name in _WRAPPERS if name in tree]
+    if not wrappers:
       break
-    tree = tree[inside[0]]
+    tree = tree[wrappers[0]]
   raise ValueError(
-    f'it holds no state dict, neither itself nor under {", ".join(_WRAPPERS)}.'
+    'it has no state dict, neither at the top level nor under '
+    f'{", ".join(_WRAPPERS)}.'
   )
 
 
@@ -195,7 +200,7 @@ def _view(tensor: _Tensor, read) -> np.ndarray:
   )
   least = min(tensor.offset, *tensor.shape, *tensor.strides, 0)
   if least < 0 or (np.prod(tensor.shape) and last >= flat.size):
-    raise ValueError('a tensor reaches beyond its numbers.')
+    raise ValueError('a tensor exceeds its storage.')
   return np.lib.stride_tricks.as_strided(
     flat[tensor.offset :],
     tensor.shape,

@@ -1,8 +1,8 @@
-"""Vision Transformers: ViT-S and -B, with what DINO and DINOv2 change.
+"""Vision Transformers: ViT-S and ViT-B, with the changes of DINOv2.
 
 Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021,
-https://arxiv.org/abs/2010.11929. Modules have timm's names, so that weights in
-its layout, and DINO's and DINOv2's own, need no table.
+https://arxiv.org/abs/2010.11929. Modules are named as in timm, so that its
+weights, and those of DINO and DINOv2, load without a table of names.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# Without a dtype of its own it takes that of the sum of tokens: float32.
+# Without a dtype argument, it computes in float32, that of the residual stream.
 _norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
@@ -20,19 +20,19 @@ class _LayerScale(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    # DINOv2 starts from 1e-5; its weights bring their own.
+    # The initial value of DINOv2.
     init = nn.initializers.constant(1e-5)
     gamma = self.param('gamma', init, (x.shape[-1],))
     return x * gamma[None, None, :]
 
 
 class _Block(nn.Module):
-  """Attention and perceptron, each normalised first and added to its input.
+  """A pre-norm transformer block: self-attention and MLP, each with a residual.
 
   Attributes:
-    num_heads: of the attention.
-    layer_scale: whether both are scaled before they are added (DINOv2).
-    dtype: of the matrix products.
+    num_heads: number of attention heads.
+    layer_scale: whether to scale both before the addition, as in DINOv2.
+    dtype: compute dtype of the matmuls.
   """
 
   num_heads: int
@@ -68,16 +68,16 @@ class _Block(nn.Module):
 class ViT(nn.Module):
   """Maps images [batch, height, width, 3] to tokens [batch, 1 + patches, dim].
 
-  The class token is the first; the patches follow row by row.
+  The class token comes first, then the patches, row by row.
 
   Attributes:
-    patch_size: side of a patch in pixels; it divides the image's sides.
-    dim: of the tokens.
-    num_heads: of the attention.
-    layer_scale: as DINOv2.
-    dtype: of the matrix products.
-    remat: whether to compute each block again in the backward pass.
-    num_blocks: the depth.
+    patch_size: height and width of a patch in pixels, a divisor of the image's.
+    dim: dimension of the tokens.
+    num_heads: number of attention heads.
+    layer_scale: whether blocks have LayerScale, as in DINOv2.
+    dtype: compute dtype of the matmuls.
+    remat: whether to recompute each block in the backward pass.
+    num_blocks: number of blocks.
   """
 
   patch_size: int
@@ -90,7 +90,7 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    del train  # Nothing differs: no batch statistics, no dropout.
+    del train  # There are no batch statistics and no dropout.
     x = nn.Conv(
       self.dim,
       (self.patch_size, self.patch_size),
@@ -103,7 +103,7 @@ class ViT(nn.Module):
     init = nn.initializers.truncated_normal(0.02)
     cls_token = self.param('cls_token', init, (1, 1, self.dim))
     cls_tokens = jnp.tile(cls_token, (x.shape[0], 1, 1))
-    # The tokens are summed in float32 at least, and only multiplied in less.
+    # The residual stream is at least float32; only matmuls may have less.
     x = x.astype(jnp.promote_types(x.dtype, cls_token.dtype))
     x = jnp.concatenate([cls_tokens.astype(x.dtype), x], axis=1)
     x += self.param('pos_embed', init, (1, *x.shape[1:]))
