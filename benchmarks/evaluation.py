@@ -2,8 +2,7 @@
 
 python benchmarks/evaluation.py [--rounds=3] [--dims=64,512]
 
-Needs Linux, and:
-pip install faiss-cpu scikit-learn torch pytorch-metric-learning
+Needs Linux, and: pip install faiss-cpu torch pytorch-metric-learning
 
 The embeddings are 60,502 random unit vectors around 11,316 class centers, as
 many as Stanford Online Products (SOP) tests on; classes have 2 to 12 items.

@@ -196,6 +196,15 @@ class DocsTest(parameterized.TestCase):
       for argument in arguments:
         self.assertIn(argument.split('=')[0], text)
 
+  @parameterized.parameters('evaluation', 'loss_parity', 'losses', 'parity')
+  def test_help_of_benchmarks_works_without_the_other_libraries(self, name):
+    program = _ROOT / 'benchmarks' / f'{name}.py'
+    _, help_text = whole_runs.finish(
+      whole_runs.start([sys.executable, str(program), '--help'])
+    )
+    self.assertIn('pip install', help_text)
+    self.assertIn('show this help message', help_text)
+
   def test_the_notebook_runs(self):
     import matplotlib
 
