@@ -1,6 +1,7 @@
 """Eight CPU devices and short compilations, before anything imports jax."""
 
 import atexit
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -11,13 +12,14 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_force_host_platform_device_count=8'
-  # Tests compile for longer than they compute.
+  # Tests spend longer compiling than computing.
   + ' --xla_backend_optimization_level=0'
   + ' --xla_llvm_disable_expensive_passes=true'
-  + ' --xla_cpu_use_fusion_emitters=false'
 )
-# A program is compiled once and a data set is prepared once, whichever test or
-# process of a test needs it.
+# The former emitters compile in half the time; jaxlib 0.11 has none.
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+# Tests and their processes share compiled programs and prepared datasets.
 for _name in ('JAX_COMPILATION_CACHE_DIR', 'TFDS_DATA_DIR'):
   if _name not in os.environ:
     os.environ[_name] = tempfile.mkdtemp()
@@ -28,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax
 from absl import flags
 
-# Whole runs, of minutes: what begins with them ends with both processes busy.
+# Files that take minutes start first, so that all processes end together.
 _LONG = (
   'test_processes',
   'test_train',
@@ -45,8 +47,8 @@ _LONG = (
 
 
 def pytest_collection_modifyitems(items):
-  """Puts the long files first, in that order."""
-  order = {name: place for place, name in enumerate(_LONG)}
+  """Sorts the long files first."""
+  order = {name: position for position, name in enumerate(_LONG)}
   items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
