@@ -252,10 +252,10 @@ def _choose_plus_plus(points, key, num_clusters, layout):
 
     weight now / weight at the start of the round,
 
-  where the weight now takes only distances to the centroids of this round. The
-  weights are updated after the round by one product. Since acceptance falls as
-  centroids are added, a round adds at most as many as there are before it, and
-  ends after 4 times as many trials.
+  the weight now being the minimum of the weight at the start and the squared
+  distances to the centroids of this round. One product updates all weights
+  after the round. Since the acceptance rate falls with each new centroid, a
+  round at most doubles their number, with at most 4 trials per new centroid.
   """
   num_points, dim = layout.num_rows, points.shape[1]
   squares = _squares(points)
@@ -421,7 +421,7 @@ def _nearest(points, centroids, half_norms, ids):
 def _squares(points):
   """Returns the squared norms: float32 [num_rows].
 
-  The rows of one sum are always as many, because XLA's rounding depends on it.
+  They are computed in blocks of one size, since XLA's rounding depends on it.
   """
   blocks = points.reshape(-1, blocked.ROWS, points.shape[1])
   return jax.lax.map(lambda rows: jnp.sum(rows**2, axis=1), blocks).reshape(-1)

@@ -1,4 +1,4 @@
-"""Slow NumPy definitions, in float64 and loops, to compare with."""
+"""Slow NumPy reference implementations, in float64 and with loops."""
 
 import itertools
 
@@ -15,7 +15,7 @@ def proxy_nca_loss(
   normalize=True,
   label_smoothing=0.0,
 ):
-  """The loss from squared distances, example by example."""
+  """Computes the loss from squared distances, example by example."""
   embeddings = np.asarray(embeddings, np.float64)
   proxies = np.asarray(proxies, np.float64)
   if normalize:
@@ -26,7 +26,7 @@ def proxy_nca_loss(
     scores = [-np.sum((x - p) ** 2) / temperature for p in proxies]
     others = [s for i, s in enumerate(scores) if i != label]
     total = scores if positive_in_denominator else others
-    # The largest score is taken out of the sum of exponentials.
+    # Subtracting the largest score keeps the exponentials finite.
     top = max(total)
     log_sum = top + np.log(sum(np.exp(s - top) for s in total))
     target = [
@@ -45,14 +45,16 @@ def unit(x):
 
 
 def proxy_anchor_loss(embeddings, proxies, labels, *, alpha=32, margin=0.1):
-  """The two sums over proxies, each over the batch, term by term."""
+  """Computes the sums over proxies and over the batch term by term."""
   x, p = unit(embeddings), unit(proxies)
   pulls, pushes = [], []
   for index, proxy in enumerate(p):
-    own = [v @ proxy for v, label in zip(x, labels) if label == index]
-    others = [v @ proxy for v, label in zip(x, labels) if label != index]
-    pulls.append(np.log1p(sum(np.exp(-alpha * (s - margin)) for s in own)))
-    pushes.append(np.log1p(sum(np.exp(alpha * (s + margin)) for s in others)))
+    positives = [v @ proxy for v, label in zip(x, labels) if label == index]
+    negatives = [v @ proxy for v, label in zip(x, labels) if label != index]
+    pull = sum(np.exp(-alpha * (s - margin)) for s in positives)
+    push = sum(np.exp(alpha * (s + margin)) for s in negatives)
+    pulls.append(np.log1p(pull))
+    pushes.append(np.log1p(push))
   return sum(pulls) / len(set(labels)) + np.mean(pushes)
 
 
@@ -79,9 +81,9 @@ def fractional_proxy_nca_loss(
   losses = []
   for x, label in zip(unit(embeddings), labels):
     scores = [-_squared(x, p) / temperature for p in unit(proxies)]
-    own = set(assignment[label].tolist())
-    others = [s for i, s in enumerate(scores) if i not in own]
-    losses.append(_log_sum(others) - max(scores[i] for i in own))
+    targets = set(assignment[label].tolist())
+    others = [s for i, s in enumerate(scores) if i not in targets]
+    losses.append(_log_sum(others) - max(scores[i] for i in targets))
   return np.array(losses)
 
 
@@ -91,12 +93,12 @@ def dynamic_proxy_nca_loss(embeddings, proxies, labels, *, temperature=1 / 9):
   losses = []
   for i, anchor in enumerate(x):
     scores = [-_squared(anchor, proxy) / temperature for proxy in nearest]
-    others = [s for s, label in zip(scores, labels) if label != labels[i]]
-    alike = [
+    negatives = [s for s, label in zip(scores, labels) if label != labels[i]]
+    positives = [
       scores[j] for j in range(len(x)) if labels[j] == labels[i] and j != i
     ]
-    has_both = alike and others
-    losses.append(_log_sum(others) - np.mean(alike) if has_both else 0)
+    has_both = positives and negatives
+    losses.append(_log_sum(negatives) - np.mean(positives) if has_both else 0)
   return np.array(losses)
 
 
@@ -247,13 +249,13 @@ def multi_similarity_loss(
   positives, negatives = _pairs(labels)
   losses = []
   for i in range(len(s)):
-    own = [s[pair] for pair in positives if pair[0] == i]
-    others = [s[pair] for pair in negatives if pair[0] == i]
-    if not own or not others:
+    near = [s[pair] for pair in positives if pair[0] == i]
+    far = [s[pair] for pair in negatives if pair[0] == i]
+    if not near or not far:
       losses.append(0)
       continue
-    pulls = [p for p in own if p < max(others) + epsilon]
-    pushes = [n for n in others if n > min(own) - epsilon]
+    pulls = [p for p in near if p < max(far) + epsilon]
+    pushes = [n for n in far if n > min(near) - epsilon]
     losses.append(
       np.log1p(sum(np.exp(-alpha * (p - base)) for p in pulls)) / alpha
       + np.log1p(sum(np.exp(beta * (n - base)) for n in pushes)) / beta
@@ -264,7 +266,7 @@ def multi_similarity_loss(
 def facility_location_loss(
   embeddings, labels, *, margin_multiplier=1.0, num_refinements=5
 ):
-  """The greedy search over lists of medoids, then exchanges in order."""
+  """Searches greedily over lists of medoids, then exchanges them in order."""
   d = _lengths(embeddings)
   points = range(len(d))
   classes = sorted(set(labels.tolist()))
@@ -274,8 +276,8 @@ def facility_location_loss(
     clusters = [min(medoids, key=lambda j, i=i: d[i, j]) for i in points]
     facility = -sum(d[i, j] for i, j in zip(points, clusters))
     norm = np.sqrt(entropy(labels) * entropy(clusters))
-    alike = information(labels, clusters) / norm if norm else len(classes) == 1
-    return facility + margin_multiplier * (1 - alike), clusters
+    nmi = information(labels, clusters) / norm if norm else len(classes) == 1
+    return facility + margin_multiplier * (1 - nmi), clusters
 
   medoids = []
   for _ in classes:
@@ -312,25 +314,25 @@ def center_softmax_loss(embeddings, proxies, labels, *, centers, weight=0.003):
 
 def magnet_loss(embeddings, labels, *, centers, alpha=1.0):
   x = np.asarray(embeddings, np.float64)
-  own = [
+  targets = [
     min(_squared(v, c) for c in centers[label]) for v, label in zip(x, labels)
   ]
-  variance = sum(own) / (len(x) - 1)
+  variance = sum(targets) / (len(x) - 1)
   losses = []
-  for v, label, d in zip(x, labels, own):
+  for v, label, d in zip(x, labels, targets):
     others = [
       np.exp(-_squared(v, c) / (2 * variance))
       for k, row in enumerate(centers)
       for c in row
       if k != label
     ]
-    own_term = np.exp(-d / (2 * variance) - alpha)
-    losses.append(max(-np.log(own_term / sum(others)), 0))
+    target = np.exp(-d / (2 * variance) - alpha)
+    losses.append(max(-np.log(target / sum(others)), 0))
   return np.array(losses)
 
 
 def gradient(function, x, step=1e-5):
-  """Central differences of a scalar function of a float64 array."""
+  """Returns the central differences of a scalar function of an array."""
   x = np.array(x, np.float64)
   result = np.zeros_like(x)
   for index in np.ndindex(x.shape):
@@ -342,9 +344,9 @@ def gradient(function, x, step=1e-5):
 
 
 def ranking(similarities, labels, query, is_query=None, cameras=None):
-  """True where the items before, nearest first, are positives of the query.
+  """Sorts a query's items, nearest first, and returns which are positives.
 
-  Among equally near items negatives come first: ties count against the query.
+  Among ties negatives come first, so that ties count against the query.
   """
 
   def is_searched(item):
@@ -365,7 +367,7 @@ def ranking(similarities, labels, query, is_query=None, cameras=None):
 def retrieval_scores(
   similarities, labels, recall_at, is_query=None, cameras=None
 ):
-  """The means over queries that have a positive, by walking each ranking."""
+  """Computes the means over queries with a positive from their rankings."""
   scores = {f'recall@{k}': [] for k in recall_at}
   scores |= {'map@r': [], 'r_precision': [], 'map': []}
   for query in range(len(labels)):
@@ -383,15 +385,15 @@ def retrieval_scores(
       sum(p for p, hit in zip(precisions, top) if hit) / num_positives
     )
     scores['r_precision'].append(sum(top) / num_positives)
-    places = [place for place, hit in enumerate(hits, 1) if hit]
+    ranks = [rank for rank, hit in enumerate(hits, 1) if hit]
     scores['map'].append(
-      sum(i / place for i, place in enumerate(places, 1)) / num_positives
+      sum(i / rank for i, rank in enumerate(ranks, 1)) / num_positives
     )
   return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def lloyd(points, centroids, num_iterations):
-  """Assignments after so many updates; no cluster may lose its points."""
+  """Returns the assignments after some updates; no cluster may get empty."""
   points, centroids = np.float64(points), np.float64(centroids)
 
   def assign():
@@ -409,32 +411,32 @@ def lloyd(points, centroids, num_iterations):
 
 
 def plus_plus(points, num_clusters):
-  """The probability of each ordered choice of k-means++, by all of them."""
-  chances = {}
+  """Returns the probability of each ordered choice of k-means++."""
+  probabilities = {}
 
-  def extend(chosen, chance):
+  def extend(chosen, probability):
     if len(chosen) == num_clusters:
-      chances[chosen] = chance
+      probabilities[chosen] = probability
       return
     weights = np.ones(len(points))
     if chosen:
       differences = points[:, None] - points[list(chosen)][None]
       weights = np.min(np.sum(differences**2, axis=2), axis=1)
-    for place, weight in enumerate(weights):
+    for index, weight in enumerate(weights):
       if weight > 0:
-        extend((*chosen, place), chance * weight / weights.sum())
+        extend((*chosen, index), probability * weight / weights.sum())
 
   extend((), 1.0)
-  return chances
+  return probabilities
 
 
 def entropy(values):
-  shares = [list(values).count(v) / len(values) for v in set(values)]
-  return -sum(p * np.log(p) for p in shares)
+  fractions = [list(values).count(v) / len(values) for v in set(values)]
+  return -sum(p * np.log(p) for p in fractions)
 
 
 def information(labels, clusters):
-  """I from the probabilities of each pair of values."""
+  """Returns I from the probabilities of each pair of values."""
   labels, clusters = list(labels), list(clusters)
   n = len(labels)
   total = 0.0
@@ -448,19 +450,19 @@ def information(labels, clusters):
 
 
 def normalized_mutual_information(labels, clusters):
-  """2 I / (H + H)."""
+  """Returns 2 I / (H + H)."""
   total = entropy(labels) + entropy(clusters)
   return 2 * information(labels, clusters) / total if total else 1.0
 
 
 def expected_information(labels, clusters):
-  """The mean of I over all distinct orders of the clusters."""
+  """Returns the mean of I over all distinct orders of the clusters."""
   orders = set(itertools.permutations(clusters))
   return sum(information(labels, order) for order in orders) / len(orders)
 
 
 def pair_counts(labels, clusters):
-  """Pairs alike in (both, labels, clusters), and all pairs."""
+  """Counts pairs that share (both, a label, a cluster), and all pairs."""
   pairs = list(itertools.combinations(range(len(labels)), 2))
   in_labels = [labels[i] == labels[j] for i, j in pairs]
   in_clusters = [clusters[i] == clusters[j] for i, j in pairs]
@@ -469,11 +471,11 @@ def pair_counts(labels, clusters):
 
 
 def resize(image, size, interpolation):
-  """Antialiased resizing of uint8 [height, width, 3], columns before rows.
+  """Resizes uint8 [height, width, 3] with antialiasing, first the columns.
 
-  Each new pixel is the mean of the old ones around its centre, weighted by the
-  filter, which is as much wider as the image gets smaller. Each pass is rounded
-  and clipped to 0..255.
+  Each new pixel is the mean of the old ones around its center, weighted by the
+  filter, which is widened by the factor of a reduction. Each of the two passes
+  is rounded and clipped to [0, 255].
   """
   reach, weigh = {
     'bilinear': (1, lambda x: max(0, 1 - abs(x))),
@@ -487,10 +489,10 @@ def resize(image, size, interpolation):
     rows = np.moveaxis(pixels, axis, 0)
     result = []
     for i in range(length):
-      centre = (i + 0.5) * step
-      first = max(int(centre - reach * wide + 0.5), 0)
-      last = min(int(centre + reach * wide + 0.5), old)
-      weights = [weigh((j + 0.5 - centre) / wide) for j in range(first, last)]
+      center = (i + 0.5) * step
+      first = max(int(center - reach * wide + 0.5), 0)
+      last = min(int(center + reach * wide + 0.5), old)
+      weights = [weigh((j + 0.5 - center) / wide) for j in range(first, last)]
       total = sum(w * rows[j] for w, j in zip(weights, range(first, last)))
       result.append(np.clip(np.floor(total / sum(weights) + 0.5), 0, 255))
     pixels = np.moveaxis(np.array(result), 0, axis)

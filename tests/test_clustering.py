@@ -222,6 +222,24 @@ class KMeansTest(parameterized.TestCase):
     self.assertEqual(reported, [1] * int(clusters.num_iterations))
     self.assertNotEmpty(reported)
 
+  def test_without_iterations_points_are_only_assigned(self):
+    points = np.array([[0.0], [1.0], [5.0], [6.0]])
+    clusters = clustering.kmeans(
+      points, num_clusters=2, init=points[[0, 2]], max_iterations=0
+    )
+    np.testing.assert_array_equal(clusters.assignments, [0, 0, 1, 1])
+    np.testing.assert_array_equal(clusters.centroids, [[0], [5]])
+    self.assertEqual(clusters.inertia, 2)
+    self.assertEqual(clusters.num_iterations, 0)
+
+  @parameterized.parameters({'n_init': 0}, {'max_iterations': -1})
+  def test_counts_out_of_range_are_errors(self, **kwargs):
+    ((name, value),) = kwargs.items()
+    with self.assertRaisesRegex(ValueError, rf'{name} \({value}\) must'):
+      clustering.kmeans(
+        jnp.zeros((12, 2)), num_clusters=2, key=jax.random.key(0), **kwargs
+      )
+
   def test_an_unknown_init_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, "'randon'.*'random' or 'k-means"):
       clustering.kmeans(

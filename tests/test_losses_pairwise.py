@@ -28,10 +28,12 @@ class PairwiseTest(parameterized.TestCase):
     ('semi_hard', 40.0, (32 + 37) / 2),
   )
   def test_triplet_by_hand(self, mining, margin, expected):
-    loss = losses.triplet_loss(
-      _LINE, _PAIR_AND_TWO, margin=margin, mining=mining
-    )
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    # The loss has the unit of squared distances.
+    for scale in (1, 0.1):
+      loss = losses.triplet_loss(
+        scale * _LINE, _PAIR_AND_TWO, margin=scale**2 * margin, mining=mining
+      )
+      np.testing.assert_allclose(loss, scale**2 * expected, rtol=1e-4)
 
   def test_semi_hard_skips_negatives_nearer_than_the_positive(self):
     x = np.array([[0.0], [2.0], [1.0], [3.0]], np.float32)

@@ -455,10 +455,8 @@ def _count_ring(rows, counts, blocks, *, is_symmetric, layout):
   queries, items, thresholds = rows
   visitors, counts = items, (counts,)
   if is_symmetric:
-    visitors, counts = (
-      (*items, thresholds),
-      (*counts, jnp.zeros_like(counts[0])),
-    )
+    visitors = (*items, thresholds)
+    counts = (*counts, jnp.zeros_like(counts[0]))
 
   def visit(step, state):
     counts, visitors = state
@@ -484,6 +482,7 @@ def _count_ring(rows, counts, blocks, *, is_symmetric, layout):
     num_steps = layout.num_devices // 2 + 1
   if num_steps > 1:
     state = jax.lax.fori_loop(1, num_steps, shift_and_visit, state)
+  # There are no counts of visitors unless symmetric.
   (own_counts, *visitor_counts), _ = state
   return sum(layout.shift(visitor_counts, 1 - num_steps), own_counts)
 
