@@ -43,7 +43,8 @@ def _commands(*pages: pathlib.Path) -> list[list[str]]:
     text = page.read_text().replace('\\\n', ' ')
     for match in re.finditer(r"(?:^    .*?|`)\b(python [^`'\n#]+)", text, re.M):
       commands.append(shlex.split(match[1])[1:])
-    for match in re.finditer(r'`proxy-nca ([^`]+)`', text):
+    # `proxy-nca train|evaluate|...` lists several commands.
+    for match in re.finditer(r'`proxy-nca ([^`|]+)`', text):
       name, *arguments = shlex.split(match[1])
       if name in _COMMANDS:
         commands.append(['-m', f'proxy_nca_jax.{name}', *arguments])
