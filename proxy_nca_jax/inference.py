@@ -265,7 +265,7 @@ def load(path: str | os.PathLike) -> Embedder:
   Raises:
     ValueError: if the folder is neither, or cannot be read.
   """
-  path = os.fspath(path)
+  path = os.path.expanduser(os.fspath(path))
   if description := workdir_lib.read_json(os.path.join(path, _DESCRIPTION)):
     with open(os.path.join(path, _ARRAYS), 'rb') as file:
       arrays = file.read()
@@ -287,6 +287,7 @@ def load(path: str | os.PathLike) -> Embedder:
     history = metric_writer.read_metrics(path)
     if selected := selection.select(config, history):
       folder, step = 'selected', selected[0]
+  workdir_lib.check_path(path)
   state = state_lib.read(os.path.join(path, folder), step=step)
   return _make_embedder(description, state.params, state.model_state)
 

@@ -230,6 +230,26 @@ class Checkpoints:
     if pending is not None:
       pending.result()
 
+  def read_back(self, step: int, state: TrainState) -> None:
+    """Makes sure that a saved state can be restored.
+
+    Args:
+      step: the step of the checkpoint.
+      state: the state that was saved.
+
+    Raises:
+      ValueError: if the checkpoint cannot be read or differs from the state.
+    """
+    self.wait()
+    try:
+      self._restore_step(step, state)
+    except Exception as error:  # Orbax lets the types of its readers through.
+      raise ValueError(
+        f'The first checkpoint of this run, of step {step} in '
+        f'{self.directory!r}, cannot be read back ({type(error).__name__}: '
+        f'{errors.one_line(error)}). Use a workdir on another file system.'
+      ) from error
+
   def restore(
     self, like: TrainState, *, step: int | None = None
   ) -> TrainState | None:
@@ -305,24 +325,37 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
   """Reads a checkpoint onto one device, without the state of the optimizer.
 
   It needs no state to restore into and does not disturb a run that is writing
-  to the folder.
+  to the folder. A checkpoint that cannot be read is logged, and the one before
+  it is tried.
 
   Args:
     folder: the folder of the checkpoints.
-    step: the checkpoint's step; by default the newest.
+    step: the only step to try; by default all, newest first.
 
   Returns:
     The state; its `opt_state` is ().
 
   Raises:
-    ValueError: if the checkpoint is missing, unreadable or changed.
+    ValueError: if there is no checkpoint, or none is intact.
   """
   names = os.listdir(folder) if os.path.isdir(folder) else []
-  steps = [int(name) for name in names if name.isdigit()]
+  steps = sorted(int(name) for name in names if name.isdigit())
   if not steps or step not in (None, *steps):
     which = '' if step is None else f' of step {step}'
     raise ValueError(f'There is no checkpoint{which} in {folder!r}.')
-  path = os.path.join(os.path.abspath(folder), str(step or max(steps)))
+  if step is not None:
+    steps = [step]
+  while True:
+    path = os.path.join(os.path.abspath(folder), str(steps.pop()))
+    try:
+      return _read(path)
+    except ValueError as error:
+      if not steps:
+        raise
+      _logger.warning('%s Reading the one of step %d.', error, steps[-1])
+
+
+def _read(path: str) -> TrainState:
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   context = ocp.Context()
   context.pytree.loading.partial_load = True
@@ -336,12 +369,12 @@ def read(folder: str, *, step: int | None = None) -> TrainState:
       del abstract['state']['opt_state']
       saved = ocp.load(path, abstract)
     stop_signals.check()
+    state = TrainState(**saved['state'], opt_state=())
   except Exception as error:  # Orbax lets the types of its readers through.
     raise ValueError(
       f'The checkpoint {path!r} cannot be read ({type(error).__name__}: '
       f'{errors.one_line(error)}).'
     ) from error
-  state = TrainState(**saved['state'], opt_state=())
   checksums = _checksums(state)
   if not np.array_equal(checksums, saved['checksums'][: checksums.size]):
     raise ValueError(f'The bytes of the checkpoint {path!r} have changed.')

@@ -478,11 +478,18 @@ def _train(
     with watchdog.waiting_for(loop.DEVICE, step=done):
       progress.check()
 
+  is_proven = bool(checkpoints.steps)
+
   def save(state, *, block):
+    nonlocal is_proven
     step = int(state.step)
     with watchdog.waiting_for(loop.SAVING, step=step):
       selected.wait()
       checkpoints.save(step, state)
+      if not is_proven:
+        # Better to fail here than to train for days and read nothing.
+        checkpoints.read_back(step, state)
+        is_proven = True
       if block:
         checkpoints.wait()
     folder.publish()

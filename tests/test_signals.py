@@ -21,7 +21,7 @@ with errors.in_one_line(stopped='Nothing was lost.'):
 
 
 class StopSignalsTest(parameterized.TestCase):
-  @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
+  @parameterized.parameters(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
   def test_a_signal_is_raised_by_the_next_check(self, number):
     done = []
     with self.assertRaises(signals.Stopped) as raised:
@@ -33,6 +33,14 @@ class StopSignalsTest(parameterized.TestCase):
         done.append('next work')
     self.assertEqual(raised.exception.number, number)
     self.assertEqual(done, ['current work'])
+
+  def test_a_run_under_nohup_ignores_the_end_of_its_terminal(self):
+    self.addCleanup(
+      signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    with signals.StopSignals() as stop_signals:
+      signal.raise_signal(signal.SIGHUP)
+      stop_signals.check()
 
   def test_nothing_is_raised_without_a_signal(self):
     with signals.StopSignals() as stop_signals:

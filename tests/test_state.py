@@ -34,7 +34,9 @@ def _create(seed=0, devices=None, *, sharded=False):
 
 
 def _at_step(step):
-  return dataclasses.replace(_create(seed=step), step=jnp.int32(step))
+  state = _create(seed=step)
+  step = jax.device_put(jnp.int32(step), state.step.sharding)
+  return dataclasses.replace(state, step=step)
 
 
 def _largest_file(directory):
@@ -220,6 +222,26 @@ class StateTest(absltest.TestCase):
     self._save(1)
     os.makedirs(self._path('2.orbax-checkpoint-tmp'))
     _assert_equal(self._open().restore(_create()), _at_step(1))
+
+  def test_reading_falls_back_to_the_checkpoint_before(self):
+    self._save(1, 2)
+    folder = os.path.join(self.workdir, 'checkpoints')
+    os.remove(_largest_file(self._path(2)))
+    with self.assertLogs('proxy_nca_jax', 'WARNING') as logs:
+      state = state_lib.read(folder)
+    self.assertEqual(state.step, 1)
+    self.assertRegex(
+      logs.output[0], 'cannot be read .* Reading the one of step 1'
+    )
+    with self.assertRaisesRegex(ValueError, 'cannot be read'):
+      state_lib.read(folder, step=2)
+
+  def test_a_checkpoint_that_cannot_be_read_back_is_an_error(self):
+    self._save(1)
+    checkpoints = self._open()
+    checkpoints.read_back(1, _at_step(1))
+    with self.assertRaisesRegex(ValueError, 'step 1 .* cannot be read back'):
+      checkpoints.read_back(1, _at_step(2))
 
   def test_no_whole_state_is_an_error_and_nothing_is_deleted(self):
     self._save(1)

@@ -29,6 +29,15 @@ class WorkdirTest(absltest.TestCase):
     workdir.write_json(path, {'a': [1, 2]})
     self.assertEqual(workdir.read_json(path), {'a': [1, 2]})
 
+  def test_a_path_that_orbax_takes_for_a_pattern_is_refused(self):
+    root = self.create_tempdir().full_path
+    for name in ('run [1]', 'run*', 'run?'):
+      path = os.path.join(root, name)
+      with self.assertRaisesRegex(ValueError, 'contains .* cannot be read'):
+        with workdir.opened(path):
+          self.fail()
+      self.assertFalse(os.path.exists(path))
+
   def test_json_that_cannot_be_written_keeps_the_old_file(self):
     path = os.path.join(self.create_tempdir(), 'results.json')
     workdir.write_json(path, {'a': 1})

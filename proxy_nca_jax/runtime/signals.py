@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: recorded by a handler, raised where a run can stop.
+"""SIGTERM, SIGHUP, Ctrl-C: recorded by a handler, raised where a run can stop.
 
 An exception raised by a signal handler can appear at any line: it leaves locks
 held, and libraries mistake it for a failure of their own. So handlers only
@@ -45,15 +45,24 @@ class StopSignals:
       return self
     if jax.process_count() > 1:
       # JAX's preemption service handles SIGTERM.
-      self._previous[signal.SIGINT] = signal.signal(
-        signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-      )
+      for number in self._stop_signals():
+        if number != signal.SIGTERM:
+          self._previous[number] = signal.signal(
+            number, lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+          )
       return self
-    for number in (signal.SIGTERM, signal.SIGINT):
-      # None: a handler that Python did not install and cannot restore.
-      if signal.getsignal(number) is not None:
-        self._previous[number] = signal.signal(number, self._handle)
+    for number in self._stop_signals():
+      self._previous[number] = signal.signal(number, self._handle)
     return self
+
+  @staticmethod
+  def _stop_signals() -> list[int]:
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    # A closed terminal or ssh connection, unless started by nohup.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+      numbers.append(signal.SIGHUP)
+    # None: a handler that Python did not install and cannot restore.
+    return [x for x in numbers if signal.getsignal(x) is not None]
 
   def check(self) -> None:
     """Raises `Stopped` if any process of the run has received a signal.

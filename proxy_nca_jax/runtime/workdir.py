@@ -47,6 +47,8 @@ def opened(workdir: str) -> Iterator[Folder]:
       'have its own local copy. Use a workdir on a file system that all '
       'processes can access.'
     )
+  workdir = os.path.expanduser(workdir)
+  check_path(workdir)
   with contextlib.ExitStack() as stack:
     folders = []
     processes.run_on_primary(lambda: folders.append(_acquire(workdir, stack)))
@@ -64,6 +66,18 @@ def opened(workdir: str) -> Iterator[Folder]:
     if folder.note:
       _logger.warning('%s', folder.note)
     yield folder
+
+
+def check_path(workdir: str) -> None:
+  """Raises ValueError if a path has characters that Orbax takes for a pattern.
+
+  Checkpoints written below such a path cannot be read.
+  """
+  if '://' not in workdir and set(os.path.abspath(workdir)) & set('*?['):
+    raise ValueError(
+      f'The path {os.path.abspath(workdir)!r} contains *, ? or [, with which '
+      'checkpoints cannot be read: use a workdir without these characters.'
+    )
 
 
 def _acquire(workdir: str, stack: contextlib.ExitStack) -> Folder:
