@@ -242,7 +242,9 @@ class Checkpoints:
     """
     self.wait()
     try:
-      self._restore_step(step, state)
+      restored = self._restore_step(step, state)
+      if np.any(_checksums(restored) != _checksums(state)):
+        raise ValueError('it differs from the state that was saved')
     except Exception as error:  # Orbax lets the types of its readers through.
       raise ValueError(
         f'The first checkpoint of this run, of step {step} in '
