@@ -1,3 +1,5 @@
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,6 +176,17 @@ class KMeansTest(parameterized.TestCase):
     self.assertTrue(np.all(found[expected == 0] == 0))
     bound = 5 * np.sqrt(expected / num_draws) + 3 / num_draws
     self.assertTrue(np.all(np.abs(found - expected) <= bound))
+
+  def test_full_rounds_draw_distinct_points(self):
+    points = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    layout = blocked.Layout(None, None, 64, 60)
+    with mock.patch.object(clustering, '_ROUND', 4):
+      indices = clustering._choose_plus_plus(
+        jnp.asarray(points), jax.random.key(0), 50, layout
+      )
+    self.assertLen(np.unique(indices), 50)
+    self.assertBetween(np.min(indices), 0, 59)
+    self.assertBetween(np.max(indices), 0, 59)
 
   def test_k_means_plus_plus_finds_separated_blobs(self):
     points, labels = _blobs()
