@@ -84,9 +84,9 @@ def put_images(split: Split, mesh: jax.sharding.Mesh) -> jax.Array:
     part = np.zeros((stop - start, size), np.uint8)
 
     def fill(position):
-      picture = split.image(position)
-      _check_shape(picture.shape, shape, position)
-      part[position - start] = picture.reshape(-1)
+      image = split.image(position)
+      _check_shape(image.shape, shape, position)
+      part[position - start] = image.reshape(-1)
 
     with futures.ThreadPoolExecutor() as pool:
       list(pool.map(fill, range(start, min(stop, len(split)))))

@@ -44,7 +44,7 @@ UNASSIGNED = 'unassigned'  # float32 [num_proxies, dim]: no label indexes them.
 
 
 class Loss(NamedTuple):
-  """A loss function and the arrays it takes besides embeddings and labels.
+  """A loss function and the arrays it takes beyond embeddings and labels.
 
   Attributes:
     fn: the pure function.
