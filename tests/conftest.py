@@ -34,6 +34,7 @@ from absl import flags
 _LONG = (
   'test_processes',
   'test_train',
+  'test_train_step',
   'test_kills',
   'test_main',
   'test_faults',
