@@ -37,7 +37,7 @@ class TrainState:
       optimizer; 'proxies' is {} if the loss has none.
     loss_state: arrays of the loss that are not trained: `centers`, which follow
       the embeddings, or the `assignment` of classes to proxies.
-    model_state: variables of the network that are not trained: batch statistics.
+    model_state: untrained variables of the network: batch statistics.
     skipped_steps: int32 [], steps skipped because they were not finite.
     skipped_in_row: int32 [], how many of them were the most recent steps.
     opt_state: the state of the optimizer; the last field, so that the checksums
