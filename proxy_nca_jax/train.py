@@ -298,6 +298,7 @@ def _score_checkpoint(config, saved: Mapping | None, workdir: str) -> dict:
   results = {
     'trained': score(embed(state, data.test), data.test, num_resamples=1000),
     'step': int(state.step),
+    'dataset': summary.summarize(data),
   }
   results_lib.write('evaluation.json', results, workdir)
   return results

@@ -30,6 +30,11 @@ _RESULTS = {
   'untrained': _SCORES | {'recall@1': 0.1},
   'raw_pixels': _SCORES | {'recall@1': 0.2},
   'step': 20,
+  'dataset': {
+    'test': {'images': 60, 'classes': 6},
+    'shared_classes': 0,
+    'digest': '0',
+  },
   'devices': '1 x cpu',
   'versions': {'jax': '0.0'},
 }
@@ -174,6 +179,13 @@ class ReportTest(parameterized.TestCase):
     page = _write(self.root / 'report.html', _embedded(), proxies=proxies)
     self.assertIn('Proxies and their nearest images', page)
 
+  def test_scores_of_classes_that_training_saw_are_not_called_unseen(self):
+    results = _RESULTS | {'dataset': {'shared_classes': 3}}
+    path = self.create_tempfile().full_path
+    page = _write(path, _embedded(), results=results)
+    self.assertIn('test classes, of which training saw 3', page)
+    self.assertNotIn('not seen in training', page)
+
 
 class CompareTest(absltest.TestCase):
   def _run(self, name, recall, **fields):
@@ -206,6 +218,41 @@ class CompareTest(absltest.TestCase):
     self.assertIn('60.00 [50.00, 70.00]', page)
     self.assertIn('40.00', page)
     self.assertIn('<td>loss.name</td><td>&quot;proxy_nca&quot;</td>', page)
+
+  def test_runs_of_one_name_are_told_apart(self):
+    for folder in ('a', 'b'):
+      (self.root / folder).mkdir()
+    page = comparison.compare(
+      [self._run('a/run', 0.5), self._run('b/run', 0.7, batch_size=9)]
+    )
+    for name in ('a/run', 'b/run'):
+      # In the table, in the differences, and as curves.
+      self.assertGreaterEqual(page.count(name), 3, name)
+
+  def test_a_run_given_twice_is_an_error(self):
+    run = self._run('a', 0.5)
+    with self.assertRaisesRegex(ValueError, 'is given twice'):
+      comparison.compare([run, f'{run}/'])
+
+  def test_the_columns_are_the_scores_of_all_runs(self):
+    first, second = self._run('a', 0.5), self._run('b', 0.7, batch_size=9)
+    file = pathlib.Path(second, 'results.json')
+    results = json.loads(file.read_text())
+    results['trained'] |= {'cmc@5': 0.125}
+    file.write_text(json.dumps(results))
+    for runs in ([first, second], [second, first]):
+      page = comparison.compare(runs)
+      self.assertIn('cmc@5', page)
+      self.assertIn('12.50', page)
+
+  def test_runs_on_different_data_are_marked(self):
+    first, second = self._run('a', 0.5), self._run('b', 0.7, batch_size=9)
+    self.assertNotIn('not comparable', comparison.compare([first, second]))
+    file = pathlib.Path(second, 'results.json')
+    results = json.loads(file.read_text())
+    results['dataset'] = results['dataset'] | {'digest': 'other'}
+    file.write_text(json.dumps(results))
+    self.assertIn('not comparable', comparison.compare([first, second]))
 
   def test_an_unfinished_run_is_named(self):
     (self.root / 'x').mkdir()

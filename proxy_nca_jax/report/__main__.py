@@ -8,6 +8,7 @@ import argparse
 import collections
 import json
 import os
+import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ class _Saved(NamedTuple):
   """The saved results of a run.
 
   Attributes:
-    name: the name of its workdir.
+    name: the end of its workdir's path, longer where several runs share it.
     config: {'group.field': value}.
     results: the content of results.json.
     rows: the rows of metrics.jsonl.
@@ -35,7 +36,28 @@ class _Saved(NamedTuple):
   rows: Sequence[Mapping[str, float]]
 
 
-def _read(workdir: str) -> _Saved:
+def _names(workdirs: Sequence[str]) -> list[str]:
+  """Returns the shortest ends of the paths that tell the workdirs apart.
+
+  Raises:
+    ValueError: if a workdir is given twice.
+  """
+  paths = [pathlib.Path(os.path.abspath(workdir)).parts for workdir in workdirs]
+  if len(set(paths)) < len(paths):
+    twice, _ = collections.Counter(paths).most_common(1)[0]
+    raise ValueError(
+      f'{os.path.join(*twice)!r} is given twice: name each run once.'
+    )
+  names = []
+  for path in paths:
+    length = 1
+    while sum(other[-length:] == path[-length:] for other in paths) > 1:
+      length += 1
+    names.append(os.path.join(*path[-length:]))
+  return names
+
+
+def _read(workdir: str, name: str) -> _Saved:
   run, results = (
     workdir_lib.read_json(os.path.join(workdir, name))
     for name in ('run.json', 'results.json')
@@ -46,7 +68,7 @@ def _read(workdir: str) -> _Saved:
       f'{"results.json" if run else "run.json"}.'
     )
   return _Saved(
-    os.path.basename(os.path.abspath(workdir)),
+    name,
     configuration.flatten(run['config']),
     results,
     metric_writer.read_metrics(workdir),
@@ -63,20 +85,41 @@ def compare(workdirs: Sequence[str]) -> str:
     ValueError: if a run is not finished.
   """
   groups = collections.defaultdict(list)
-  for saved in map(_read, workdirs):
+  for saved in map(_read, workdirs, _names(workdirs)):
     # A field that only some runs have also counts as a difference.
     key = json.dumps({**saved.config, 'seed': None}, sort_keys=True)
     groups[key].append(saved)
   groups = list(groups.values())
   titles = [_title(group) for group in groups]
-  names = scores_lib.score_names(groups[0][0].results['trained'])
+  # Runs may have different scores: the columns are those of all of them.
+  names = dict.fromkeys(
+    name
+    for group in groups
+    for saved in group
+    for name in scores_lib.score_names(saved.results['trained'])
+  )
   table = pages.table(
-    ('runs', 'seeds', *names),
+    ('runs', 'dataset', 'test classes', 'seeds', *names),
     [
-      (title, len(group), *(_spread(group, name) for name in names))
+      (
+        title,
+        group[0].config.get('dataset.name'),
+        group[0].results['dataset']['test']['classes'],
+        len(group),
+        *(_spread(group, name) for name in names),
+      )
       for title, group in zip(titles, groups)
     ],
   )
+  digests = {
+    saved.results['dataset']['digest'] for group in groups for saved in group
+  }
+  note = ''
+  if len(digests) > 1:
+    note = (
+      '<p><strong>These runs were tested on different data: their scores are '
+      'not comparable.</strong></p>'
+    )
   fields = sorted({name for group in groups for name in group[0].config})
   differing = [
     [name, *(json.dumps(group[0].config.get(name)) for group in groups)]
@@ -87,7 +130,7 @@ def compare(workdirs: Sequence[str]) -> str:
   sections = [
     (
       'Scores of the trained networks',
-      '<p>In percent: mean over the seeds [lowest, highest].</p>' + table,
+      f'{note}<p>In percent: mean over the seeds [lowest, highest].</p>{table}',
     ),
     ('Training', _compared_curves(titles, groups)),
   ]

@@ -37,7 +37,13 @@ def log_step(
 def log_table(results: Mapping) -> None:
   """Logs the scores in percent, a column for each network or baseline."""
   rows = {title: results[title] for title in _COLUMNS if title in results}
-  _logger.info('Scores on unseen classes, percent:')
+  num_shared = results.get('dataset', {}).get('shared_classes', 0)
+  _logger.info(
+    'Scores on %s, percent:',
+    f'test classes, of which training saw {num_shared}'
+    if num_shared
+    else 'unseen classes',
+  )
   for line in evaluate.format_table(rows).splitlines():
     _logger.info('%s', line)
   scores = results['trained']

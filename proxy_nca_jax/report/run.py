@@ -167,11 +167,12 @@ def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for row in literature.PUBLISHED.get(config['dataset']['name'], ())
   ]
   header = ['method', 'network', *names, 'source']
-  note = 'In percent, on classes not seen in training.'
+  note = 'In percent, on classes not seen in training'
+  if num_shared := results['dataset'].get('shared_classes', 0):
+    note = f'In percent, on test classes, of which training saw {num_shared}'
   if 'seen_classes' in results:
-    note = (
-      'In percent, on classes not seen in training, except for seen classes.'
-    )
+    note += ', except for seen classes'
+  note += '.'
   if theirs:
     note += (
       ' Published results come from other code; some are the best of several '
