@@ -368,5 +368,20 @@ class NearestTest(parameterized.TestCase):
       retrieval.nearest(rows, k, gallery=None if is_self else rows)
 
 
+class PairsAboveTest(parameterized.TestCase):
+  @parameterized.parameters(8, 20, 2048)
+  def test_equals_all_products(self, block_size):
+    rng = np.random.default_rng(0)
+    points = rng.integers(-2, 3, (20, 3)).astype(np.float32)
+    products = np.triu(points @ points.T >= 4, 1)
+    num_points, pairs = zip(
+      *retrieval.pairs_above(points, 4, block_size=block_size)
+    )
+    self.assertEqual(
+      num_points, {8: (8, 8, 4), 20: (20,), 2048: (20,)}[block_size]
+    )
+    np.testing.assert_array_equal(np.concatenate(pairs), np.argwhere(products))
+
+
 if __name__ == '__main__':
   absltest.main()
