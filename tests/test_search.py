@@ -18,7 +18,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from proxy_nca_jax import inference, retrieval, train
+from proxy_nca_jax import inference, train
 from proxy_nca_jax.configs import image_folder
 from proxy_nca_jax.search import __main__ as search_main
 from proxy_nca_jax.search import find
@@ -338,19 +338,6 @@ class SearchTest(parameterized.TestCase):
       np.stack(table['embedding'].to_numpy()), content.embeddings
     )
     self.assertEqual(table['picture'].to_pylist(), content.paths)
-
-
-class PairsTest(parameterized.TestCase):
-  @parameterized.parameters((5, 2048), (150, 64), (128, 64))
-  def test_pairs_are_those_of_a_full_comparison(self, number, block_size):
-    points = np.random.default_rng(0).integers(-2, 3, (number, 3))
-    products = np.float32(points @ points.T)
-    expected = np.argwhere(np.triu(products >= 4, 1))
-    numbers, actual = zip(
-      *retrieval.pairs_above(np.float32(points), 4, block_size=block_size)
-    )
-    self.assertEqual(sum(numbers), number)
-    np.testing.assert_array_equal(np.concatenate(actual), expected)
 
 
 if __name__ == '__main__':
