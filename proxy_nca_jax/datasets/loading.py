@@ -154,8 +154,15 @@ def make_read_image(
 def _read_image(source: Sequence[dict], row: int, **resize) -> np.ndarray:
   # EXIF rotation is ignored, as in the code behind all published numbers.
   # Images of image_folder were rotated when they were stored.
-  image = images_lib.decode(source[row]['image'], upright=False)
-  return np.asarray(images_lib.resize(image, **resize))
+  record = source[row]
+  try:
+    image = images_lib.decode(record['image'], upright=False)
+    return np.asarray(images_lib.resize(image, **resize))
+  except ValueError as error:
+    name = record['name'].decode()
+    raise ValueError(
+      f'The image of {name!r} cannot be read: {error}'
+    ) from error
 
 
 def _split_classes(
