@@ -49,8 +49,8 @@ MAX_PIXELS = 2**28 // 3
 # of an image at `MAX_PIXELS` take more than a gigabyte.
 _LARGE_PIXELS = 2**24
 _one_large_image = threading.Lock()
-# Largest ratio of the sides of an image that 'shorter' resizes. At 64, a shorter
-# side of 256 pixels gives 4 million pixels.
+# Largest ratio of the sides of an image that 'shorter' resizes. At 64 and 256
+# pixels, that is an image of 4 million pixels.
 _MAX_ASPECT_RATIO = 64
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 _LFS_POINTER = b'version https://git-lfs.github.com/spec/'

@@ -85,8 +85,8 @@ class GlyphsTest(absltest.TestCase):
 
   def test_half_written_records_are_written_again(self):
     data = datasets.load(self.config)
-    (prepared,) = (self.root / 'data' / 'glyphs').glob('*/1.0.0')
-    prepared.rename(prepared.parent / 'incomplete.ABC_1.0.0')
+    (prepared,) = (self.root / 'data' / 'glyphs').glob('*/2.0.0')
+    prepared.rename(prepared.parent / 'incomplete.ABC_2.0.0')
     self.assertEqual(datasets.load(self.config).digest, data.digest)
     self.assertLen(list(prepared.parent.iterdir()), 1)
 
@@ -295,6 +295,33 @@ class ImageFolderTest(absltest.TestCase):
     after = self._load()
     self.assertLen(self._records(after), len(self._records(before)) + 1)
     self.assertNotEqual(before.digest, after.digest)
+
+  def test_the_digest_covers_names_and_images_but_no_paths_or_times(self):
+    self._write_classes('abcd')
+    before = self._load()
+    # In another data_dir, from files with other modification times.
+    self.data_dir = self.create_tempdir().full_path
+    for path in self.root.rglob('*.png'):
+      os.utime(path, (0, 0))
+    self.assertEqual(self._load().digest, before.digest)
+    moved = self.root.parent / f'{self.root.name}-moved'
+    self.addCleanup(shutil.rmtree, moved)
+    shutil.copytree(self.root, moved)
+    self.assertEqual(self._load(root=str(moved)).digest, before.digest)
+    os.rename(self.root / 'a' / '1.png', self.root / 'a' / '1b.png')
+    renamed = self._load()
+    self.assertNotEqual(renamed.digest, before.digest)
+    # The same names and labels, but other images.
+    self._write('a/1b.png', _encode(_noise(77)))
+    self.assertNotIn(self._load().digest, (before.digest, renamed.digest))
+
+  def test_resized_images_of_other_records_are_not_reused(self):
+    self._write_classes('abcd')
+    before = self._load(cache_size=24)
+    self._write('a/1.png', _encode(_noise(77)))
+    after = self._load(cache_size=24)
+    self.assertNotEqual(before.digest, after.digest)
+    self.assertLen(list(pathlib.Path(self.data_dir, 'resized').glob('*/')), 2)
 
   def test_roots_without_classes_are_errors(self):
     with self.assertRaisesRegex(ValueError, 'no sub-folder'):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -57,8 +58,7 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
       config, train, make_split(eval_images, train_classes)
     )
   digest = _digest(
-    metadata['class_names'],
-    metadata['labels'],
+    metadata,
     train_classes,
     validation_classes,
     test_classes,
@@ -137,7 +137,7 @@ def make_read_image(
   inputs = {
     'dataset': info.full_name,
     'bytes': int(info.dataset_size),
-    'records': _digest(info.metadata['class_names'], info.metadata['labels']),
+    'records': _digest(info.metadata),
     'side': side,
     'mode': config.resize_mode,
   }
@@ -240,8 +240,11 @@ def _count_shared_names(train: splits.Split, test: splits.Split) -> int:
   return len(train_names & test_names)
 
 
-def _digest(class_names: Sequence[str], *arrays) -> str:
-  digest = hashlib.sha256('\0'.join(class_names).encode())
+def _digest(metadata: Mapping, *arrays) -> str:
+  """Hashes the records and class names of a dataset, and arrays of integers."""
+  digest = hashlib.sha256(metadata['digest'].encode())
+  digest.update(json.dumps(metadata['class_names']).encode())
   for array in arrays:
+    digest.update(b'\0')
     digest.update(np.asarray(array, np.int64).tobytes())
   return digest.hexdigest()[:16]
