@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,6 +20,8 @@ from proxy_nca_jax.datasets import (
   resized,
   splits,
 )
+
+_logger = logging.getLogger(__name__)
 
 # Stored splits, in the order of their records in the source.
 _STORED_SPLITS = ('images', 'train', 'test', 'query', 'gallery')
@@ -176,7 +179,33 @@ def _split_classes(
     test_fraction=config.test_fraction,
     seed=config.split_seed,
   )
-  train, validation = class_splits.split_validation(train, config.validation)
+  # The classes of a validation folder are stored between the two splits.
+  num_between = metadata.get('num_validation_classes', 0)
+  if num_between:
+    is_between = test < metadata['num_train_classes'] + num_between
+    between, test = test[is_between], test[~is_between]
+  if config.validation == class_splits.FOLDER:
+    if not num_between:
+      raise ValueError(
+        f'config.dataset.validation={class_splits.FOLDER} needs an image '
+        'folder with train, test, and one of val, valid and validation.'
+      )
+    validation = between
+  else:
+    if num_between:
+      _logger.warning(
+        'The %d validation classes of the image folder are not used: '
+        'config.dataset.validation=%s selects a checkpoint by them.',
+        num_between,
+        class_splits.FOLDER,
+      )
+    train, validation = class_splits.split_validation(train, config.validation)
+  sizes = {'test': len(test), 'validation': len(validation)}
+  for name, size in sizes.items():
+    if size == 1 or (size == 0 and name == 'test'):
+      raise ValueError(
+        f'The {name} split has {size} classes, but needs at least 2.'
+      )
   train = class_splits.choose_classes(
     train, config.num_train_classes, seed=config.split_seed
   )

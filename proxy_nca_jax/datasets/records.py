@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from proxy_nca_jax.runtime import errors, signals
+from proxy_nca_jax.runtime import errors, folders, signals
 
 # Files per chunk of `read_images`, and records per call of TFDS's writer, which
 # saves its progress at each call.
@@ -69,12 +69,13 @@ def read_images(
 
   def read(name):
     try:
-      with open(os.path.join(root, name), 'rb') as file:
-        return convert(file.read())
+      return convert(folders.read_file(os.path.join(root, name)))
     except ValueError as error:
       return error
     except OSError as error:
-      return ValueError(error.strerror)
+      return ValueError(error.strerror or errors.one_line(error))
+    except MemoryError:
+      return ValueError('there is not enough memory for it')
 
   with futures.ThreadPoolExecutor() as pool:
     for start in range(0, len(names), _NUM_FILES):
