@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from proxy_nca_jax import datasets
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.runtime import errors, folders
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -89,6 +89,7 @@ def main(
     prog: the name by which --help refers to the command.
   """
   arguments = _parse(arguments, prog)
+  folders.write_utf8_to_stdout()
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   logging.getLogger('proxy_nca_jax').setLevel(logging.INFO)
   logging.getLogger('absl').setLevel(logging.ERROR)

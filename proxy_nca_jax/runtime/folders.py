@@ -6,10 +6,12 @@ system are surrogates, which no text file or database takes; see `escape`.
 """
 
 import errno
+import io
 import itertools
 import os
 import re
 import stat
+import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -179,6 +181,13 @@ def unescape(text: str) -> str:
     text,
   )
   return os.fsdecode(path.encode('utf-8', 'surrogateescape'))
+
+
+def write_utf8_to_stdout() -> None:
+  """Lets stdout take any escaped name, whatever the locale."""
+  # A test, or a caller of the library, may have replaced it.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
 
 
 def check_utf8(path: str, name: str) -> None:
