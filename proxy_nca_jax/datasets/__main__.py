@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from proxy_nca_jax import datasets
+from proxy_nca_jax.datasets import annotations
 from proxy_nca_jax.runtime import errors, folders
 
 
@@ -46,8 +47,10 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 def _prepare(arguments: argparse.Namespace) -> None:
   builder, skipped = datasets.prepare(vars(arguments))
-  for name, reason in skipped:
-    print(f'skipped {name}: {reason}')
+  if skipped:
+    print(f'skipped: {annotations.count_kinds(skipped)}')
+  if skipped and os.path.exists(builder.problems_path):
+    print(f'All of them are listed in {builder.problems_path}')
   for split, info in builder.info.splits.items():
     print(f'{split}: {info.num_examples:,} images')
   print(f'Prepared {arguments.name} in {builder.data_path}')
