@@ -68,7 +68,8 @@ def get_config() -> ml_collections.ConfigDict:
   # each class is held out first, and scored by class frequency.
   config.dataset.long_tail = 0.0
   # Train classes to hold out for selecting a checkpoint: i/n is the i-th of n
-  # equal parts, such as 2/2 for the second half; '' holds out none.
+  # equal parts, such as 2/2 for the second half; '' holds out none. 'folder'
+  # takes the classes of the folder val, valid or validation of image_folder.
   config.dataset.validation = ''
   # Seeds the split by class, so that runs with other `seed`s share one split.
   config.dataset.split_seed = 0

@@ -375,13 +375,14 @@ def _check_dataset(config) -> Iterator[str]:
       'ratio of the largest class to the smallest, or 0 for all images.'
     )
   part = re.fullmatch(r'([0-9]{1,9})/([0-9]{1,9})', fields.validation)
-  if fields.validation and not (
+  if fields.validation not in ('', 'folder') and not (
     part and 1 <= int(part[1]) <= int(part[2]) and int(part[2]) >= 2
   ):
     yield (
       f'config.dataset.validation ({fields.validation!r}) must be i/n, as 2/2 '
-      'for the second half of the train classes or 1/4 for the first quarter; '
-      "'' trains on all of them."
+      'for the second half of the train classes or 1/4 for the first quarter, '
+      "'folder' for the folder val of your own images, or '', which trains on "
+      'all of them.'
     )
   if not fields.resize and fields.name != 'glyphs':
     yield (

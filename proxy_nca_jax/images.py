@@ -4,16 +4,65 @@ Crops and color jitter match the torchvision transforms of the same
 names: in their distributions and, for the same random values, in their pixels.
 """
 
+import contextlib
+import functools
 import io
+import math
+import threading
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance
 
 from proxy_nca_jax.runtime import errors
 
 FILTERS = {
   'bilinear': Image.Resampling.BILINEAR,
   'bicubic': Image.Resampling.BICUBIC,
+}
+# Formats that Pillow decodes within the process. For EPS and WMF it would start
+# Ghostscript or Windows on the content of an untrusted file.
+FORMATS = (
+  'AVIF',
+  'BMP',
+  'DDS',
+  'DIB',
+  'GIF',
+  'ICNS',
+  'ICO',
+  'JPEG',
+  'JPEG2000',
+  'MPO',
+  'PCX',
+  'PNG',
+  'PPM',
+  'QOI',
+  'SGI',
+  'TGA',
+  'TIFF',
+  'WEBP',
+)
+# Pixels of the largest image that is decoded: 256 MiB in RGB, and the size from
+# which Pillow warns of decompression bombs. Resized images are limited as well.
+MAX_PIXELS = 2**28 // 3
+# Images of more pixels than this are decoded one at a time, since conversions
+# of an image at `MAX_PIXELS` take more than a gigabyte.
+_LARGE_PIXELS = 2**24
+_one_large_image = threading.Lock()
+# Largest ratio of the sides of an image that 'shorter' resizes. At 64 and 256
+# pixels, that is an image of 4 million pixels.
+_MAX_ASPECT_RATIO = 64
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_LFS_POINTER = b'version https://git-lfs.github.com/spec/'
+# https://exiftool.org/TagNames/EXIF.html
+_ORIENTATIONS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
 }
 # Attempts to sample a rectangle inside the image, as in torchvision.
 _MAX_ATTEMPTS = 10
@@ -31,53 +80,82 @@ def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
   animations are reduced to their first frame.
 
   Args:
-    encoded: the bytes of a file, in any format that Pillow reads.
+    encoded: the bytes of a file, in one of `FORMATS`.
     upright: whether to apply the EXIF rotation.
 
   Returns:
     A Pillow image of mode RGB.
 
   Raises:
-    ValueError: if the bytes are not an image, or are damaged or truncated.
+    ValueError: if the bytes are not an image, are damaged or truncated, or have
+      more than `MAX_PIXELS` pixels, which is checked before they are decoded.
   """
   if not encoded:
     raise ValueError('the file is empty')
+  if encoded.startswith(_LFS_POINTER):
+    raise ValueError('a Git LFS pointer, not the image: run `git lfs pull`')
+  with _decoder_errors():
+    with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
+      num_pixels = math.prod(image.size)
+      if num_pixels > MAX_PIXELS:
+        raise ValueError(
+          f'{image.width} x {image.height} pixels exceed the limit of '
+          f'{MAX_PIXELS:,}'
+        )
+      is_large = num_pixels > _LARGE_PIXELS
+      with _one_large_image if is_large else contextlib.nullcontext():
+        return as_rgb(image, upright=upright)
+
+
+@contextlib.contextmanager
+def _decoder_errors() -> Iterator[None]:
+  """Turns whatever Pillow raises for a broken file into ValueError."""
   try:
-    with Image.open(io.BytesIO(encoded)) as image:
-      image.load()
-      return as_rgb(image, upright=upright)
-  # Pillow's decoders raise all of these for broken files.
-  except (
-    OSError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-    OverflowError,
-    Image.DecompressionBombError,
-  ) as error:
-    if isinstance(error, Image.UnidentifiedImageError):
-      raise ValueError('not an image') from error
+    yield
+  except Image.UnidentifiedImageError as error:
+    raise ValueError('not an image in a supported format') from error
+  # From AttributeError and struct.error to MemoryError.
+  except Exception as error:
     raise ValueError(errors.one_line(error)) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+  """Returns the `FORMATS` that the installed Pillow has."""
+  Image.init()
+  return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
   """Converts a Pillow image of any mode as `decode` does.
 
   Raises:
-    ValueError: if the range of its pixels is unknown.
+    ValueError: if it cannot be decoded, or the range of its pixels is unknown.
   """
-  if upright:
-    image = ImageOps.exif_transpose(image)
-  if image.mode.startswith('I') or image.mode == 'F':
-    return _deep_gray_to_rgb(image)
-  if 'A' in image.getbands() or 'transparency' in image.info:
-    image = image.convert('RGBA')
-    background = Image.new('RGBA', image.size, 'white')
-    return Image.alpha_composite(background, image).convert('RGB')
-  return image.convert('RGB')
+  with _decoder_errors():
+    image.load()
+    if upright:
+      image = _rotate_upright(image)
+    if image.mode.startswith('I') or image.mode == 'F':
+      return _deep_gray_to_rgb(image)
+    if 'A' in image.getbands() or 'transparency' in image.info:
+      image = image.convert('RGBA')
+      background = Image.new('RGBA', image.size, 'white')
+      return Image.alpha_composite(background, image).convert('RGB')
+    return image.convert('RGB')
+
+
+def _rotate_upright(image: Image.Image) -> Image.Image:
+  """Applies the EXIF rotation; ignores EXIF data that cannot be read.
+
+  ImageOps.exif_transpose also rewrites the EXIF data, and so fails for an image
+  with whole pixels and another broken tag.
+  """
+  try:
+    method = _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+  except Exception:  # Pillow's parser raises all kinds of errors.
+    method = None
+  return image if method is None else image.transpose(method)
 
 
 def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
@@ -107,7 +185,9 @@ def resize(
     A Pillow image.
 
   Raises:
-    ValueError: if the mode or the interpolation is unknown.
+    ValueError: if the mode or the interpolation is unknown, or if the result
+      would have a side 64 times as long as the other one, or more than
+      `MAX_PIXELS` pixels.
   """
   if interpolation not in FILTERS:
     raise ValueError(
@@ -119,6 +199,12 @@ def resize(
   elif mode == 'shorter':
     shorter = min(image.size)
     size = tuple(side * length // shorter for length in image.size)
+    if max(size) > _MAX_ASPECT_RATIO * side or math.prod(size) > MAX_PIXELS:
+      raise ValueError(
+        f'{image.width} x {image.height} pixels would be resized to '
+        f'{size[0]} x {size[1]}, which exceeds the limits of 1:'
+        f'{_MAX_ASPECT_RATIO} and of {MAX_PIXELS:,} pixels'
+      )
   else:
     raise ValueError(
       f'Unknown config.dataset.resize_mode {mode!r}: choose square or shorter.'

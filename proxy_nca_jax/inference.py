@@ -23,7 +23,7 @@ from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.evaluate import selection
-from proxy_nca_jax.runtime import files, metric_writer
+from proxy_nca_jax.runtime import errors, files, folders, metric_writer
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 # A path, the bytes of a file, a Pillow image, or uint8 [height, width, 3] or
@@ -145,11 +145,13 @@ class Embedder:
   def _read_numbered(self, number: int, image: ImageLike) -> np.ndarray:
     try:
       return self.read(image)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
       name = f'number {number}'
       if isinstance(image, str | os.PathLike):
-        name = repr(os.fspath(image))
-      raise ValueError(f'Image {name} cannot be read: {error}') from error
+        name = repr(folders.escape(image))
+      raise ValueError(
+        f'Image {name} cannot be read: {errors.one_line(error)}'
+      ) from error
 
   def embed(self, images: np.ndarray) -> np.ndarray:
     """Embeds images that `read` has returned.
@@ -311,12 +313,11 @@ def _decode(image: ImageLike) -> Image.Image:
   """Returns an image, upright and in RGB.
 
   Raises:
-    ValueError: if it is not an image.
+    ValueError: if it is not an image, or the path is not a regular file.
     OSError: if the file cannot be read.
   """
   if isinstance(image, str | os.PathLike):
-    with open(image, 'rb') as file:
-      image = file.read()
+    image = folders.read_file(image)
   if isinstance(image, bytes):
     return images_lib.decode(image)
   if isinstance(image, Image.Image):

@@ -108,8 +108,10 @@ def _load_same_data(config, saved: Mapping | None) -> datasets.Datasets:
   data = load_data(config)
   if saved and saved['dataset_digest'] != data.digest:
     raise ValueError(
-      'The dataset has changed since this run began (other classes, records '
-      'or split). Restore it, or use another workdir.'
+      'The dataset has changed since this run began (other images, names, '
+      'classes or split), or the run began with an earlier version of this '
+      'program, which did not compare the images. Restore the dataset, or use '
+      'another workdir.'
     )
   return data
 

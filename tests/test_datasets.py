@@ -85,10 +85,23 @@ class GlyphsTest(absltest.TestCase):
 
   def test_half_written_records_are_written_again(self):
     data = datasets.load(self.config)
-    (prepared,) = (self.root / 'data' / 'glyphs').glob('*/1.0.0')
-    prepared.rename(prepared.parent / 'incomplete.ABC_1.0.0')
+    (prepared,) = (self.root / 'data' / 'glyphs').glob('*/2.0.0')
+    prepared.rename(prepared.parent / 'incomplete.ABC_2.0.0')
     self.assertEqual(datasets.load(self.config).digest, data.digest)
     self.assertLen(list(prepared.parent.iterdir()), 1)
+
+  def test_fonts_are_listed_like_images(self):
+    os.mkfifo(self.root / 'fonts' / 'pipe.ttf')
+    os.rename(
+      self.root / 'fonts' / 'STIXGeneral.ttf',
+      os.path.join(os.fsencode(self.root), b'fonts', b'caf\xe9.ttf'),
+    )
+    data = datasets.load(self.config)
+    names = {data.test[i]['name'].split()[1] for i in range(len(data.test))}
+    self.assertContainsSubset([r'caf\xe9.ttf'], names)
+    with mock.patch.object(os, 'scandir', side_effect=PermissionError(13, 'x')):
+      with self.assertRaisesRegex(ValueError, 'cannot be listed'):
+        datasets.load(self.config)
 
   def test_folders_without_fonts_are_errors(self):
     self.config.dataset.fonts_dir = '/nowhere'
@@ -267,6 +280,115 @@ class ImageFolderTest(absltest.TestCase):
     self.assertEqual(data.test.class_names, ('test/b', 'test/c', 'test/d'))
     self.assertEqual(data.num_shared_classes, 1)
 
+  def test_val_is_the_test_split_if_there_is_no_test_folder(self):
+    self._write_classes(['Train/a', 'Train/b', 'valid/c', 'valid/d'])
+    (self.root / 'other').mkdir()
+    with self.assertLogs('proxy_nca_jax') as logs:
+      data = self._load()
+    self.assertEqual(data.train.class_names, ('Train/a', 'Train/b'))
+    self.assertEqual(data.test.class_names, ('valid/c', 'valid/d'))
+    self.assertIn('2 class folders in valid, the test split', str(logs.output))
+    self.assertEqual(dict(data.skipped), {'other': 'not in Train or valid'})
+    with self.assertRaisesRegex(ValueError, 'needs an image folder with'):
+      self._load(validation='folder')
+
+  def test_val_is_the_validation_split_beside_train_and_test(self):
+    names = [f'{part}/{x}' for part in ('train', 'val', 'test') for x in 'ab']
+    self._write_classes(names)
+    self._write('train/0/x.png', b'x')  # Moves the numbers of the classes.
+    self._write('val/0/x.png', b'x')
+    with self.assertLogs('proxy_nca_jax') as logs:
+      unused = self._load()
+    self.assertIn('The 2 validation classes', str(logs.output))
+    self.assertIsNone(unused.validation)
+    data = self._load(validation='folder')
+    self.assertEqual(
+      [s.class_names for s in (data.train, data.validation, data.test)],
+      [tuple(names[i : i + 2]) for i in (0, 2, 4)],
+    )
+    self.assertNotEqual(data.digest, unused.digest)
+
+  def test_folders_named_as_splits_are_not_classes(self):
+    self._write_classes(['train/a', 'train/b'])
+    with self.assertRaisesRegex(ValueError, 'has the folders train, which'):
+      self._load()
+    self._write_classes(['val/a', 'valid/b'])
+    with self.assertRaisesRegex(ValueError, 'folders train, val, valid'):
+      self._load()
+
+  def test_the_log_lists_the_classes_and_merged_levels(self):
+    self._write_classes(['a/x', 'a/y/z', 'b', 'c', 'd'])
+    with self.assertLogs('proxy_nca_jax') as logs:
+      self._load()
+    self.assertIn('4 class folders: a, b, c, d', str(logs.output))
+    self.assertIn('up to 2 levels of sub-folders are merged', str(logs.output))
+
+  def test_class_folders_that_cannot_be_listed_are_errors(self):
+    self._write_classes('abcd')
+    scandir = os.scandir
+
+    def refuse(path):
+      if str(path).endswith('/c'):
+        raise PermissionError(13, 'Permission denied', path)
+      return scandir(path)
+
+    with mock.patch.object(os, 'scandir', refuse):
+      with self.assertRaisesRegex(ValueError, "'c' .Permission denied. in"):
+        self._load()
+    (self.root / 'e').symlink_to('/nowhere/disk')
+    with self.assertRaisesRegex(ValueError, "'e' .a link to nothing. in"):
+      self._load()
+
+  def test_linked_classes_are_read_and_special_files_are_named(self):
+    self._write_classes('abc')
+    elsewhere = pathlib.Path(self.create_tempdir().full_path)
+    shutil.copytree(self.root / 'a', elsewhere / 'x')
+    (self.root / 'd').symlink_to(elsewhere / 'x')
+    (self.root / 'b' / 'loop').symlink_to(self.root)
+    (self.root / 'b' / 'gone.png').symlink_to('/nowhere')
+    (self.root / 'b' / 'zero.png').symlink_to('/dev/zero')
+    os.mkfifo(self.root / 'b' / 'pipe.png')
+    (self.root / 'empty').mkdir()
+    data = self._load()
+    self.assertLen(self._records(data), 12)
+    self.assertIn('d', data.train.class_names + data.test.class_names)
+    self.assertSameElements(
+      dict(data.skipped),
+      ['b/loop', 'b/gone.png', 'b/zero.png', 'b/pipe.png', 'empty'],
+    )
+
+  def test_names_that_are_not_utf8_are_escaped(self):
+    self._write_classes('ab')
+    for name in (b'caf\xe9', b'\xff\\'):
+      folder = os.path.join(os.fsencode(self.root), name)
+      os.mkdir(folder)
+      shutil.copy(self.root / 'a' / '0.png', os.path.join(folder, b'\xe9.png'))
+      with open(os.path.join(folder, b'bad\xe9.png'), 'wb') as file:
+        file.write(b'bad')
+    for _ in range(2):  # Prepared, and read.
+      data = self._load()
+      names = data.train.class_names + data.test.class_names
+      self.assertSameElements(names, ['a', 'b', r'caf\xe9', r'\xff\\'])
+      names = [record['name'] for record in self._records(data)]
+      self.assertIn(r'caf\xe9/\xe9.png', names)
+      self.assertIn(r'\xff\\/bad\xe9.png', dict(data.skipped))
+    self.data_dir = os.path.join(self.data_dir, os.fsdecode(b'\xe9'))
+    with self.assertRaisesRegex(ValueError, r'data_dir. is ".*/.xe9"'):
+      self._load()
+
+  def test_an_image_without_memory_for_it_is_skipped_by_name(self):
+    self._write_classes('abcd')
+    decode, small = images.decode, (self.root / 'b' / '1.png').read_bytes()
+
+    def exhaust(encoded, **options):
+      if encoded == small:
+        raise MemoryError
+      return decode(encoded, **options)
+
+    with mock.patch.object(images, 'decode', exhaust):
+      data = self._load()
+    self.assertEqual([name for name, _ in data.skipped], ['b/1.png'])
+
   def test_an_unreadable_class_moves_no_other_between_splits(self):
     self._write_classes(['train/a', 'train/c', 'test/d', 'test/e'])
     self._write('train/b/x.png', b'x')
@@ -295,6 +417,33 @@ class ImageFolderTest(absltest.TestCase):
     after = self._load()
     self.assertLen(self._records(after), len(self._records(before)) + 1)
     self.assertNotEqual(before.digest, after.digest)
+
+  def test_the_digest_covers_names_and_images_but_no_paths_or_times(self):
+    self._write_classes('abcd')
+    before = self._load()
+    # In another data_dir, from files with other modification times.
+    self.data_dir = self.create_tempdir().full_path
+    for path in self.root.rglob('*.png'):
+      os.utime(path, (0, 0))
+    self.assertEqual(self._load().digest, before.digest)
+    moved = self.root.parent / f'{self.root.name}-moved'
+    self.addCleanup(shutil.rmtree, moved)
+    shutil.copytree(self.root, moved)
+    self.assertEqual(self._load(root=str(moved)).digest, before.digest)
+    os.rename(self.root / 'a' / '1.png', self.root / 'a' / '1b.png')
+    renamed = self._load()
+    self.assertNotEqual(renamed.digest, before.digest)
+    # The same names and labels, but other images.
+    self._write('a/1b.png', _encode(_noise(77)))
+    self.assertNotIn(self._load().digest, (before.digest, renamed.digest))
+
+  def test_resized_images_of_other_records_are_not_reused(self):
+    self._write_classes('abcd')
+    before = self._load(cache_size=24)
+    self._write('a/1.png', _encode(_noise(77)))
+    after = self._load(cache_size=24)
+    self.assertNotEqual(before.digest, after.digest)
+    self.assertLen(list(pathlib.Path(self.data_dir, 'resized').glob('*/')), 2)
 
   def test_roots_without_classes_are_errors(self):
     with self.assertRaisesRegex(ValueError, 'no sub-folder'):

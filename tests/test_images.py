@@ -1,9 +1,14 @@
 import io
+import struct
+import subprocess
+import time
+from concurrent import futures
+from unittest import mock
 
 import numpy as np
 import oracles
 from absl.testing import absltest, parameterized
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from proxy_nca_jax import images
 
@@ -77,10 +82,78 @@ class DecodeTest(parameterized.TestCase):
     with self.assertRaises(ValueError):
       images.decode(encoded[: len(encoded) // 2])
 
-  @parameterized.parameters((b'', 'empty'), (b'words', 'not an image'))
+  @parameterized.parameters(
+    (b'', 'empty'),
+    (b'words', 'not an image'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'Git LFS'),
+  )
   def test_files_that_are_not_images_are_errors(self, encoded, message):
     with self.assertRaisesRegex(ValueError, message):
       images.decode(encoded)
+
+  def test_broken_exif_data_does_not_cost_the_image(self):
+    image = Image.new('RGB', (40, 20), 'black')
+    ratio = b'\x01\x1a\0\x0a\0\0\0\x01\0\0\0\x26'  # Tag 282, an SRATIONAL.
+    exif = (
+      b'Exif\0\0MM\0*\0\0\0\x08\0\x02'
+      b'\x01\x12\0\x03\0\0\0\x01\0\x06\0\0' + ratio + b'\0\0\0\0'
+      b'\xff\xff\xff\xf0\0\0\0\x01'
+    )
+    encoded = _encode(image, 'jpeg', exif=exif)
+    with self.assertRaises(struct.error):
+      ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    self.assertEqual(images.decode(encoded).size, (20, 40))
+    broken = _encode(image, 'jpeg', exif=exif[:20])
+    self.assertEqual(images.decode(broken).size, (40, 20))
+
+  @parameterized.parameters(
+    RuntimeError, NotImplementedError, AttributeError, struct.error, MemoryError
+  )
+  def test_whatever_a_decoder_raises_is_a_value_error(self, error):
+    with mock.patch.object(
+      ImageFile.ImageFile, 'load', side_effect=error('broken')
+    ):
+      with self.assertRaisesRegex(ValueError, 'broken'):
+        images.decode(_encode(_noise()))
+      with self.assertRaisesRegex(ValueError, 'broken'):
+        images.as_rgb(Image.open(io.BytesIO(_encode(_noise()))))
+
+  @parameterized.parameters(
+    b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n',
+    b'\xd7\xcd\xc6\x9a' + bytes(200),
+  )
+  def test_no_format_starts_another_program(self, encoded):
+    with mock.patch.object(subprocess, 'Popen') as popen:
+      with self.assertRaisesRegex(ValueError, 'not an image'):
+        images.decode(encoded)
+    popen.assert_not_called()
+
+  def test_too_many_pixels_are_refused_before_decoding(self):
+    with mock.patch.object(images, 'MAX_PIXELS', 599):
+      with mock.patch.object(ImageFile.ImageFile, 'load') as load:
+        with self.assertRaisesRegex(ValueError, '30 x 20 pixels .* 599'):
+          images.decode(_encode(_noise()))
+    load.assert_not_called()
+
+  def test_large_images_are_decoded_one_at_a_time(self):
+    loading, most = [], 0
+    load = ImageFile.ImageFile.load
+
+    def load_slowly(image):
+      nonlocal most
+      loading.append(image)
+      most = max(most, len(loading))
+      time.sleep(0.01)
+      loading.pop()
+      return load(image)
+
+    with (
+      mock.patch.object(images, '_LARGE_PIXELS', 599),
+      mock.patch.object(ImageFile.ImageFile, 'load', load_slowly),
+      futures.ThreadPoolExecutor(4) as pool,
+    ):
+      list(pool.map(images.decode, [_encode(_noise())] * 8))
+    self.assertEqual(most, 1)
 
 
 class ResizeTest(parameterized.TestCase):
@@ -120,6 +193,17 @@ class ResizeTest(parameterized.TestCase):
     # Pillow's weights have 22 bits, so exact halves may round either way.
     self.assertLessEqual(difference.max(), 1)
     self.assertLess(np.mean(difference > 0), 0.03)
+
+  def test_the_resized_shape_is_bounded(self):
+    line = Image.new('L', (1, 8000))
+    images.resize(line, side=256, mode='square')
+    with mock.patch.object(Image.Image, 'resize') as resize:
+      with self.assertRaisesRegex(ValueError, '1 x 8000 .* 256 x 2048000'):
+        images.resize(line, side=256, mode='shorter')
+      with mock.patch.object(images, 'MAX_PIXELS', 24 * 36 - 1):
+        with self.assertRaisesRegex(ValueError, '863 pixels'):
+          images.resize(Image.new('L', (60, 90)), side=24, mode='shorter')
+    resize.assert_not_called()
 
   def test_unknown_names_list_the_choices(self):
     with self.assertRaisesRegex(ValueError, 'square or shorter'):

@@ -236,6 +236,67 @@ class TrustTest(_Test):
       self.assertIn(reason, skipped[name])
     self.assertIn('/etc/passwd: annotated, but missing', ''.join(logs.output))
     self.assertEqual((len(data.train), len(data.test)), (10, 9))
+    listed = (self.data_dir / 'downloads' / 'sop.problems.txt').read_text()
+    for name, reason in data.skipped:
+      self.assertIn(f'{name}: {reason}\n', listed)
+
+  def test_many_problems_are_counted_by_kind(self):
+    problems = [(str(i), 'annotated, but missing') for i in range(990)]
+    problems += [(str(i), f'class {i}, expected 1 to 1,96') for i in range(9)]
+    counts = '990 x annotated, but missing, 9 x class N, expected N to N'
+    self.assertEqual(annotations.count_kinds(problems), counts)
+    various = [('', chr(0x4E00 + i)) for i in range(50)]
+    self.assertEndsWith(annotations.count_kinds(various), ', 30 others')
+    _write('sop', self.manual_dir)
+    with (
+      absltest.mock.patch.object(
+        annotations, 'compare_counts', return_value=problems
+      ),
+      self.assertLogs('proxy_nca_jax', 'WARNING') as logs,
+    ):
+      data = self._load('sop')
+    self.assertLen(data.skipped, 999)
+    self.assertLen(logs.output, 21)
+    self.assertIn(counts, logs.output[-1])
+    listed = self.data_dir / 'downloads' / 'sop.problems.txt'
+    self.assertIn(str(listed), logs.output[-1])
+    self.assertLen(listed.read_text().splitlines(), 999)
+
+  @parameterized.parameters('annotated', 'readable')
+  def test_a_split_without_images_is_an_error(self, kind):
+    files = made_archives.sop()
+    root = 'Stanford_Online_Products'
+    tests = [
+      line.split()[-1].decode()
+      for line in files[f'{root}/Ebay_test.txt'].splitlines()[1:]
+    ]
+    for name in tests:
+      files[f'{root}/{name}'] = b'x'
+      if kind == 'annotated':
+        del files[f'{root}/{name}']
+    made_archives.write_zip(
+      self.manual_dir / 'Stanford_Online_Products.zip', files
+    )
+    with self.assertRaisesRegex(ValueError, 'sop has no image of the test spl'):
+      self._load('sop')
+    self.assertEmpty(list(self.data_dir.rglob('*array_record*')))
+
+  @parameterized.parameters(
+    ('cub200', 'images.txt'),
+    ('cars196', 'cars_annos.mat'),
+    ('sop', 'Ebay_test.txt'),
+    ('inshop', 'list_eval_partition.txt'),
+  )
+  def test_a_missing_annotation_is_named_before_a_download(self, name, missing):
+    files = getattr(made_archives, name)()
+    for part in (files,) if isinstance(files, dict) else files:
+      made_archives.write_folder(self.manual_dir / 'copy', part)
+    (found,) = self.manual_dir.rglob(missing)
+    found.unlink()
+    with absltest.mock.patch.object(downloads, 'fetch') as fetch:
+      with self.assertRaisesRegex(ValueError, f'but not .*{missing}'):
+        self._load(name)
+    fetch.assert_not_called()
 
   def test_an_unreadable_image_is_refused_by_name(self):
     files = made_archives.cub200()

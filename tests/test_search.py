@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 from unittest import mock
@@ -145,6 +146,111 @@ class SearchTest(parameterized.TestCase):
     self.assertIn('skipped notes.txt', output)
     self.assertIn('0 added, 0 changed, 0 removed, 33 unchanged', output)
 
+  def test_rows_of_folders_that_cannot_be_listed_are_kept(self):
+    images, flags = self._copy()
+    moved = images.parent / 'disk'
+    os.rename(images / 'class1', moved)
+    (images / 'class1').symlink_to(moved)
+    self.assertIn('32 added', self._run('index', **flags))
+    os.rename(moved, images.parent / 'elsewhere')
+    shutil.rmtree(images / 'class2')
+    os.mkfifo(images / 'class3' / 'pipe.png')
+    scandir = os.scandir
+
+    def refuse(path):
+      if str(path).endswith('class0'):
+        raise PermissionError(13, 'Permission denied', path)
+      return scandir(path)
+
+    with mock.patch.object(os, 'scandir', refuse):
+      output = self._run('index', **flags)
+    self.assertIn(
+      'skipped class0: Permission denied; its images are kept', output
+    )
+    self.assertIn(
+      'skipped class1: a link to nothing; its images are kept', output
+    )
+    self.assertIn('skipped class3/pipe.png: a named pipe', output)
+    self.assertIn('0 added, 0 changed, 4 removed', output)
+    self.assertLen(index_lib.read(flags['index']).names, 28)
+
+  def test_names_that_are_not_utf8_are_escaped(self):
+    images, flags = self._copy()
+    folder = os.path.join(os.fsencode(images), b'caf\xe9')
+    os.rename(images / 'class0', folder)
+    image = os.fsdecode(os.path.join(folder, b'0.png'))
+    self._run('index', **flags)
+    shown = str(images) + r'/caf\xe9/0.png'
+    content = index_lib.read(flags['index'])
+    self.assertIn(image, content.paths)
+    self.assertIn(shown, content.escaped_paths)
+    output = self.root / 'escaped'
+    for ending in ('csv', 'json'):
+      self._run(
+        'query', image, index=flags['index'], k=1, output=f'{output}.{ending}'
+      )
+    for (row,) in (
+      csv.DictReader(pathlib.Path(f'{output}.csv').open()),
+      json.loads(pathlib.Path(f'{output}.json').read_text()),
+    ):
+      self.assertEqual((row['query'], row['picture']), (shown, shown))
+    (row,) = self._rows('classify', image, index=flags['index'])
+    self.assertEqual(row['class'], r'caf\xe9')
+    self._run('query', image, index=flags['index'], html=f'{output}.html')
+    os.remove(image)
+    self.assertIn('1 removed', self._run('index', **flags))
+
+  def test_a_foreign_database_is_refused_and_not_written(self):
+    foreign, empty, text = (
+      self.root / name for name in ('foreign.sqlite', 'empty', 'text')
+    )
+    with contextlib.closing(sqlite3.connect(foreign)) as database:
+      database.execute('PRAGMA journal_mode = WAL')
+      database.execute('CREATE TABLE about (name TEXT, value TEXT)')
+      database.commit()
+    empty.write_bytes(b'')
+    text.write_text('text')
+    image = self.images / 'class0' / '0.png'
+    for path in (foreign, empty, text):
+      before = path.read_bytes(), sorted(os.listdir(self.root))
+      for command, flags in (
+        ('query', {}),
+        ('classify', {}),
+        ('cluster', {'clusters': 2}),
+        ('duplicates', {'threshold': 1}),
+        ('export', {'output': 'x.npz'}),
+        ('index', {'workdir': self.workdirs[0], 'images': self.images}),
+      ):
+        given = [image] if command in ('query', 'classify') else []
+        line = self._error(command, *given, index=path, **flags)
+        self.assertIn('is not a valid index', line)
+      self.assertEqual(
+        (path.read_bytes(), sorted(os.listdir(self.root))), before
+      )
+
+  def test_an_index_of_an_unknown_version_is_refused(self):
+    index = self.root / 'newer'
+    shutil.copy(self.index, index)
+    with contextlib.closing(sqlite3.connect(index)) as database:
+      database.execute("UPDATE about SET value = '9' WHERE name = 'version'")
+      database.commit()
+    for command, flags in (
+      ('cluster', {'clusters': 2}),
+      ('index', {'workdir': self.workdirs[0], 'images': self.images}),
+    ):
+      line = self._error(command, index=index, **flags)
+      self.assertIn("has version '9', and this program reads version '2'", line)
+
+  def test_reading_an_index_writes_nothing(self):
+    index = self.root / 'read only?#%'
+    shutil.copy(self.index, index)
+    before = index.stat().st_mtime_ns, index.read_bytes()
+    self._run('duplicates', index=index, threshold=1)
+    self.assertEqual((index.stat().st_mtime_ns, index.read_bytes()), before)
+    with index_lib._open(str(index)) as database:
+      with self.assertRaisesRegex(sqlite3.Error, 'readonly'):
+        database.execute('DELETE FROM pictures')
+
   def test_a_killed_update_resumes(self):
     _, flags = self._copy()
     embed = inference.Embedder.embed
@@ -255,6 +361,28 @@ class SearchTest(parameterized.TestCase):
     self.assertEqual(error.getvalue().count('Building'), 1)
     self.assertIn('approximate', error.getvalue())
 
+  def test_faiss_searches_more_lists_until_k_images_are_found(self):
+    content = index_lib.read(self.index)
+    index = str(self.root / 'lists')
+    shutil.copy(self.index, index)
+    queries = content.embeddings[:5]
+    expected = find.find(queries, content.embeddings, 30)
+    with mock.patch.object(find, '_MIN_FAISS_IMAGES', 8):
+      with contextlib.redirect_stderr(io.StringIO()):
+        distances, indices = find.find_in_index(index, content, queries, 30)
+    self.assertGreaterEqual(indices.min(), 0)
+    self.assertTrue(np.all(np.diff(distances, axis=1) >= 0))
+    for found in indices:
+      self.assertLen(set(found), 30)
+    # All lists were searched, since 30 of 32 images were asked for.
+    np.testing.assert_allclose(distances, expected[0], atol=1e-6)
+
+  def test_faiss_without_enough_images_is_an_error(self):
+    lists = mock.Mock(nlist=4)
+    lists.search.return_value = (None, np.array([[0, -1]]))
+    with self.assertRaisesRegex(ValueError, 'fewer than 2 images for 1 quer'):
+      find._search_lists(lists, np.ones((1, 3)), 2)
+
   def test_cluster_assigns_every_image(self):
     rows = self._rows('cluster', index=self.index, clusters=5)
     self.assertLen({row['picture'] for row in rows}, 32)
@@ -284,6 +412,19 @@ class SearchTest(parameterized.TestCase):
     self.assertLen(rows, np.sum(distances < threshold))
     self.assertEmpty(self._rows('duplicates', index=self.index, threshold=0))
 
+  def test_duplicates_are_sorted_and_not_held_in_memory(self):
+    embeddings = np.tile(np.float32([[1, 0], [0.8, 0.6]]), (40, 1))
+    with search_main._sorted_pairs(embeddings, -2, 2) as pairs:
+      self.assertIsInstance(pairs, sqlite3.Cursor)
+      pairs = list(pairs)
+    self.assertLen(pairs, 80 * 79 // 2)
+    self.assertEqual(pairs, sorted(pairs))
+    self.assertEqual(pairs[0], (0, 0, 2))
+    file = str(self.root / 'pairs.json')
+    for rows in ([], [{'a': 'ü', 'b': 0.5}] * 3):
+      search_main._write(iter(rows), file, columns=('a', 'b'))
+      self.assertEqual(json.loads(pathlib.Path(file).read_text()), rows)
+
   def test_classify_by_neighbors_and_by_proxies(self):
     image = self.images / 'class5' / '3.png'
     (row,) = self._rows('classify', image, index=self.index)
@@ -306,13 +447,27 @@ class SearchTest(parameterized.TestCase):
     )
     near = np.float32([[0.6, 0.5, 0.5]])
     embedder = mock.Mock(return_value=near)
-    for k, expected in ((1, 'a'), (2, 'a'), (3, 'b')):
+    # a/1 is the nearest image; of b, b/1 is.
+    a, b = ('a', '0.8402', 1), ('b', '0.9600', 2 / 3)
+    for k, (expected, distance, votes) in (
+      (1, a),
+      (2, ('a', '0.8402', 1 / 2)),
+      (3, b),
+    ):
       with (
         mock.patch.object(index_lib, 'read', return_value=content),
         mock.patch.object(search_main, '_load_embedder', return_value=embedder),
       ):
         (row,) = self._rows('classify', 'x', index='', k=k)
       self.assertEqual(row['class'], expected)
+      self.assertEqual(row['distance'], distance)
+      self.assertEqual(row['votes'], f'{votes:.4f}')
+    with (
+      mock.patch.object(index_lib, 'read', return_value=content),
+      mock.patch.object(search_main, '_load_embedder', return_value=embedder),
+    ):
+      (row,) = self._rows('classify', 'x', index='', k=3, threshold=0.9)
+    self.assertEqual(row['class'], '')
 
   def test_embeddings_are_exported_as_arrays(self):
     content = index_lib.read(self.index)

@@ -23,6 +23,14 @@ def _config(**fields):
 
 
 class WorkdirTest(absltest.TestCase):
+  def test_a_name_that_is_not_utf8_is_refused_before_anything_is_written(self):
+    root = self.create_tempdir().full_path
+    path = os.path.join(root, os.fsdecode(b'caf\xe9'))
+    with self.assertRaisesRegex(ValueError, r'The workdir is ".*/caf.xe9"'):
+      with workdir.opened(path):
+        self.fail('It was opened.')
+    self.assertEmpty(os.listdir(root))
+
   def test_json_round_trips(self):
     path = os.path.join(self.create_tempdir(), 'a.json')
     self.assertIsNone(workdir.read_json(path))

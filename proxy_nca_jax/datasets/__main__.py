@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 
 from proxy_nca_jax import datasets
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.datasets import annotations
+from proxy_nca_jax.runtime import errors, folders
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -46,8 +47,10 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 def _prepare(arguments: argparse.Namespace) -> None:
   builder, skipped = datasets.prepare(vars(arguments))
-  for name, reason in skipped:
-    print(f'skipped {name}: {reason}')
+  if skipped:
+    print(f'skipped: {annotations.count_kinds(skipped)}')
+  if skipped and os.path.exists(builder.problems_path):
+    print(f'All of them are listed in {builder.problems_path}')
   for split, info in builder.info.splits.items():
     print(f'{split}: {info.num_examples:,} images')
   print(f'Prepared {arguments.name} in {builder.data_path}')
@@ -89,6 +92,7 @@ def main(
     prog: the name by which --help refers to the command.
   """
   arguments = _parse(arguments, prog)
+  folders.write_utf8_to_stdout()
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   logging.getLogger('proxy_nca_jax').setLevel(logging.INFO)
   logging.getLogger('absl').setLevel(logging.ERROR)

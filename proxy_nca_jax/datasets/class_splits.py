@@ -4,6 +4,9 @@ import re
 
 import numpy as np
 
+# Value of config.dataset.validation that takes the classes of a folder.
+FOLDER = 'folder'
+
 
 def split_classes(
   total: int,

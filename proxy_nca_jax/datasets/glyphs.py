@@ -21,7 +21,7 @@ from PIL import Image, ImageFont, features
 
 from proxy_nca_jax import images
 from proxy_nca_jax.datasets import records
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.runtime import errors, folders
 
 # matplotlib's text fonts; its other fonts contain parts of formulas.
 _TEXT_FONTS = ('DejaVuSans', 'DejaVuSerif', 'STIXGeneral')
@@ -39,7 +39,7 @@ class Face:
 
   @property
   def name(self) -> str:
-    stem = os.path.basename(self.path)
+    stem = folders.escape(os.path.basename(self.path))
     return f'{stem}#{self.index}' if self.index else stem
 
   @functools.cached_property
@@ -188,17 +188,28 @@ def _text_fonts() -> list[str]:
 
 
 def _fonts_in(fonts_dir: str) -> list[str]:
+  """Returns the font files of a folder, without links to nothing.
+
+  Raises:
+    ValueError: if the folder or one below it cannot be listed.
+  """
   if not os.path.isdir(fonts_dir):
     raise ValueError(
       f'No folder {fonts_dir!r} (config.dataset.fonts_dir): name a folder of '
       f'fonts ({", ".join(_SUFFIXES)}), or leave it empty to use the fonts '
       'that matplotlib ships.'
     )
+  listing = folders.list_files(fonts_dir)
+  if listing.unlisted:
+    raise ValueError(
+      f'{folders.describe(listing.unlisted)} in {fonts_dir!r} '
+      '(config.dataset.fonts_dir) cannot be listed: make it readable, or move '
+      'it away.'
+    )
   return [
-    os.path.join(folder, name)
-    for folder, _, names in sorted(os.walk(fonts_dir))
-    for name in sorted(names)
-    if name.lower().endswith(_SUFFIXES)
+    os.path.join(fonts_dir, path)
+    for path in listing.files
+    if path.lower().endswith(_SUFFIXES)
   ]
 
 
@@ -222,7 +233,9 @@ def _faces(path: str) -> list[Face]:
   # fontTools raises many types for broken tables, including AssertionError and
   # struct.error.
   except Exception as error:
-    raise ValueError(f'{path}: {errors.one_line(error)}') from error
+    raise ValueError(
+      f'{folders.escape(path)}: {errors.one_line(error)}'
+    ) from error
 
 
 def make_builder(
@@ -247,7 +260,7 @@ def make_builder(
     try:
       faces.extend(_faces(path))
     except ValueError as error:
-      skipped.append([os.path.basename(path), str(error)])
+      skipped.append([folders.escape(os.path.basename(path)), str(error)])
       continue
     with open(path, 'rb') as file:
       contents.update(hashlib.file_digest(file, 'sha256').digest())

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import hashlib
+import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,6 +20,8 @@ from proxy_nca_jax.datasets import (
   resized,
   splits,
 )
+
+_logger = logging.getLogger(__name__)
 
 # Stored splits, in the order of their records in the source.
 _STORED_SPLITS = ('images', 'train', 'test', 'query', 'gallery')
@@ -57,8 +61,7 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
       config, train, make_split(eval_images, train_classes)
     )
   digest = _digest(
-    metadata['class_names'],
-    metadata['labels'],
+    metadata,
     train_classes,
     validation_classes,
     test_classes,
@@ -137,7 +140,7 @@ def make_read_image(
   inputs = {
     'dataset': info.full_name,
     'bytes': int(info.dataset_size),
-    'records': _digest(info.metadata['class_names'], info.metadata['labels']),
+    'records': _digest(info.metadata),
     'side': side,
     'mode': config.resize_mode,
   }
@@ -154,8 +157,15 @@ def make_read_image(
 def _read_image(source: Sequence[dict], row: int, **resize) -> np.ndarray:
   # EXIF rotation is ignored, as in the code behind all published numbers.
   # Images of image_folder were rotated when they were stored.
-  image = images_lib.decode(source[row]['image'], upright=False)
-  return np.asarray(images_lib.resize(image, **resize))
+  record = source[row]
+  try:
+    image = images_lib.decode(record['image'], upright=False)
+    return np.asarray(images_lib.resize(image, **resize))
+  except ValueError as error:
+    name = record['name'].decode()
+    raise ValueError(
+      f'The image of {name!r} cannot be read: {error}'
+    ) from error
 
 
 def _split_classes(
@@ -169,7 +179,33 @@ def _split_classes(
     test_fraction=config.test_fraction,
     seed=config.split_seed,
   )
-  train, validation = class_splits.split_validation(train, config.validation)
+  # The classes of a validation folder are stored between the two splits.
+  num_between = metadata.get('num_validation_classes', 0)
+  if num_between:
+    is_between = test < metadata['num_train_classes'] + num_between
+    between, test = test[is_between], test[~is_between]
+  if config.validation == class_splits.FOLDER:
+    if not num_between:
+      raise ValueError(
+        f'config.dataset.validation={class_splits.FOLDER} needs an image '
+        'folder with train, test, and one of val, valid and validation.'
+      )
+    validation = between
+  else:
+    if num_between:
+      _logger.warning(
+        'The %d validation classes of the image folder are not used: '
+        'config.dataset.validation=%s selects a checkpoint by them.',
+        num_between,
+        class_splits.FOLDER,
+      )
+    train, validation = class_splits.split_validation(train, config.validation)
+  sizes = {'test': len(test), 'validation': len(validation)}
+  for name, size in sizes.items():
+    if size == 1 or (size == 0 and name == 'test'):
+      raise ValueError(
+        f'The {name} split has {size} classes, but needs at least 2.'
+      )
   train = class_splits.choose_classes(
     train, config.num_train_classes, seed=config.split_seed
   )
@@ -233,8 +269,11 @@ def _count_shared_names(train: splits.Split, test: splits.Split) -> int:
   return len(train_names & test_names)
 
 
-def _digest(class_names: Sequence[str], *arrays) -> str:
-  digest = hashlib.sha256('\0'.join(class_names).encode())
+def _digest(metadata: Mapping, *arrays) -> str:
+  """Hashes the records and class names of a dataset, and arrays of integers."""
+  digest = hashlib.sha256(metadata['digest'].encode())
+  digest.update(json.dumps(metadata['class_names']).encode())
   for array in arrays:
+    digest.update(b'\0')
     digest.update(np.asarray(array, np.int64).tobytes())
   return digest.hexdigest()[:16]

@@ -23,7 +23,7 @@ from proxy_nca_jax.datasets import (
   published,
   sop,
 )
-from proxy_nca_jax.runtime import errors, lock
+from proxy_nca_jax.runtime import errors, folders, lock
 
 PUBLISHED = {
   'cars196': cars196.Cars196,
@@ -71,6 +71,7 @@ def prepare(
       f'{", ".join(sorted(DATASETS))}.'
     )
   data_dir = find_data_dir(fields['data_dir'])
+  folders.check_utf8(data_dir, 'The folder of datasets (data_dir)')
   names = set(inspect.signature(DATASETS[name]).parameters)
   names -= {'builder_cls', 'data_dir'}
   os.makedirs(os.path.join(data_dir, name), exist_ok=True)

@@ -6,6 +6,7 @@ builder does the rest. Archives and annotations are untrusted.
 """
 
 import abc
+import contextlib
 import hashlib
 import logging
 import os
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from proxy_nca_jax import images
 from proxy_nca_jax.datasets import annotations, archives, downloads, records
+from proxy_nca_jax.runtime import files as files_lib
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ class PublishedBuilder(records.OrderedBuilder):
   ) -> tuple[list[annotations.Example], list[annotations.Problem]]:
     """Returns the examples in order, and what is wrong with other lines."""
 
+  @property
+  def problems_path(self) -> str:
+    """The text file that lists all problems of the last preparation."""
+    return os.path.join(self.downloads, f'{self.name}.problems.txt')
+
   def _info(self) -> tfds.core.DatasetInfo:
     return records.make_info(self, side=None, **self.features)
 
@@ -76,7 +83,10 @@ class PublishedBuilder(records.OrderedBuilder):
     }
     miscounts = annotations.compare_counts(splits, self.counts)
     problems = [*problems, *mismatches, *miscounts]
+    self._problems = list(unlisted)
     self._check(problems)
+    for split, members in splits.items():
+      self._check_not_empty(split, len(members))
     class_names = annotations.list_classes(splits)
     self.info.metadata.update(
       class_names=class_names,
@@ -88,13 +98,14 @@ class PublishedBuilder(records.OrderedBuilder):
       self.info.metadata['cameras'] = []
     labels = {name: label for label, name in enumerate(class_names)}
     return {
-      split: self._generate_examples(root, examples, labels)
+      split: self._generate_examples(root, split, examples, labels)
       for split, examples in splits.items()
     }
 
   def _generate_examples(
     self,
     root: str,
+    split: str,
     examples: Sequence[annotations.Example],
     labels: Mapping[str, int],
   ) -> Iterator[tuple[int, dict]]:
@@ -115,19 +126,45 @@ class PublishedBuilder(records.OrderedBuilder):
       if 'camera' in self.features:
         metadata['cameras'].append(example.extra['camera'])
     self._check(broken)
+    self._check_not_empty(split, len(examples) - len(broken))
     metadata['skipped'].extend(broken)
 
+  def _check_not_empty(self, split: str, num_images: int) -> None:
+    if not num_images:
+      raise ValueError(
+        f'{self.name} has no image of the {split} split in these files '
+        f'({self.problems_path} lists every problem): download it again from '
+        f'{self.homepage}.'
+      )
+
   def _check(self, problems: Sequence[annotations.Problem]) -> None:
-    """Logs all problems, and raises ValueError unless they are allowed."""
-    for name, reason in problems:
+    """Logs and writes the problems; raises ValueError unless allowed."""
+    self._problems += problems
+    if not self._problems:
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(self.problems_path)  # Of an earlier attempt.
+      return
+    with files_lib.write_atomically(self.problems_path) as file:
+      file.writelines(f'{name}: {reason}\n' for name, reason in self._problems)
+    if not problems:
+      return
+    for name, reason in problems[: annotations.MAX_NAMED]:
       _logger.warning('%s: %s: %s', self.name, name, reason)
-    if problems and not self.allow_incomplete:
+    if len(problems) > annotations.MAX_NAMED:
+      _logger.warning(
+        '%s: %s. %s lists all of them.',
+        self.name,
+        annotations.count_kinds(problems),
+        self.problems_path,
+      )
+    if not self.allow_incomplete:
       first = '; '.join(f'{name}: {reason}' for name, reason in problems[:5])
       more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
       raise ValueError(
-        f'{self.name} differs from its publication (the log lists every '
-        f'problem): {first}{more}. Download it again from {self.homepage}, or '
-        'set config.dataset.allow_incomplete=True to use the files as they are.'
+        f'{self.name} differs from its publication ({self.problems_path} lists '
+        f'every problem): {first}{more}. Download it again from '
+        f'{self.homepage}, or set config.dataset.allow_incomplete=True to use '
+        'the files as they are.'
       )
 
   def _find_root(self) -> str:
@@ -171,6 +208,7 @@ class PublishedBuilder(records.OrderedBuilder):
     for paths in found:
       if all(paths):
         return paths
+    self._check_not_in_part()
     reasons = []
     for files, paths in zip(self.files, found):
       try:
@@ -186,6 +224,26 @@ class PublishedBuilder(records.OrderedBuilder):
       f'{self.homepage}, put it into '
       f'{os.path.abspath(self.manual_dir or self.downloads)} and start again.'
     )
+
+  def _check_not_in_part(self) -> None:
+    """Raises ValueError if manual_dir has an extracted copy with a gap.
+
+    Such a gap is better known before gigabytes are downloaded.
+    """
+    archive_names = {file.name for files in self.files for file in files}
+    for paths in self.markers if self.manual_dir else ():
+      present = [
+        path for path in paths if archives.find_root(self.manual_dir, [path])
+      ]
+      missing = [path for path in paths if path not in present]
+      # A file that is published on its own says nothing about an archive.
+      if set(present) - archive_names:
+        raise ValueError(
+          f'{self.manual_dir} (config.dataset.manual_dir) has '
+          f'{" and ".join(present)} of {self.name}, but not '
+          f'{" and ".join(missing)}, in one folder. Add what is missing, or '
+          'name another manual_dir to download the archives.'
+        )
 
   def _find_file(self, file: downloads.RemoteFile) -> str | None:
     """Finds a file under the published name or those of common copies."""

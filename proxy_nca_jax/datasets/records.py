@@ -1,15 +1,16 @@
 """Records, common to all datasets: features, writing and random access."""
 
+import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from proxy_nca_jax.runtime import errors, signals
+from proxy_nca_jax.runtime import errors, folders, signals
 
 # Files per chunk of `read_images`, and records per call of TFDS's writer, which
 # saves its progress at each call.
@@ -68,12 +69,13 @@ def read_images(
 
   def read(name):
     try:
-      with open(os.path.join(root, name), 'rb') as file:
-        return convert(file.read())
+      return convert(folders.read_file(os.path.join(root, name)))
     except ValueError as error:
       return error
     except OSError as error:
-      return ValueError(error.strerror)
+      return ValueError(error.strerror or errors.one_line(error))
+    except MemoryError:
+      return ValueError('there is not enough memory for it')
 
   with futures.ThreadPoolExecutor() as pool:
     for start in range(0, len(names), _NUM_FILES):
@@ -117,15 +119,26 @@ class StoredRecords(Sequence):
     )
 
 
+def _update_digest(digest, example: Mapping) -> None:
+  """Adds the name, the image and every other feature of a record."""
+  for feature, value in sorted(example.items()):
+    content = value if isinstance(value, bytes) else str(value).encode()
+    # With the length, no two records have the same sequence of bytes.
+    digest.update(f'\0{feature} {len(content)}\0'.encode())
+    digest.update(content)
+
+
 class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
   """Base of builders that write records in the order they are generated.
 
   TFDS's default writer sorts records first, in up to 1 GB of memory and beyond
   that on disk, with TensorFlow. This one holds a few records at a time and
-  ignores the keys that `_generate_examples` yields.
+  ignores the keys that `_generate_examples` yields. `digest` in the metadata is
+  a hash of all records, by which a run recognizes its dataset.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  # 2.0.0: the metadata has the digest of the records.
+  VERSION = tfds.core.Version('2.0.0')
   BUILDER_CONFIGS = []
 
   def _download_and_prepare(self, dl_manager, download_config) -> None:
@@ -137,13 +150,18 @@ class OrderedBuilder(tfds.core.GeneratorBasedBuilder):
       max_examples_per_shard=_MAX_RECORDS_PER_SHARD,
       file_format='array_record',
     )
+    digest = hashlib.sha256()
     for split, examples in self._split_generators(dl_manager).items():
       writer.initialize_splits([split])
+      digest.update(split.encode())
       title = f'{self.name} {split}'
       with tqdm.tqdm(unit=' images', desc=title, disable=None) as progress:
         while chunk := list(itertools.islice(examples, _NUM_RECORDS)):
           signals.check()
           writer.add_examples({split: [example for _, example in chunk]})
+          for _, example in chunk:
+            _update_digest(digest, example)
           progress.update(len(chunk))
     writer.close_all()
+    self.info.metadata['digest'] = digest.hexdigest()
     self.info.set_splits(info.splits)

@@ -96,7 +96,8 @@ class Datasets:
       unless the user's own train and test folders share names.
     is_resized_source: whether training crops from resized images although the
       recipe crops from the originals.
-    digest: a hash of the labels, the class names and the splits.
+    digest: a hash of the stored records, with names and images, of the class
+      names and of the splits.
   """
 
   train: Split

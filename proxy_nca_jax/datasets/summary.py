@@ -2,9 +2,7 @@
 
 import logging
 
-from proxy_nca_jax.datasets import splits
-
-_MAX_LOGGED = 20
+from proxy_nca_jax.datasets import annotations, splits
 
 _logger = logging.getLogger(__name__)
 
@@ -33,10 +31,13 @@ def log(data: splits.Datasets) -> None:
     )
   if data.skipped:
     _logger.warning('Skipped %d files:', len(data.skipped))
-    for name, reason in data.skipped[:_MAX_LOGGED]:
+    for name, reason in data.skipped[: annotations.MAX_NAMED]:
       _logger.warning('  %s: %s', name, reason)
-    if len(data.skipped) > _MAX_LOGGED:
-      _logger.warning('  ... results.json lists all of them')
+    if len(data.skipped) > annotations.MAX_NAMED:
+      _logger.warning(
+        '  ... (%s); results.json lists all of them',
+        annotations.count_kinds(data.skipped),
+      )
 
 
 def summarize(data: splits.Datasets) -> dict:

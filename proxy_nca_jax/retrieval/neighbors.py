@@ -177,9 +177,10 @@ def pairs_above(
     block_size: points per block; block_size^2 products are held at a time.
 
   Yields:
-    (num_points, pairs) of each block: the number of its points, and int64
-    [num_pairs, 2], their pairs (i, j) with i < j, sorted. Each pair comes once,
-    with the block of i.
+    (num_points, pairs) of each comparison of two blocks: the number of points
+    that have met all others since, 0 or that of a block; and int64 [num_pairs,
+    2], at most block_size^2 pairs (i, j) with i < j, sorted. Each pair comes
+    once.
   """
   chex.assert_rank(points, 2)
   points = blocked.as_float32(points)
@@ -189,16 +190,14 @@ def pairs_above(
     for first in range(0, len(points), size)
   ]
   for row, queries in enumerate(blocks):
-    pairs = []
     for column in range(row, len(blocks)):
       # Padding is NaN, whose products reach no threshold.
       is_pair = np.asarray(_reach(queries, blocks[column], threshold))
       if row == column:
         is_pair = np.triu(is_pair, 1)
-      pairs.append(np.argwhere(is_pair) + size * np.array([row, column]))
-    pairs = np.concatenate(pairs)
-    num_points = min(size, len(points) - row * size)
-    yield num_points, pairs[np.lexsort(pairs.T[::-1])]
+      is_last = column == len(blocks) - 1
+      num_points = min(size, len(points) - row * size) if is_last else 0
+      yield num_points, np.argwhere(is_pair) + size * np.array([row, column])
 
 
 @jax.jit

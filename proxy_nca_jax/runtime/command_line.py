@@ -21,7 +21,13 @@ from ml_collections import config_flags
 
 from proxy_nca_jax import configs
 from proxy_nca_jax.configs import default
-from proxy_nca_jax.runtime import errors, processes, provenance, signals
+from proxy_nca_jax.runtime import (
+  errors,
+  folders,
+  processes,
+  provenance,
+  signals,
+)
 
 _logger = logging.getLogger('proxy_nca_jax')
 
@@ -145,6 +151,7 @@ def _describe(error: Exception) -> str:
 
 
 def _log_to_stdout() -> None:
+  folders.write_utf8_to_stdout()
   handler = logging.StreamHandler(sys.stdout)
   # The primary process logs for all of them.
   handler.setLevel(logging.INFO if processes.is_primary() else logging.WARNING)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from proxy_nca_jax.runtime import files, lock, processes, remote
+from proxy_nca_jax.runtime import files, folders, lock, processes, remote
 
 _logger = logging.getLogger(__name__)
 
@@ -38,9 +38,10 @@ def opened(workdir: str) -> Iterator[Folder]:
   run. A URL, such as gs://bucket/run, is leased and mirrored to a local folder.
 
   Raises:
-    ValueError: if another run uses the workdir, or it is a URL and the run has
-      several processes.
+    ValueError: if another run uses the workdir, its name is not UTF-8, or it is
+      a URL and the run has several processes.
   """
+  folders.check_utf8(os.path.abspath(workdir), 'The workdir')
   if '://' in workdir and jax.process_count() > 1:
     raise ValueError(
       f'{jax.process_count()} processes cannot share {workdir!r}: each would '
@@ -50,14 +51,18 @@ def opened(workdir: str) -> Iterator[Folder]:
   workdir = os.path.expanduser(workdir)
   check_path(workdir)
   with contextlib.ExitStack() as stack:
-    folders = []
-    processes.run_on_primary(lambda: folders.append(_acquire(workdir, stack)))
-    folder = folders[0] if folders else Folder(workdir, publish=lambda: None)
+    acquired = []
+    processes.run_on_primary(lambda: acquired.append(_acquire(workdir, stack)))
+    folder = acquired[0] if acquired else Folder(workdir, publish=lambda: None)
     stack.enter_context(
       _compilations_cached(os.path.join(folder.path, 'compilation_cache'))
     )
     if processes.is_primary():
-      handler = logging.FileHandler(os.path.join(folder.path, 'log.txt'))
+      handler = logging.FileHandler(
+        os.path.join(folder.path, 'log.txt'),
+        encoding='utf-8',
+        errors='backslashreplace',
+      )
       handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
       package = logging.getLogger('proxy_nca_jax')
       package.addHandler(handler)

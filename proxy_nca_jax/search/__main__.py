@@ -10,12 +10,15 @@ approximate if FAISS is installed, and says so.
 
 import argparse
 import collections
+import contextlib
 import csv
 import importlib.util
 import json
 import os
+import sqlite3
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -25,16 +28,18 @@ from PIL import Image
 from proxy_nca_jax import clustering, inference, losses, retrieval
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax.report import pages
-from proxy_nca_jax.runtime import errors, files
+from proxy_nca_jax.runtime import errors, files, folders
 from proxy_nca_jax.search import find
 from proxy_nca_jax.search import index as index_lib
 
 # Rounding error of an inner product of unit vectors, with a margin.
 _PRODUCT_TOLERANCE = 1e-6
+# Pairs whose distances are computed at a time: 64 MiB at 512 dimensions.
+_PAIRS_PER_CHUNK = 2**14
 
 # The columns of the files keep the names of their first version, such as
 # 'picture', since other programs read them.
-Rows = list[dict[str, str | int | float | None]]
+Rows = Iterable[dict[str, str | int | float | None]]
 
 
 def _load_embedder(
@@ -52,13 +57,16 @@ def _load_embedder(
 
 
 def make_index(arguments: argparse.Namespace) -> None:
-  counts = index_lib.update(
+  counts, skipped = index_lib.update(
     arguments.index,
     inference.load(arguments.workdir),
     arguments.images,
     workdir=arguments.workdir,
   )
-  for name, reason in index_lib.read_errors(arguments.index):
+  for name, reason in [
+    *index_lib.read_errors(arguments.index),
+    *skipped.items(),
+  ]:
     print(f'skipped {name}: {reason}')
   print(', '.join(f'{n:,} {name}' for name, n in counts._asdict().items()))
 
@@ -69,10 +77,10 @@ def query(arguments: argparse.Namespace) -> None:
   distances, indices = find.find_in_index(
     arguments.index, content, embedder(arguments.images), arguments.k
   )
-  paths = content.paths
+  paths = content.escaped_paths
   rows = [
     {
-      'query': image,
+      'query': folders.escape(image),
       'rank': rank,
       'distance': float(distance),
       'picture': paths[index],
@@ -114,11 +122,11 @@ def _page(rows: Rows) -> str:
 
 
 def _thumbnail(path: str) -> str:
-  """Returns the thumbnail of an image file, gray if it no longer exists."""
+  """Returns the thumbnail of an image, by its escaped path; gray if missing."""
   try:
-    with open(path, 'rb') as file:
-      return pages.thumbnail(images_lib.decode(file.read()))
-  except (OSError, ValueError):
+    encoded = folders.read_file(folders.unescape(path))
+    return pages.thumbnail(images_lib.decode(encoded))
+  except (OSError, ValueError, MemoryError):
     return pages.thumbnail(Image.new('RGB', (112, 112), 'gray'))
 
 
@@ -134,7 +142,7 @@ def cluster(arguments: argparse.Namespace) -> None:
   assignments = np.asarray(clusters.assignments)
   centroids = np.asarray(clusters.centroids)[assignments]
   distances = np.linalg.norm(embeddings - centroids, axis=1)
-  paths = content.paths
+  paths = content.escaped_paths
   _write(
     [
       {
@@ -155,31 +163,53 @@ def duplicates(arguments: argparse.Namespace) -> None:
   # |x - y|^2 = 2 - 2 x.y on the unit sphere. The tolerance admits pairs whose
   # product is rounded down; their exact distances decide below.
   min_product = 1 - arguments.threshold**2 / 2 - _PRODUCT_TOLERANCE
-  blocks = []
-  with tqdm.tqdm(
-    total=len(embeddings), unit=' images', disable=None, leave=False, delay=1
-  ) as bar:
-    for num_rows, block in retrieval.pairs_above(embeddings, min_product):
-      blocks.append(block)
-      bar.update(num_rows)
-  pairs = np.concatenate(blocks)
-  distances = np.linalg.norm(
-    embeddings[pairs[:, 0]] - embeddings[pairs[:, 1]], axis=1
-  )
-  paths = content.paths
-  _write(
-    [
-      {
-        'distance': float(distances[i]),
-        'picture': paths[pairs[i, 0]],
-        'other': paths[pairs[i, 1]],
-      }
-      for i in np.argsort(distances, kind='stable')
-      if distances[i] < arguments.threshold
-    ],
-    arguments.output,
-    columns=('distance', 'picture', 'other'),
-  )
+  with _sorted_pairs(embeddings, min_product, arguments.threshold) as pairs:
+    paths = content.escaped_paths
+    _write(
+      (
+        {'distance': distance, 'picture': paths[i], 'other': paths[j]}
+        for distance, i, j in pairs
+      ),
+      arguments.output,
+      columns=('distance', 'picture', 'other'),
+    )
+
+
+@contextlib.contextmanager
+def _sorted_pairs(
+  embeddings: np.ndarray, min_product: float, threshold: float
+) -> Iterator[Iterator[tuple[float, int, int]]]:
+  """Finds pairs below a distance and sorts them, in bounded memory.
+
+  There may be as many as num_images^2 / 2. A temporary database on disk takes
+  them as they are found and sorts them.
+
+  Args:
+    embeddings: float32 [num_images, dim], of unit length.
+    min_product: smallest inner product of a pair to consider.
+    threshold: pairs are at a smaller distance than this.
+
+  Yields:
+    Pairs (distance, i, j), i < j, by distance, then by i and j.
+  """
+  with contextlib.closing(sqlite3.connect('')) as database:
+    database.execute('CREATE TABLE pairs (distance REAL, i INTEGER, j INTEGER)')
+    with tqdm.tqdm(
+      total=len(embeddings), unit=' images', disable=None, leave=False, delay=1
+    ) as bar:
+      for num_rows, block in retrieval.pairs_above(embeddings, min_product):
+        for start in range(0, len(block), _PAIRS_PER_CHUNK):
+          pairs = block[start : start + _PAIRS_PER_CHUNK]
+          distances = np.linalg.norm(
+            embeddings[pairs[:, 0]] - embeddings[pairs[:, 1]], axis=1
+          )
+          is_near = distances < threshold
+          database.executemany(
+            'INSERT INTO pairs VALUES (?, ?, ?)',
+            zip(distances[is_near].tolist(), *pairs[is_near].T.tolist()),
+          )
+        bar.update(num_rows)
+    yield database.execute('SELECT * FROM pairs ORDER BY distance, i, j')
 
 
 def classify(arguments: argparse.Namespace) -> None:
@@ -195,22 +225,39 @@ def classify(arguments: argparse.Namespace) -> None:
       arguments.index, content, queries, arguments.k
     )
   rows = []
-  for image, nearest_distance, neighbors in zip(
-    arguments.images, distances[:, 0], indices
-  ):
-    # Counter keeps the order of insertion, so the nearest label wins a tie.
-    votes = collections.Counter(labels[index] for index in neighbors)
+  for image, *neighbors in zip(arguments.images, distances, indices):
+    label, distance, share = _vote(labels, *neighbors)
     is_unknown = (
-      arguments.threshold is not None and nearest_distance > arguments.threshold
+      arguments.threshold is not None and distance > arguments.threshold
     )
-    rows.append(
-      {
-        'picture': image,
-        'class': None if is_unknown else votes.most_common(1)[0][0],
-        'distance': float(nearest_distance),
-      }
-    )
+    row = {
+      'picture': folders.escape(image),
+      'class': None if is_unknown else label,
+      'distance': distance,
+    }
+    if arguments.by != 'proxies':
+      row['votes'] = share
+    rows.append(row)
   _write(rows, arguments.output)
+
+
+def _vote(
+  labels: Sequence[str], distances: np.ndarray, indices: np.ndarray
+) -> tuple[str, float, float]:
+  """Returns the most frequent label of the neighbors of an image.
+
+  Args:
+    labels: the label of each item, [num_items].
+    distances: float [k], ascending.
+    indices: int [k], in [0, num_items).
+
+  Returns:
+    The label, the distance of its nearest item, and its fraction of the votes.
+  """
+  voters = [labels[index] for index in indices]
+  # Counter keeps the order of insertion, so the nearest label wins a tie.
+  ((label, num_votes),) = collections.Counter(voters).most_common(1)
+  return label, float(distances[voters.index(label)]), num_votes / len(voters)
 
 
 def _labelled_proxies(
@@ -237,7 +284,7 @@ def export(arguments: argparse.Namespace) -> None:
       np.savez(
         file,
         embeddings=content.embeddings,
-        pictures=np.array(content.paths),
+        pictures=np.array(content.escaped_paths),
         labels=np.array(content.labels),
       )
   elif arguments.output.endswith('.parquet'):
@@ -247,7 +294,7 @@ def export(arguments: argparse.Namespace) -> None:
     from pyarrow import parquet
 
     columns = {
-      'picture': content.paths,
+      'picture': content.escaped_paths,
       'label': content.labels,
       'embedding': pyarrow.FixedSizeListArray.from_arrays(
         content.embeddings.reshape(-1), content.embeddings.shape[1]
@@ -262,12 +309,23 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _write(rows: Rows, output: str, columns: Sequence[str] = ()) -> None:
-  """Writes a table to a .csv or .json file, or as CSV to stdout if ''."""
+  """Writes a table to a .csv or .json file, or as CSV to stdout if ''.
+
+  Args:
+    rows: the rows, of equal columns; with `columns`, they may be an iterator,
+      and one row at a time is in memory.
+    output: the file to write.
+    columns: the columns; by default those of the first row.
+  """
   columns = columns or list(rows[0])
   if output.endswith('.json'):
     with files.write_atomically(output) as file:
-      json.dump(rows, file, indent=2, ensure_ascii=False)
-      file.write('\n')
+      encoder = json.JSONEncoder(indent=2, ensure_ascii=False)
+      separator = '[\n'
+      for row in rows:
+        file.write(separator + textwrap.indent(encoder.encode(row), '  '))
+        separator = ',\n'
+      file.write('[]\n' if separator == '[\n' else '\n]\n')
   elif output.endswith('.csv'):
     with files.write_atomically(output, newline='') as file:
       _write_csv(rows, columns, file)
@@ -346,8 +404,8 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     '--threshold',
     type=_non_negative,
     metavar='DISTANCE',
-    help='leave the class empty beyond this distance from the nearest image or '
-    'proxy',
+    help='leave the class empty if its nearest image or proxy is farther than '
+    'this',
   )
   for command, k in ((query_command, 10), (classify_command, 1)):
     command.add_argument(
@@ -431,6 +489,7 @@ def main(
     prog: the name by which --help refers to the command.
   """
   arguments = _parse(arguments, prog)
+  folders.write_utf8_to_stdout()
   with errors.in_one_line(
     stopped='Stopped. Start the same command again to resume.'
   ):

@@ -94,7 +94,35 @@ def find_in_index(
     return find(queries, content.embeddings, k)
   queries, items = normalize(queries), normalize(content.embeddings)
   lists = _load_or_build_lists(path, items)
-  lists.nprobe = max(lists.nlist // _LISTS_PER_PROBE, 1)
   print('This search is approximate (FAISS).', file=sys.stderr)
-  _, indices = lists.search(queries, min(k, len(items)))
-  return retrieval.neighbor_distances(queries, items, indices), indices
+  indices = _search_lists(lists, queries, min(k, len(items)))
+  found = retrieval.neighbor_distances(queries, items, indices)
+  # FAISS ranks by inner products, whose rounding differs from the distances'.
+  order = np.argsort(found, axis=1, kind='stable')
+  return (
+    np.take_along_axis(found, order, axis=1),
+    np.take_along_axis(indices, order, axis=1),
+  )
+
+
+def _search_lists(lists, queries: np.ndarray, k: int) -> np.ndarray:
+  """Searches more lists for the queries whose lists hold fewer than k items.
+
+  Returns:
+    int64 [num_queries, k]; -1, which FAISS returns for a missing item, is in no
+    row.
+
+  Raises:
+    ValueError: if all lists together have fewer than k items for a query.
+  """
+  lists.nprobe = max(lists.nlist // _LISTS_PER_PROBE, 1)
+  _, indices = lists.search(queries, k)
+  while len(short := np.flatnonzero((indices < 0).any(axis=1))):
+    if lists.nprobe >= lists.nlist:
+      raise ValueError(
+        f'FAISS finds fewer than {k} images for {len(short)} queries: delete '
+        'the .faiss file beside the index, which is then built again.'
+      )
+    lists.nprobe = min(2 * lists.nprobe, lists.nlist)
+    _, indices[short] = lists.search(queries[short], k)
+  return indices

@@ -1,9 +1,10 @@
 """An index: one file with the embeddings of a folder of images.
 
-It is an SQLite database. Each batch of images is one transaction, so that a
-killed update resumes where it stopped. An image is embedded again only if its
-file size or modification time has changed. The index records the digest of its
-network and rejects embeddings of any other.
+It is an SQLite database, recognized by its application id. Each batch of images
+is one transaction, so that a killed update resumes where it stopped. An image
+is embedded again only if its file size or modification time has changed. The
+index records the digest of its network and rejects embeddings of any other.
+File names are escaped, as by `folders.escape`.
 """
 
 import contextlib
@@ -12,20 +13,29 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import NamedTuple
+from urllib import parse
 
 import numpy as np
 import tqdm
 
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.runtime import errors, files, folders
 
-_VERSION = '1'
-_TABLES = """
-  CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
-  CREATE TABLE IF NOT EXISTS pictures (
+# 2: the file has an application id, and names are escaped.
+_VERSION = '2'
+_APPLICATION_ID = 0x504E4341  # 'PNCA'
+_TABLES = f"""
+  BEGIN;
+  PRAGMA application_id = {_APPLICATION_ID};
+  CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT);
+  CREATE TABLE pictures (
     name TEXT PRIMARY KEY, size INTEGER, time INTEGER, embedding BLOB,
     error TEXT
   );
+  INSERT INTO about VALUES ('version', '{_VERSION}');
+  COMMIT;
 """
+# https://www.sqlite.org/fileformat.html#the_database_header
+_HEADER, _HEADER_SIZE, _ID_OFFSET = b'SQLite format 3\0', 100, 68
 _BATCH_SIZE = 256  # Images per transaction.
 
 
@@ -46,7 +56,7 @@ class Content(NamedTuple):
     root: the folder of the images.
     workdir: the workdir of the run, or the saved embedder, that embedded them.
     digest: the digest of that embedder.
-    names: file names relative to `root`, in ascending order.
+    names: escaped file names relative to `root`, in ascending order.
     embeddings: float32 [num_images, dim], the network's output, not normalized.
   """
 
@@ -58,28 +68,40 @@ class Content(NamedTuple):
 
   @property
   def paths(self) -> list[str]:
-    return [os.path.join(self.root, name) for name in self.names]
+    """The path of each image, as `os` takes it."""
+    return [
+      os.path.join(self.root, folders.unescape(name)) for name in self.names
+    ]
+
+  @property
+  def escaped_paths(self) -> list[str]:
+    """The path of each image, as text."""
+    root = folders.escape(self.root)
+    return [os.path.join(root, name) for name in self.names]
 
   @property
   def labels(self) -> list[str]:
-    """The folder of each image, relative to `root`."""
+    """The escaped folder of each image, relative to `root`."""
     return [os.path.dirname(name) for name in self.names]
 
 
-def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
+def update(
+  path: str, embedder, root: str, *, workdir: str
+) -> tuple[Counts, dict[str, str]]:
   """Updates an index to the current files of a folder, or creates it.
 
   Files that cannot be read as images are recorded with the reason: see
-  `read_errors`.
+  `read_errors`. The rows of folders that cannot be listed are kept.
 
   Args:
     path: the index file.
     embedder: an `inference.Embedder`.
-    root: the folder of images, searched recursively without hidden files.
+    root: the folder of images, searched recursively as by `folders.list_files`.
     workdir: the path that the embedder was loaded from.
 
   Returns:
-    The numbers of images added, changed and so on.
+    (counts, skipped): the numbers of images added, changed and so on; {escaped
+    path: reason} of what is not a regular file or cannot be listed.
 
   Raises:
     ValueError: if the folder is missing or empty, or if the index belongs to
@@ -88,18 +110,31 @@ def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
   root, workdir = os.path.abspath(root), os.path.abspath(workdir)
   if not os.path.isdir(root):
     raise ValueError(f'No folder {root!r} (--images): name a folder of images.')
-  files = dict(_list_files(root))
-  if not files:
+  listing = folders.list_files(root)
+  if '' in listing.unlisted:
+    raise ValueError(
+      f'The folder {root!r} (--images) cannot be listed: '
+      f'{listing.unlisted[""]}.'
+    )
+  missing = listing.unlisted | listing.unreachable
+  if not listing.files and not missing:
     raise ValueError(f'The folder {root!r} (--images) has no files.')
-  with _open(path, is_new=not os.path.exists(path)) as database:
+  files = {
+    folders.escape(name): (status.st_size, status.st_mtime_ns)
+    for name, status in listing.files.items()
+  }
+  if not os.path.exists(path):
+    _create(path)
+  with _open(path, mode='rw') as database:
     _check_about(
       database,
       path,
-      {'version': _VERSION, 'digest': embedder.digest, 'root': root},
+      {'digest': embedder.digest, 'root': folders.escape(root)},
     )
     # The same network may have moved.
     database.execute(
-      'INSERT OR REPLACE INTO about VALUES ("workdir", ?)', [workdir]
+      "INSERT OR REPLACE INTO about VALUES ('workdir', ?)",
+      [folders.escape(workdir)],
     )
     known = {
       name: (size, time)
@@ -107,7 +142,12 @@ def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
         'SELECT name, size, time FROM pictures'
       )
     }
-    removed = [(name,) for name in known.keys() - files.keys()]
+    kept = {folders.escape(name) for name in missing}
+    removed = [
+      (name,)
+      for name in known.keys() - files.keys()
+      if kept.isdisjoint(_with_parents(name))
+    ]
     database.executemany('DELETE FROM pictures WHERE name = ?', removed)
     database.commit()
     due = [name for name in files if known.get(name) != files[name]]
@@ -127,13 +167,24 @@ def update(path: str, embedder, root: str, *, workdir: str) -> Counts:
         num_unreadable += sum(error is not None for _, error in rows)
         bar.update(len(names))
     num_added = len(files.keys() - known.keys())
-    return Counts(
+    counts = Counts(
       added=num_added,
       changed=len(due) - num_added,
       removed=len(removed),
       unchanged=len(files) - len(due),
       unreadable=num_unreadable,
     )
+  reasons = listing.skipped | {
+    name: f'{reason}; its images are kept in the index'
+    for name, reason in missing.items()
+  }
+  return counts, {folders.escape(name): why for name, why in reasons.items()}
+
+
+def _with_parents(name: str) -> list[str]:
+  """Returns a name and the folders that contain it: a/b/c, a/b and a."""
+  parts = name.split(os.sep)
+  return [os.sep.join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
 def _embed(
@@ -143,8 +194,8 @@ def _embed(
 
   def read_image(name):
     try:
-      return embedder.read(os.path.join(root, name)), None
-    except (ValueError, OSError) as error:
+      return embedder.read(os.path.join(root, folders.unescape(name))), None
+    except (ValueError, OSError, MemoryError) as error:
       return None, errors.one_line(error)
 
   with futures.ThreadPoolExecutor() as pool:
@@ -177,8 +228,8 @@ def read(path: str) -> Content:
   names, blobs = zip(*rows)
   embeddings = np.frombuffer(b''.join(blobs), '<f4').reshape(len(names), -1)
   return Content(
-    root=about['root'],
-    workdir=about['workdir'],
+    root=folders.unescape(about['root']),
+    workdir=folders.unescape(about['workdir']),
     digest=about['digest'],
     names=names,
     embeddings=embeddings.astype(np.float32),
@@ -193,17 +244,60 @@ def read_errors(path: str) -> list[tuple[str, str]]:
     ).fetchall()
 
 
+def _create(path: str) -> None:
+  """Creates an empty index, which appears once it has its application id."""
+  with files.write_atomically(path, 'wb') as file:
+    try:
+      with contextlib.closing(sqlite3.connect(file.name)) as database:
+        database.executescript(_TABLES)
+    except sqlite3.Error as error:
+      raise OSError(
+        f'Cannot write {path!r}: {errors.one_line(error)}.'
+      ) from error
+
+
 @contextlib.contextmanager
-def _open(path: str, *, is_new: bool = False) -> Iterator[sqlite3.Connection]:
-  if not is_new and not os.path.isfile(path):
+def _open(path: str, *, mode: str = 'ro') -> Iterator[sqlite3.Connection]:
+  """Opens an index.
+
+  Args:
+    path: the index file.
+    mode: 'ro' to read, or 'rw' to update.
+
+  Raises:
+    ValueError: if the file does not exist, or is not an index of this version.
+      Nothing has been written to it then, not even by SQLite.
+  """
+  if not os.path.isfile(path):
     raise ValueError(f'No index {path!r}: create it with `index`.')
+  with open(path, 'rb') as file:
+    header = file.read(_HEADER_SIZE)
+  application_id = header[_ID_OFFSET : _ID_OFFSET + 4]
+  if (
+    not header.startswith(_HEADER)
+    or int.from_bytes(application_id, 'big') != _APPLICATION_ID
+  ):
+    raise ValueError(
+      f'{path!r} is not a valid index, or one of an earlier version of this '
+      'program: name another file, or delete it and create it with `index`.'
+    )
+  url = f'file:{parse.quote(os.fsencode(os.path.abspath(path)))}?mode={mode}'
   try:
-    with contextlib.closing(sqlite3.connect(path)) as database:
-      database.executescript(_TABLES)
+    with contextlib.closing(sqlite3.connect(url, uri=True)) as database:
+      saved = dict(database.execute('SELECT name, value FROM about'))
+      if saved.get('version') != _VERSION:
+        raise ValueError(
+          f'The index {path!r} has version {saved.get("version")!r}, and this '
+          f'program reads version {_VERSION!r}: create it again with `index`, '
+          'under another name.'
+        )
       yield database
   except sqlite3.Error as error:
+    hint = ''
+    if os.path.exists(f'{path}-journal'):
+      hint = ' Its last update was interrupted: start `index` again.'
     raise ValueError(
-      f'{path!r} is not a valid index: {errors.one_line(error)}.'
+      f'{path!r} is not a valid index: {errors.one_line(error)}.{hint}'
     ) from error
 
 
@@ -211,7 +305,6 @@ def _check_about(database, path: str, about: dict[str, str]) -> None:
   """Records what an index belongs to; ValueError if to something else."""
   saved = dict(database.execute('SELECT name, value FROM about'))
   meanings = {
-    'version': 'another version of this program',
     'digest': 'another network',
     'root': f'another folder, {saved.get("root")!r}',
   }
@@ -225,15 +318,3 @@ def _check_about(database, path: str, about: dict[str, str]) -> None:
     'INSERT OR REPLACE INTO about VALUES (?, ?)', about.items()
   )
   database.commit()
-
-
-def _list_files(root: str) -> Iterator[tuple[str, tuple[int, int]]]:
-  """Yields (name relative to root, (size, modification time)), in order."""
-  for folder, folders, names in os.walk(root):
-    folders[:] = sorted(name for name in folders if not name.startswith('.'))
-    for name in sorted(names):
-      path = os.path.join(folder, name)
-      # `os.path.exists` is False for a dangling link.
-      if not name.startswith('.') and os.path.exists(path):
-        status = os.stat(path)
-        yield os.path.relpath(path, root), (status.st_size, status.st_mtime_ns)
