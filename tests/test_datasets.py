@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import os
 import pathlib
@@ -166,6 +167,25 @@ class ImageFolderTest(absltest.TestCase):
       self._load()
     self.assertEmpty([*pathlib.Path(self.data_dir).rglob('*.array_record*')])
     self.assertLen(self._load().train, 6)
+
+  def test_a_prepared_dataset_may_be_read_only(self):
+    self._write_classes('abcd')
+    expected = self._load().digest
+    for code in (errno.EROFS, errno.EACCES):
+      error = OSError(code, os.strerror(code))
+      with mock.patch.object(lock, 'locked', side_effect=error):
+        self.assertEqual(self._load().digest, expected)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(lock, 'locked', side_effect=full):
+      with self.assertRaises(OSError):
+        self._load()
+
+  def test_home_is_expanded_in_the_folder_of_images(self):
+    self._write_classes('abcd')
+    home = {'HOME': str(self.root.parent)}
+    with mock.patch.dict(os.environ, home):
+      self.root = pathlib.Path('~', self.root.name)
+      self.assertLen(self._load().train, 6)
 
   def test_a_run_that_waited_reads_what_another_has_prepared(self):
     self._write_classes('abcd')

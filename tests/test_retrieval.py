@@ -377,10 +377,15 @@ class PairsAboveTest(parameterized.TestCase):
     num_points, pairs = zip(
       *retrieval.pairs_above(points, 4, block_size=block_size)
     )
+    # The points of a block are done at its last comparison.
     self.assertEqual(
-      num_points, {8: (8, 8, 4), 20: (20,), 2048: (20,)}[block_size]
+      num_points,
+      {8: (0, 0, 8, 0, 8, 4), 20: (20,), 2048: (20,)}[block_size],
     )
-    np.testing.assert_array_equal(np.concatenate(pairs), np.argwhere(products))
+    self.assertLessEqual(max(map(len, pairs)), block_size**2)
+    pairs = np.concatenate(pairs)
+    pairs = pairs[np.lexsort(pairs.T[::-1])]
+    np.testing.assert_array_equal(pairs, np.argwhere(products))
 
 
 if __name__ == '__main__':

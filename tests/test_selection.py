@@ -44,6 +44,14 @@ class SelectTest(parameterized.TestCase):
     self.assertEqual(step, 10)
     self.assertAlmostEqual(value, 0.45)
 
+  def test_a_single_score_may_be_negative(self):
+    config = _config(**{'evaluation.select_by': 'ami'})
+    history = [
+      {'step': 10, 'validation.ami': -0.2},
+      {'step': 20, 'validation.ami': -0.1},
+    ]
+    self.assertEqual(selection.select(config, history), (20, -0.1))
+
   def test_a_row_without_every_averaged_score_does_not_count(self):
     config = _config(**{'evaluation.select_by': 'harmonic_mean'})
     self.assertIsNone(selection.select(config, _history([0.9])))
@@ -63,7 +71,10 @@ class LrScaleTest(absltest.TestCase):
     config = _config(**self._HALVED)
     for number, expected in enumerate([1, 1, 1, 0.5, 0.5, 0.25]):
       history = _history([0.5, 0.4, 0.4, 0.4, 0.4][:number])
-      self.assertEqual(selection.lr_scale(config, history), expected, number)
+      logged = self.assertLogs if expected < 1 else self.assertNoLogs
+      with logged('proxy_nca_jax', 'INFO'):
+        scale = selection.lr_scale(config, history)
+      self.assertEqual(scale, expected, number)
 
   def test_a_step_that_only_an_extended_run_has_scored_does_not_count(self):
     config = _config(**self._HALVED)

@@ -1,6 +1,7 @@
 """Prepares datasets: writes their records once, for all later runs."""
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -9,7 +10,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import tensorflow_datasets as tfds
 
@@ -74,15 +75,38 @@ def prepare(
   folders.check_utf8(data_dir, 'The folder of datasets (data_dir)')
   names = set(inspect.signature(DATASETS[name]).parameters)
   names -= {'builder_cls', 'data_dir'}
-  os.makedirs(os.path.join(data_dir, name), exist_ok=True)
+  arguments = {field: _expand(field, fields[field]) for field in names}
   # Of two runs that need the same dataset, one prepares it and the other waits.
   # A builder reads the prepared state when it is created, so that comes after.
-  with lock.locked(os.path.join(data_dir, name, 'lock')):
-    builder, skipped = DATASETS[name](
-      data_dir=data_dir, **{field: fields[field] for field in names}
-    )
+  with _locked(os.path.join(data_dir, name)):
+    builder, skipped = DATASETS[name](data_dir=data_dir, **arguments)
     _write_records(builder)
   return builder, [*skipped, *builder.info.metadata.get('skipped', ())]
+
+
+def _expand(field: str, value: str | int) -> str | int:
+  """Expands ~ in the fields that are paths."""
+  is_path = field in ('root', 'manual_dir', 'fonts_dir')
+  return os.path.expanduser(value) if is_path else value
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+  """Locks a dataset's folder, unless it exists and is read-only.
+
+  Nothing needs to be written to a shared folder of prepared datasets. If the
+  dataset is not prepared, writing it fails with an error of its own.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      os.makedirs(folder, exist_ok=True)
+      stack.enter_context(lock.locked(os.path.join(folder, 'lock')))
+    except OSError as error:
+      if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        raise
+      if not os.path.isdir(folder):
+        raise
+    yield
 
 
 def _write_records(builder: tfds.core.DatasetBuilder) -> None:
