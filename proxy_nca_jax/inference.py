@@ -23,7 +23,13 @@ from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.evaluate import selection
-from proxy_nca_jax.runtime import errors, files, folders, metric_writer
+from proxy_nca_jax.runtime import (
+  errors,
+  files,
+  folders,
+  metric_writer,
+  processes,
+)
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 # A path, the bytes of a file, a Pillow image, or uint8 [height, width, 3] or
@@ -177,6 +183,7 @@ class Embedder:
 
   @functools.cached_property
   def _mesh(self) -> jax.sharding.Mesh:
+    processes.devices()  # A clear error if there is none.
     return mesh_lib.make_mesh(jax.local_devices())
 
   @functools.cached_property

@@ -8,6 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from proxy_nca_jax.runtime import processes
+
 AXIS = 'data'
 
 
@@ -15,7 +17,7 @@ def make_mesh(
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
   """Returns a 1-D mesh over the devices, by default all of all processes."""
-  devices = jax.devices() if devices is None else devices
+  devices = processes.devices() if devices is None else devices
   return jax.make_mesh(
     (len(devices),),
     (AXIS,),

@@ -1,9 +1,30 @@
 import contextlib
 import io
+import os
+import pathlib
+import subprocess
+import sys
 
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax.runtime import errors
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_MESSAGES = """
+import sys
+from proxy_nca_jax.runtime import errors
+with errors.in_one_line():
+  file = open(sys.argv[1], 'w')
+  print('content', file=file)
+  print('a message', file=sys.stderr)
+  print('a result')
+"""
+_MANY_LINES = """
+from proxy_nca_jax.runtime import errors
+with errors.in_one_line():
+  for number in range(100_000):
+    print(number)
+"""
 
 
 class ErrorsTest(parameterized.TestCase):
@@ -29,6 +50,32 @@ class ErrorsTest(parameterized.TestCase):
       raise kind('a' * 300 + '\nb')
     self.assertEqual(raised.exception.code, 2)
     self.assertEqual(printed.getvalue(), f'Error: {"a" * 300} b\n')
+
+  def test_closed_streams_write_into_no_file(self):
+    file = self.create_tempfile().full_path
+    for closed in ('2>&-', '>&- 2>&-', '<&- >&- 2>&-'):
+      code = subprocess.run(
+        ['sh', '-c', f'exec "$0" -c "$1" "$2" {closed}']
+        + [sys.executable, _MESSAGES, file],
+        cwd=_ROOT,
+        check=False,
+        stdout=subprocess.DEVNULL,
+      ).returncode
+      self.assertEqual(code, 0)
+      self.assertEqual(pathlib.Path(file).read_text(), 'content\n')
+
+  def test_a_closed_pipe_is_silent(self):
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+      [sys.executable, '-c', _MANY_LINES],
+      cwd=_ROOT,
+      check=False,
+      stdout=write,
+      stderr=subprocess.PIPE,
+    )
+    os.close(write)
+    self.assertEqual((process.returncode, process.stderr), (141, b''))
 
   def test_our_own_errors_keep_their_traceback(self):
     with self.assertRaises(TypeError), errors.in_one_line():

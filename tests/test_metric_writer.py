@@ -31,6 +31,18 @@ class MetricWriterTest(absltest.TestCase):
     with open(os.path.join(workdir, 'tensorboard', name), 'rb') as file:
       self.assertIn(b'loss', file.read())
 
+  def test_a_damaged_line_is_named(self):
+    workdir = self.create_tempdir().full_path
+    path = os.path.join(workdir, 'metrics.jsonl')
+    for line in ('{"step": 2, ', '[1]', '{"loss": 1}', '{"step": "x"}', '\x00'):
+      with open(path, 'w') as file:
+        file.write(f'{{"step": 1}}\n{line}\n')
+      with self.assertRaisesRegex(ValueError, 'Line 2 of .* is damaged'):
+        metric_writer.read_metrics(workdir)
+    with open(path, 'w') as file:
+      file.write('{"step": 1}\n{"step": 2, ')
+    self.assertEqual(metric_writer.read_metrics(workdir), [{'step': 1}])
+
 
 if __name__ == '__main__':
   absltest.main()

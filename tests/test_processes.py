@@ -6,6 +6,7 @@ import signal
 import socket
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -186,6 +187,14 @@ class InitializeTest(parameterized.TestCase):
   ):
     with self.assertRaisesRegex(ValueError, message):
       processes.initialize(**arguments, environment={})
+
+  @parameterized.parameters(AssertionError(), RuntimeError('no backend'))
+  def test_a_platform_without_devices_is_an_error(self, error):
+    with (
+      mock.patch.object(jax, 'devices', side_effect=error),
+      self.assertRaisesRegex(ValueError, 'no device for JAX_PLATFORMS='),
+    ):
+      processes.devices()
 
   def test_a_single_process_is_its_own_primary(self):
     self.assertEqual(processes.run_on_primary(lambda: (1, None)), (1, None))

@@ -46,6 +46,21 @@ class WorkdirTest(absltest.TestCase):
           self.fail()
       self.assertFalse(os.path.exists(path))
 
+  def test_damaged_json_is_named(self):
+    path = os.path.join(self.create_tempdir(), 'run.json')
+    for content in (
+      b'',
+      b'{"a": ',
+      b'[1, 2]',
+      b'null',
+      b'\xff\xfe',
+      b'[' * 9**5,
+    ):
+      with open(path, 'wb') as file:
+        file.write(content)
+      with self.assertRaisesRegex(ValueError, r'run\.json. is damaged'):
+        workdir.read_json(path)
+
   def test_json_that_cannot_be_written_keeps_the_old_file(self):
     path = os.path.join(self.create_tempdir(), 'results.json')
     workdir.write_json(path, {'a': 1})

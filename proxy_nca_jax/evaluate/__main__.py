@@ -74,7 +74,10 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     help='runs of k-means; the one of least inertia is scored (default: 1)',
   )
   parser.add_argument(
-    '--seed', type=int, default=0, help='seed of k-means and of the bootstrap'
+    '--seed',
+    type=errors.seed,
+    default=0,
+    help='seed of k-means and of the bootstrap',
   )
   parser.add_argument(
     '--num_resamples',

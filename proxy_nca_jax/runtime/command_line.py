@@ -75,6 +75,7 @@ def run(
   )
   flags.mark_flags_as_required(['workdir'] if config else ['config', 'workdir'])
   module = sys.modules[work.__module__]
+  errors.open_closed_streams()
   app.run(
     functools.partial(_run, work),
     flags_parser=functools.partial(
@@ -97,6 +98,7 @@ def _run(work, argv: list[str]) -> None:
       process_id=flags.FLAGS.process_id,
       multiprocess=flags.FLAGS.multiprocess,
     )
+    processes.devices()
   except (ValueError, RuntimeError) as error:
     errors.fail(_describe(error))
   _log_to_stdout()

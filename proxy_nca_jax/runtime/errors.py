@@ -34,9 +34,43 @@ def fail(message: str) -> NoReturn:
   sys.exit(2)
 
 
+def open_closed_streams() -> None:
+  """Opens the null device in place of closed stdin, stdout and stderr.
+
+  Some launchers start programs with closed streams. Without this, the next
+  file to be opened would become stderr, and be overwritten by messages.
+  """
+  for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+    try:
+      os.fstat(number)
+    except OSError:
+      descriptor = os.open(os.devnull, os.O_RDWR)
+      if descriptor != number:
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    if getattr(sys, name) is None:
+      mode = 'r' if name == 'stdin' else 'w'
+      setattr(sys, name, open(number, mode, closefd=False))
+
+
+def seed(text: str) -> int:
+  """Parses a seed of a command line: an integer of 32 bits.
+
+  Raises:
+    ValueError: if it is not one; argparse reports it.
+  """
+  value = int(text)
+  if not 0 <= value < 2**32:
+    raise ValueError
+  return value
+
+
 @contextlib.contextmanager
 def in_one_line(*, stopped: str = 'Stopped.') -> Iterator[None]:
   """Turns ValueError, OSError and Ctrl-C in its block into one line and exit.
+
+  A reader that closes the pipe, such as head, ends the process silently with
+  the status of SIGPIPE.
 
   Ctrl-C ends the process immediately, like a kill. Whatever is already saved
   is safe, and no library can swallow the interruption or hang on it, as with a
@@ -51,9 +85,15 @@ def in_one_line(*, stopped: str = 'Stopped.') -> Iterator[None]:
     os.write(2, f'\n{stopped}\n'.encode())
     os._exit(128 + number)
 
+  open_closed_streams()
   previous = signal.signal(signal.SIGINT, end)
   try:
     yield
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # The interpreter flushes stdout once more when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
   except signals.Stopped as error:  # The signal came inside `StopSignals`.
     print(stopped, file=sys.stderr)
     sys.exit(128 + error.number)

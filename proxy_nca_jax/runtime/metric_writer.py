@@ -17,16 +17,32 @@ def read_metrics(workdir: str) -> list[dict]:
   """Returns the rows of WORKDIR/metrics.jsonl; empty if it does not exist.
 
   A last line without its end, cut off by a kill, is ignored.
+
+  Raises:
+    ValueError: if another line is damaged; names the file and the line.
   """
   path = os.path.join(workdir, 'metrics.jsonl')
   if not os.path.exists(path):
     return []
   rows = []
-  with open(path) as file:
-    for line in file:
+  with open(path, encoding='utf-8', errors='replace') as file:
+    for number, line in enumerate(file, 1):
       if line.endswith('\n'):
-        rows.append(json.loads(line))
+        rows.append(_parse_row(path, number, line))
   return rows
+
+
+def _parse_row(path: str, number: int, line: str) -> dict:
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    row = None
+  if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+    raise ValueError(
+      f'Line {number} of {path!r} is damaged: it is no JSON object with a '
+      'step. Restore the file, or use another workdir.'
+    )
+  return row
 
 
 class MetricWriter:

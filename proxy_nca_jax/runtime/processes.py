@@ -9,12 +9,32 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from proxy_nca_jax.runtime import errors
+
 _T = TypeVar('_T')
 
 # A process without a heartbeat for this long counts as dead; the others stop.
 _HEARTBEAT_SECONDS = 30
 # How long a process that ends waits for the others.
 _SHUTDOWN_SECONDS = 10
+
+
+def devices() -> list[jax.Device]:
+  """Returns the devices of all processes.
+
+  Raises:
+    ValueError: if JAX finds none, as with JAX_PLATFORMS=cuda without a GPU.
+  """
+  try:
+    return jax.devices()
+  # JAX asserts that there is a default backend.
+  except (RuntimeError, AssertionError) as error:
+    raise ValueError(
+      'JAX finds no device for '
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r} '
+      f'({errors.one_line(error)}): install the jax of this platform, or unset '
+      'the variable.'
+    ) from error
 
 
 def initialize(

@@ -430,7 +430,7 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     '--clusters', type=_positive, required=True, help='number of clusters'
   )
   cluster_command.add_argument(
-    '--seed', type=int, default=0, help='seed of k-means (default: 0)'
+    '--seed', type=errors.seed, default=0, help='seed of k-means (default: 0)'
   )
   duplicates_command = add(
     'duplicates', duplicates, 'List pairs of nearly identical images.'
