@@ -142,6 +142,12 @@ class LoopTest(absltest.TestCase):
     events = self._events(first=8, eval_every=8, is_scored=lambda step: True)
     self.assertEqual(events[0], '9 at 1')
 
+  def test_batch_norm_is_frozen_for_the_first_steps_or_for_all(self):
+    for steps, expected in ((0, [0, 0, 0]), (2, [1, 1, 0]), (-1, [1, 1, 1])):
+      config = _config(**{'model.freeze_batch_norm_steps': steps})
+      frozen = [loop._is_batch_norm_frozen(config, done) for done in range(3)]
+      self.assertEqual(frozen, [bool(x) for x in expected], steps)
+
   def test_a_signal_saves_and_waits(self):
     self.assertEqual(
       self._events(killed=2),
