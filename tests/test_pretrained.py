@@ -1,9 +1,11 @@
 """`benchmarks/parity.py originals` writes the files in tests/originals."""
 
 import functools
+import json
 import os
 import pathlib
 import pickle
+import struct
 import zipfile
 from unittest import mock
 
@@ -214,6 +216,15 @@ class ImportTest(parameterized.TestCase):
       '(65,) instead of (64,)',
     ):
       self.assertIn(text, str(raised.exception))
+
+  def test_shapes_are_compared_before_memory_is_taken(self):
+    shape = (100_000, 100_000)  # 37 GiB as float32.
+    self.tensors['conv1.weight'] = np.broadcast_to(np.float32(0), shape)
+    self.tensors['bn1.weight'] = np.zeros(64, np.complex64)
+    with self.assertRaises(ValueError) as raised:
+      self._import()
+    self.assertIn('conv1.weight (100000, 100000)', str(raised.exception))
+    self.assertIn('1 tensors are complex: bn1.weight', str(raised.exception))
 
   def test_weights_of_another_architecture_are_an_error(self):
     self.tensors = _load_original('resnet50')['tensors']
@@ -504,6 +515,43 @@ class TorchFilesTest(parameterized.TestCase):
         self.assertEqual(value.size, np.prod(value.shape))
         value.astype(np.float32)
 
+  @parameterized.parameters('state_dict', 'model')
+  def test_a_dict_that_contains_itself_is_refused(self, key):
+    tree, other = {}, {}
+    tree[key], other['teacher'] = other, tree
+    with self.assertRaisesRegex(ValueError, 'no state dict'):
+      torch_files.read_tensors(self._write_zip(tree))
+
+  def _tensor(self, shape, strides, size=4, offset=0):
+    storage = torch_files._Storage('0', np.dtype(np.float32), size)
+    tensor = torch_files._Tensor(storage, offset, shape, strides)
+    return torch_files._view(tensor, lambda _: np.zeros(size, np.float32))
+
+  def test_tensors_beyond_their_storage_are_refused(self):
+    self.assertEqual(self._tensor((2, 1, 2), (2, 0, 1)).shape, (2, 1, 2))
+    self.assertEqual(self._tensor((0, 10**9), (0, 0)).size, 0)
+    for shape, strides in (
+      ((100_000, 100_000), (0, 0)),
+      ((2**32, 2**32), (0, 0)),  # The product overflows int64.
+      ((5,), (0,)),
+    ):
+      with self.assertRaisesRegex(ValueError, 'more elements than its storage'):
+        self._tensor(shape, strides)
+    for strides, offset in (((4,), 0), ((1,), 3), ((-1,), 1)):
+      with self.assertRaisesRegex(ValueError, 'exceeds its storage'):
+        self._tensor((2,), strides, offset=offset)
+
+  def test_a_file_asks_for_no_more_memory_than_it_has(self):
+    path = os.path.join(self.folder, 'bomb.pth')
+    # An object numbered 2^31: the unpickler's table would take 16 GiB.
+    pathlib.Path(path).write_bytes(b'\x80\x02K\x01r\xff\xff\xff\x7f.')
+    with self.assertRaisesRegex(ValueError, 'its pickle is damaged'):
+      torch_files.read_tensors(path)
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+      archive.writestr('x/data.pkl', bytes(10**6))
+    with self.assertRaisesRegex(ValueError, 'it is compressed'):
+      torch_files.read_tensors(path)
+
   def test_big_endian_files_are_an_error(self):
     path = self._write_zip({}, byteorder=b'big')
     with self.assertRaisesRegex(ValueError, 'little-endian'):
@@ -550,6 +598,35 @@ class FindWeightsTest(parameterized.TestCase):
     safetensors_numpy.save_file(tensors, path)
     actual = pretrained.read_weights(path)
     np.testing.assert_array_equal(actual['a'], tensors['a'])
+
+  def _write_safetensors(self, dtype, num_bytes):
+    path = os.path.join(self.create_tempdir().full_path, 'x.safetensors')
+    entry = {'dtype': dtype, 'shape': [2], 'data_offsets': [0, num_bytes]}
+    header = json.dumps({'a': entry}).encode()
+    content = struct.pack('<Q', len(header)) + header + bytes(num_bytes)
+    pathlib.Path(path).write_bytes(content)
+    return path
+
+  @parameterized.parameters(('F8_E4M3', 2), ('F4', 1), ('C64', 16))
+  def test_safetensors_of_other_types_are_refused(self, dtype, num_bytes):
+    path = self._write_safetensors(dtype, num_bytes)
+    with self.assertRaisesRegex(ValueError, f'of the types {dtype}'):
+      pretrained.read_weights(path)
+
+  def test_bfloat16_safetensors_are_read(self):
+    tensors = pretrained.read_weights(self._write_safetensors('BF16', 4))
+    np.testing.assert_array_equal(tensors['a'].astype(np.float32), [0, 0])
+
+  @parameterized.parameters(
+    ({'a': np.zeros((2**27,), np.uint8)}, 'unpacks to 134,'),
+    ({'embedding/kernel': np.float32(1)}, 'is a damaged .npz file'),
+  )
+  def test_npz_bombs_and_odd_shapes_are_refused(self, arrays, message):
+    path = os.path.join(self.create_tempdir().full_path, 'x.npz')
+    np.savez_compressed(path, **arrays)
+    with self.assertRaisesRegex(ValueError, message):
+      tensors = pretrained.read_weights(path)
+      pretrained.import_tensors(tensors, {'params': {}}, 'vit_s16')
 
 
 if __name__ == '__main__':

@@ -9,13 +9,14 @@ the names and layouts of the leaves differ.
 import math
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 
 import huggingface_hub
 import jax
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors_numpy
+import safetensors
 from scipy import ndimage
 
 from proxy_nca_jax.models import flax_vit, torch_files
@@ -27,6 +28,27 @@ _LEAVES = {
   'mean': 'running_mean',
   'var': 'running_var',
 }
+
+# https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
+# has more: complex numbers, and 8 bits and fewer, which need a scale.
+_SAFETENSORS_DTYPES = {
+  'F64': np.float64,
+  'F32': np.float32,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+  'I64': np.int64,
+  'I32': np.int32,
+  'I16': np.int16,
+  'I8': np.int8,
+  'U64': np.uint64,
+  'U32': np.uint32,
+  'U16': np.uint16,
+  'U8': np.uint8,
+  'BOOL': np.bool_,
+}
+
+# Weights hardly compress: limits against decompression bombs.
+_MAX_NPZ_RATIO, _NPZ_ALLOWANCE = 20, 2**26
 
 # torch's kernel [out, in, height, width] or [out, in] to Flax's.
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
@@ -120,24 +142,42 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
+  with open(path, 'rb') as file:
+    content = file.read()
   try:
-    return safetensors_numpy.load_file(path)
-  except (SafetensorError, ValueError, KeyError) as error:
+    entries = safetensors.deserialize(content)
+  except safetensors.SafetensorError as error:
     raise ValueError(
       f'{path!r} is a damaged safetensors file ({error}): download it again.'
     ) from error
+  dtypes = {entry['dtype'] for _, entry in entries}
+  if unknown := sorted(dtypes - _SAFETENSORS_DTYPES.keys()):
+    raise ValueError(
+      f'{path!r} has tensors of the types {", ".join(unknown)}: convert it to '
+      'float32.'
+    )
+  return {
+    name: np.frombuffer(
+      entry['data'], _SAFETENSORS_DTYPES[entry['dtype']]
+    ).reshape(entry['shape'])
+    for name, entry in entries
+  }
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
+  limit = _MAX_NPZ_RATIO * os.path.getsize(path) + _NPZ_ALLOWANCE
   try:
+    with zipfile.ZipFile(path) as archive:
+      num_bytes = sum(member.file_size for member in archive.infolist())
+    if num_bytes > limit:
+      raise ValueError(f'it unpacks to {num_bytes:,} bytes')
     with np.load(path) as file:
-      arrays = dict(file)
+      return flax_vit.to_torch(dict(file))
   # zipfile, zlib and NumPy raise many types of errors.
   except Exception as error:
     raise ValueError(
       f'{path!r} is a damaged .npz file ({error}): download it again.'
     ) from error
-  return flax_vit.to_torch(arrays)
 
 
 _READERS = {
@@ -176,15 +216,16 @@ def import_tensors(
   backbone = BACKBONES[name]
   leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
   wanted = {_torch_name(path): leaf for path, leaf in leaves}
-  # The number of batches that BatchNorm2d counts is not used.
+  # The number of batches that BatchNorm2d counts is not used. The arrays are
+  # views, copied to float32 once their shapes are known to fit.
   given = {
-    key: np.asarray(value, np.float32)
+    key: np.asarray(value)
     for key, value in tensors.items()
     if key not in backbone.unused and not key.endswith('.num_batches_tracked')
   }
-  if 'pos_embed' in given and 'pos_embed' in wanted:
+  if _is_resampled(given.get('pos_embed'), wanted.get('pos_embed')):
     given['pos_embed'] = resample(
-      given['pos_embed'],
+      given['pos_embed'].astype(np.float32),
       wanted['pos_embed'].shape,
       resampling or backbone.resampling,
     )
@@ -194,9 +235,18 @@ def import_tensors(
   }
   _check_same_names(given, wanted)
   filled = [
-    jax.device_put(given[key], leaf.sharding) for key, leaf in wanted.items()
+    jax.device_put(np.asarray(given[key], np.float32), leaf.sharding)
+    for key, leaf in wanted.items()
   ]
   return jax.tree.unflatten(structure, filled)
+
+
+def _is_resampled(given: np.ndarray | None, wanted: jax.Array | None) -> bool:
+  """Whether position embeddings fit a network but for their number."""
+  if given is None or wanted is None or given.ndim != 3:
+    return False
+  one, num_positions, dim = given.shape
+  return (one, dim) == (1, wanted.shape[2]) and num_positions > 0
 
 
 def _torch_name(path) -> str:
@@ -222,12 +272,14 @@ def _check_same_names(given: Mapping, wanted: Mapping) -> None:
     for key, leaf in wanted.items()
     if key in given and given[key].shape != leaf.shape
   ]
+  complex_ = [key for key, x in given.items() if np.iscomplexobj(x)]
   problems = [
     f'{len(keys)} tensors {what}: {", ".join(keys)}'
     for keys, what in (
       (missing, 'are missing'),
       (extra, 'are unexpected'),
       (misshapen, 'have a wrong shape (in the axis order of Flax)'),
+      (complex_, 'are complex'),
     )
     if keys
   ]

@@ -7,7 +7,12 @@ the zip archive of torch 1.6 and later, and the pickle stream before.
 """
 
 import collections
+import functools
+import io
+import math
+import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -89,6 +94,9 @@ def read_tensors(path: str) -> dict[str, np.ndarray]:
 
 def _read_zip(path: str):
   archive = zipfile.ZipFile(path)
+  # torch compresses nothing, so a file cannot unpack to more than its size.
+  if any(member.compress_type for member in archive.infolist()):
+    raise ValueError('it is compressed, unlike files of torch.save.')
   names = {name.split('/', 1)[-1]: name for name in archive.namelist()}
   if 'data.pkl' not in names:
     raise ValueError(
@@ -97,8 +105,10 @@ def _read_zip(path: str):
   if 'byteorder' in names and archive.read(names['byteorder']) != b'little':
     raise ValueError('its byte order is not little-endian.')
   with archive.open(names['data.pkl']) as file:
-    tree = _Unpickler(file).load()
+    tree = _unpickle(io.BytesIO(file.read())).load()
 
+  # Tensors that share a storage share its memory.
+  @functools.cache
   def read(storage):
     content = archive.read(names[f'data/{storage.key}'])
     return np.frombuffer(content, storage.dtype, storage.size)
@@ -108,24 +118,27 @@ def _read_zip(path: str):
 
 def _read_stream(path: str):
   with open(path, 'rb') as file:
-    # The tar archives of torch's first versions are not supported.
-    if _Unpickler(file).load() != _STREAM_MAGIC:
+    # The tar archives of torch's first versions fail here as any other file.
+    if _unpickle(file).load() != _STREAM_MAGIC:
       raise ValueError('it is not a file of torch.save.')
-    if _Unpickler(file).load() != _STREAM_PROTOCOL:
+    if _unpickle(file).load() != _STREAM_PROTOCOL:
       raise ValueError('its protocol is unknown.')
-    if not _Unpickler(file).load().get('little_endian', True):
+    if not _unpickle(file).load().get('little_endian', True):
       raise ValueError('its byte order is not little-endian.')
-    unpickler = _Unpickler(file)
+    unpickler = _unpickle(file)
     tree = unpickler.load()
-    storages = {}
-    for key in _Unpickler(file).load():
+    storages, num_bytes = {}, os.path.getsize(path)
+    for key in _unpickle(file).load():
       storage = unpickler.storages[key]
       (size,) = struct.unpack('<q', file.read(8))
       if size != storage.size:
         raise ValueError(
           f'its storage {key} has {size} elements instead of {storage.size}.'
         )
-      content = file.read(size * np.dtype(storage.dtype).itemsize)
+      # `read` would allocate the memory before it finds the end of the file.
+      if not 0 <= size * storage.dtype.itemsize <= num_bytes - file.tell():
+        raise ValueError(f'its storage {key} exceeds the file.')
+      content = file.read(size * storage.dtype.itemsize)
       storages[key] = np.frombuffer(content, storage.dtype, size)
   return tree, lambda storage: storages[storage.key]
 
@@ -159,6 +172,21 @@ class _Unpickler(pickle.Unpickler):
     return self.storages.setdefault(storage.key, storage)
 
 
+def _unpickle(file: BinaryIO) -> _Unpickler:
+  """Returns the unpickler of the pickle at the position of a file.
+
+  Raises:
+    ValueError: if the pickle numbers an object by more than its size; the
+      unpickler would take memory for all numbers below.
+  """
+  start = file.tell()
+  for operation, argument, _ in pickletools.genops(file):
+    if 'PUT' in operation.name and int(argument) > file.tell() - start:
+      raise ValueError('its pickle is damaged.')
+  file.seek(start)
+  return _Unpickler(file)
+
+
 def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
   return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
@@ -176,7 +204,9 @@ _KNOWN = {
 
 
 def _find_state_dict(tree) -> Mapping[str, _Tensor]:
-  while isinstance(tree, Mapping):
+  seen = []
+  while isinstance(tree, Mapping) and not any(tree is x for x in seen):
+    seen.append(tree)
     if tree and all(isinstance(value, _Tensor) for value in tree.values()):
       prefix = 'module.'
       if all(name.startswith(prefix) for name in tree):
@@ -193,13 +223,18 @@ def _find_state_dict(tree) -> Mapping[str, _Tensor]:
 
 
 def _view(tensor: _Tensor, read) -> np.ndarray:
+  # Strides of 0 repeat numbers: a few bytes would ask for gigabytes.
+  if math.prod(tensor.shape) > tensor.storage.size:
+    raise ValueError(
+      f'a tensor of shape {tensor.shape} has more elements than its storage.'
+    )
   flat = read(tensor.storage)
   last = tensor.offset + sum(
     (length - 1) * stride
     for length, stride in zip(tensor.shape, tensor.strides, strict=True)
   )
   least = min(tensor.offset, *tensor.shape, *tensor.strides, 0)
-  if least < 0 or (np.prod(tensor.shape) and last >= flat.size):
+  if least < 0 or (math.prod(tensor.shape) and last >= flat.size):
     raise ValueError('a tensor exceeds its storage.')
   return np.lib.stride_tricks.as_strided(
     flat[tensor.offset :],
