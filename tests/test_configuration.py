@@ -87,6 +87,24 @@ class FieldsTest(parameterized.TestCase):
         if row.kind is float and row.low <= 1 <= row.high:
           self.assertEqual(row.accepts(1), row.accepts(1.0), name)
 
+  def test_zero_is_refused_where_it_makes_no_sense(self):
+    refused = set()
+    for name, row in configuration.FIELDS.items():
+      row = getattr(row, 'of', row)
+      if isinstance(row, configuration.Number) and not row.accepts(0):
+        # Groups of parameters and losses have fields of the same names.
+        refused.add(name.rsplit('.', 1)[-1])
+    self.assertSameElements(
+      refused,
+      """
+      num_steps batch_size min_styles test_fraction image_size crop_scale
+      crop_ratio width embedding_dim num_centers init_norm eps max_skipped_steps
+      plateau_factor recall_at kmeans_num_starts steps_per_dispatch log_every
+      save_every keep_checkpoints profile_steps scale temperature alpha beta
+      proxy_chunk gamma decay_rate decay_every decay_at
+      """.split(),
+    )
+
   @parameterized.parameters(
     ('embedding_dim', 'model.embedding_dim', -1),
     ('seed', 'seed', 2**63),
@@ -226,6 +244,14 @@ class RulesTest(parameterized.TestCase):
     ),
     (
       {'dataset.on_device': True, 'dataset.erasing': 0.5},
+      'only crops, pads and flips',
+    ),
+    (
+      {'dataset.on_device': True, 'dataset.color_jitter': (0, 0, 0, 0.1)},
+      'only crops, pads and flips',
+    ),
+    (
+      {'dataset.on_device': True, 'dataset.crop': 'random_resized'},
       'only crops, pads and flips',
     ),
     ({'model.pooling': 'cls'}, 'small_cnn has no class token'),
