@@ -154,7 +154,7 @@ class Embedder:
     except (ValueError, OSError, MemoryError) as error:
       name = f'number {number}'
       if isinstance(image, str | os.PathLike):
-        name = repr(folders.escape(image))
+        name = f"'{folders.escape(image)}'"
       raise ValueError(
         f'Image {name} cannot be read: {errors.one_line(error)}'
       ) from error

@@ -349,6 +349,16 @@ class TrustTest(_Test):
     self.assertEmpty(list(self.data_dir.rglob('evil')))
     self.assertEmpty(list(self.data_dir.rglob('*.JPG')))
 
+  def test_a_manual_dir_that_cannot_be_listed_starts_no_download(self):
+    error = PermissionError(13, 'Permission denied', str(self.manual_dir))
+    with (
+      absltest.mock.patch.object(os, 'listdir', side_effect=error),
+      absltest.mock.patch.object(downloads, 'fetch') as fetch,
+      self.assertRaisesRegex(OSError, f'denied.*{self.manual_dir}'),
+    ):
+      self._load('sop')
+    fetch.assert_not_called()
+
   def test_missing_files_are_described(self):
     config = self._config('inshop', allow_incomplete=False)
     with self.assertRaises(ValueError) as caught:

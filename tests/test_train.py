@@ -162,5 +162,31 @@ class RunTest(absltest.TestCase):
     self.assertEqual(self._steps_saved(workdir), [4])
 
 
+class DatasetTest(absltest.TestCase):
+  def test_a_run_refuses_other_images_under_the_same_names(self):
+    root = pathlib.Path(self.create_tempdir().full_path)
+    config = image_folder.get_config()
+    config.batch_size = 4
+    config.dataset.update(root=str(root), resize=16, image_size=16)
+    config.dataset.data_dir = self.create_tempdir().full_path
+
+    def write(seed):
+      rng = np.random.default_rng(seed)
+      for name in 'abcd':
+        (root / name).mkdir(exist_ok=True)
+        for number in range(2):
+          pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+          Image.fromarray(pixels).save(root / name / f'{number}.png')
+
+    write(seed=0)
+    saved = {'dataset_digest': train.load_data(config).digest}
+    write(seed=0)
+    config.dataset.data_dir = self.create_tempdir().full_path
+    train._load_same_data(config, saved)
+    write(seed=1)
+    with self.assertRaisesRegex(ValueError, 'has changed since .*other images'):
+      train._load_same_data(config, saved)
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -172,12 +172,15 @@ class PublishedBuilder(records.OrderedBuilder):
 
     Raises:
       ValueError: if the files are not found, or hold something else.
+      OSError: if manual_dir cannot be listed.
     """
     if self.manual_dir and not os.path.isdir(self.manual_dir):
       raise ValueError(
         f'No folder {self.manual_dir!r} (config.dataset.manual_dir): name the '
         f'folder that holds {self.describe_files()}.'
       )
+    if self.manual_dir:
+      os.listdir(self.manual_dir)  # Or an error: no download replaces it.
     os.makedirs(self.downloads, exist_ok=True)
     if self.manual_dir and (root := self._find_markers(self.manual_dir)):
       return root

@@ -5,6 +5,7 @@ Names are as `os` gives them: bytes that are not in the encoding of the file
 system are surrogates, which no text file or database takes; see `escape`.
 """
 
+import contextlib
 import errno
 import io
 import itertools
@@ -129,7 +130,7 @@ def _describe(status: os.stat_result) -> str:
 def describe(reasons: Mapping[str, str]) -> str:
   """Returns the first few paths of a listing with their reasons."""
   first = ', '.join(
-    f'{escape(path or ".")!r} ({reason})'
+    f"'{escape(path or '.')}' ({reason})"
     for path, reason in itertools.islice(reasons.items(), _MAX_NAMED)
   )
   more = len(reasons) - _MAX_NAMED
@@ -186,7 +187,10 @@ def unescape(text: str) -> str:
 def write_utf8_to_stdout() -> None:
   """Lets stdout take any escaped name, whatever the locale."""
   # A test, or a caller of the library, may have replaced it.
-  if isinstance(sys.stdout, io.TextIOWrapper):
+  if not isinstance(sys.stdout, io.TextIOWrapper):
+    return
+  # Some files do not support it, such as a pipe opened to read and write.
+  with contextlib.suppress(OSError, ValueError):
     sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
 
 
