@@ -150,15 +150,7 @@ def main(
     prog: the command's name in its --help.
   """
   arguments = _parse(arguments, prog)
-  names = (
-    'recall_at',
-    'nearest_only',
-    'kmeans_iterations',
-    'kmeans_start',
-    'kmeans_num_starts',
-    'seed',
-    'num_resamples',
-  )
+  names = (*scores_lib.SETTINGS, 'seed', 'num_resamples')
   with errors.in_one_line():
     scores = scores_lib.score(
       **_read(arguments),

@@ -8,9 +8,10 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from proxy_nca_jax import datasets, evaluate, input_pipeline
+from proxy_nca_jax import datasets, input_pipeline
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.evaluate import scores as scores_lib
 from proxy_nca_jax.runtime import signals
 
 Batch = dict[str, np.ndarray]
@@ -93,7 +94,7 @@ def score_split(
   *,
   num_resamples: int = 0,
 ) -> dict[str, float]:
-  """Scores embeddings of a split as configured: see `evaluate.score`.
+  """Scores embeddings of a split as configured: see `scores.score`.
 
   Args:
     config: the run's config.
@@ -102,14 +103,7 @@ def score_split(
     split: the records.
     num_resamples: bootstrap resamples of the classes, for confidence intervals.
   """
-  names = (
-    'recall_at',
-    'nearest_only',
-    'kmeans_iterations',
-    'kmeans_start',
-    'kmeans_num_starts',
-  )
-  return evaluate.score(
+  return scores_lib.score(
     embeddings,
     split.labels,
     is_query=split.is_query,
@@ -117,5 +111,5 @@ def score_split(
     seed=config.seed,
     mesh=mesh,
     num_resamples=num_resamples,
-    **{name: config.evaluation[name] for name in names},
+    **{name: config.evaluation[name] for name in scores_lib.SETTINGS},
   )

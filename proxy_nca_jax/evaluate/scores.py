@@ -13,6 +13,15 @@ from proxy_nca_jax import clustering, metrics, retrieval
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.runtime import signals
 
+# Arguments of `score` that are fields of `config.evaluation` and flags.
+SETTINGS = (
+  'recall_at',
+  'nearest_only',
+  'kmeans_iterations',
+  'kmeans_start',
+  'kmeans_num_starts',
+)
+
 
 def score(
   embeddings: np.ndarray,
