@@ -63,11 +63,15 @@ def make_index(arguments: argparse.Namespace) -> None:
     arguments.images,
     workdir=arguments.workdir,
   )
-  for name, reason in [
-    *index_lib.read_errors(arguments.index),
-    *skipped.items(),
-  ]:
+  skipped = [*index_lib.read_errors(arguments.index), *skipped.items()]
+  for name, reason in skipped[: errors.MAX_NAMED]:
     print(f'skipped {name}: {reason}')
+  if len(skipped) > errors.MAX_NAMED:
+    path = f'{arguments.index}.skipped.txt'
+    with files.write_atomically(path) as file:
+      file.writelines(f'{name}: {reason}\n' for name, reason in skipped)
+    kinds = errors.count_kinds(reason for _, reason in skipped)
+    print(f'skipped in all: {kinds}. {path} lists them.')
   print(', '.join(f'{n:,} {name}' for name, n in counts._asdict().items()))
 
 
