@@ -466,6 +466,9 @@ class SearchTest(parameterized.TestCase):
     self.assertLen(pairs, 80 * 79 // 2)
     self.assertEqual(pairs, sorted(pairs))
     self.assertEqual(pairs[0], (0, 0, 2))
+    with self.assertRaisesRegex(OSError, 'sorted on disk: database is full'):
+      with search_main._sorted_pairs(embeddings, -2, 2):
+        raise sqlite3.OperationalError('database is full')
     file = str(self.root / 'pairs.json')
     for rows in ([], [{'a': 'ü', 'b': 0.5}] * 3):
       search_main._write(iter(rows), file, columns=('a', 'b'))
