@@ -384,6 +384,11 @@ def _check_dataset(config) -> Iterator[str]:
       "'folder' for the folder val of your own images, or '', which trains on "
       'all of them.'
     )
+  if fields.validation == 'folder' and fields.name != 'image_folder':
+    yield (
+      "config.dataset.validation='folder' takes the classes of the folder val "
+      f'of image_folder; {fields.name} has none: set i/n, as 2/2.'
+    )
   if not fields.resize and fields.name != 'glyphs':
     yield (
       'config.dataset.resize (0) must be at least 1 pixel: the images of '

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image, ImageEnhance
 
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.runtime import errors, folders
 
 FILTERS = {
   'bilinear': Image.Resampling.BILINEAR,
@@ -52,8 +52,6 @@ _one_large_image = threading.Lock()
 # Largest ratio of the sides of an image that 'shorter' resizes. At 64 and 256
 # pixels, that is an image of 4 million pixels.
 _MAX_ASPECT_RATIO = 64
-# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-_LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 # https://exiftool.org/TagNames/EXIF.html
 _ORIENTATIONS = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,8 +90,7 @@ def decode(encoded: bytes, *, upright: bool = True) -> Image.Image:
   """
   if not encoded:
     raise ValueError('the file is empty')
-  if encoded.startswith(_LFS_POINTER):
-    raise ValueError('a Git LFS pointer, not the image: run `git lfs pull`')
+  folders.check_lfs(encoded)
   with _decoder_errors():
     with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
       num_pixels = math.prod(image.size)

@@ -468,6 +468,11 @@ class ExtractTest(parameterized.TestCase):
     path.write_bytes(gzip.compress(content))
     self._check_fails(r'page\.tgz is not a zip or tar archive', path)
 
+  def test_a_git_lfs_pointer_is_named(self):
+    path = self.base / 'pointer.zip'
+    path.write_text('version https://git-lfs.github.com/spec/v1\noid x\n')
+    self._check_fails(r'pointer\.zip is a Git LFS pointer', path)
+
   @parameterized.parameters('zip', 'tar', 'zeros')
   def test_an_archive_without_members_is_damaged(self, kind):
     if kind == 'zip':

@@ -199,6 +199,10 @@ class RulesTest(parameterized.TestCase):
       'plateau_factor .0.1. follows .* config.eval_every',
     ),
     ({'dataset.validation': '2/2'}, 'set config.eval_every'),
+    (
+      {'dataset.validation': 'folder', 'eval_every': 5},
+      'image_folder; glyphs has none',
+    ),
     ({'dataset.validation': '3/2', 'eval_every': 5}, "'3/2'. must be i/n"),
     ({'dataset.validation': '1/1', 'eval_every': 5}, "'1/1'. must be i/n"),
     ({'dataset.validation': 'half', 'eval_every': 5}, "'half'. must be i/n"),

@@ -28,6 +28,16 @@ with errors.in_one_line():
 
 
 class ErrorsTest(parameterized.TestCase):
+  def test_reasons_are_counted_by_kind(self):
+    reasons = ['missing'] * 990
+    reasons += [f'class {i}, expected 1 to 1,96' for i in range(9)]
+    self.assertEqual(
+      errors.count_kinds(reasons),
+      '990 x missing, 9 x class N, expected N to N',
+    )
+    various = [chr(0x4E00 + i) for i in range(50)]
+    self.assertEndsWith(errors.count_kinds(various), ', 30 others')
+
   @parameterized.parameters(
     (ValueError('a\n  b\tc'), 'a b c'),
     (ValueError('\x1b[31mred\x07'), '[31mred'),

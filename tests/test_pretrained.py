@@ -588,6 +588,13 @@ class FindWeightsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'x{kind}'):
       pretrained.read_weights(path)
 
+  @parameterized.parameters('.safetensors', '.npz', '.pth')
+  def test_a_git_lfs_pointer_is_named(self, kind):
+    path = os.path.join(self.create_tempdir().full_path, f'x{kind}')
+    pathlib.Path(path).write_text('version https://git-lfs.github.com/spec/v1')
+    with self.assertRaisesRegex(ValueError, f'x{kind}.*a Git LFS pointer'):
+      pretrained.read_weights(path)
+
   def test_an_unknown_extension_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, '.safetensors, .npz'):
       pretrained.read_weights('x.h5')

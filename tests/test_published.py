@@ -244,9 +244,6 @@ class TrustTest(_Test):
     problems = [(str(i), 'annotated, but missing') for i in range(990)]
     problems += [(str(i), f'class {i}, expected 1 to 1,96') for i in range(9)]
     counts = '990 x annotated, but missing, 9 x class N, expected N to N'
-    self.assertEqual(annotations.count_kinds(problems), counts)
-    various = [('', chr(0x4E00 + i)) for i in range(50)]
-    self.assertEndsWith(annotations.count_kinds(various), ', 30 others')
     _write('sop', self.manual_dir)
     with (
       absltest.mock.patch.object(

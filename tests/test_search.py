@@ -377,6 +377,52 @@ class SearchTest(parameterized.TestCase):
     # All lists were searched, since 30 of 32 images were asked for.
     np.testing.assert_allclose(distances, expected[0], atol=1e-6)
 
+  def test_a_faiss_file_of_other_images_or_damaged_is_built_again(self):
+    content = index_lib.read(self.index)
+    index = str(self.root / 'stale')
+    shutil.copy(self.index, index)
+    stored = pathlib.Path(f'{index}.faiss')
+    with (
+      mock.patch.object(find, '_MIN_FAISS_IMAGES', 8),
+      contextlib.redirect_stderr(io.StringIO()) as error,
+    ):
+      fewer = content._replace(
+        names=content.names[:28], embeddings=content.embeddings[:28]
+      )
+      find.find_in_index(index, fewer, content.embeddings, 1)
+      find.find_in_index(index, content, content.embeddings, 1)
+      stored.write_bytes(stored.read_bytes()[:200])
+      find.find_in_index(index, content, content.embeddings, 1)
+    self.assertEqual(error.getvalue().count('Building'), 3)
+
+  def test_many_skipped_files_are_counted_by_kind(self):
+    images, flags = self._copy()
+    for number in range(30):
+      (images / f'{number}.txt').write_text('text')
+    output = self._run('index', **flags)
+    self.assertEqual(output.count('.txt: not an image'), 20)
+    self.assertIn('skipped in all: 30 x not an image', output)
+    listed = pathlib.Path(f'{flags["index"]}.skipped.txt').read_text()
+    self.assertLen(listed.splitlines(), 30)
+
+  def test_an_update_killed_while_it_writes_is_repaired_by_the_next(self):
+    _, flags = self._copy()
+    self._run('index', **flags)
+    killed = str(self.root / 'killed')
+    with contextlib.closing(sqlite3.connect(flags['index'])) as database:
+      # Writes pages before the transaction is complete.
+      database.execute('PRAGMA cache_size = 1')
+      database.execute('UPDATE pictures SET error = hex(zeroblob(5000))')
+      for ending in ('', '-journal'):
+        shutil.copy(f'{flags["index"]}{ending}', f'{killed}{ending}')
+    self.assertIn(
+      'start `index` again', self._error('cluster', index=killed, clusters=2)
+    )
+    self.assertIn(
+      '32 unchanged', self._run('index', **flags | {'index': killed})
+    )
+    self._run('cluster', index=killed, clusters=2)
+
   def test_faiss_without_enough_images_is_an_error(self):
     lists = mock.Mock(nlist=4)
     lists.search.return_value = (None, np.array([[0, -1]]))
@@ -420,6 +466,9 @@ class SearchTest(parameterized.TestCase):
     self.assertLen(pairs, 80 * 79 // 2)
     self.assertEqual(pairs, sorted(pairs))
     self.assertEqual(pairs[0], (0, 0, 2))
+    with self.assertRaisesRegex(OSError, 'sorted on disk: database is full'):
+      with search_main._sorted_pairs(embeddings, -2, 2):
+        raise sqlite3.OperationalError('database is full')
     file = str(self.root / 'pairs.json')
     for rows in ([], [{'a': 'ü', 'b': 0.5}] * 3):
       search_main._write(iter(rows), file, columns=('a', 'b'))

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 
 from proxy_nca_jax import datasets
-from proxy_nca_jax.datasets import annotations
 from proxy_nca_jax.runtime import errors, folders
 
 
@@ -48,7 +47,8 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
 def _prepare(arguments: argparse.Namespace) -> None:
   builder, skipped = datasets.prepare(vars(arguments))
   if skipped:
-    print(f'skipped: {annotations.count_kinds(skipped)}')
+    kinds = errors.count_kinds(reason for _, reason in skipped)
+    print(f'skipped: {kinds}')
   if skipped and os.path.exists(builder.problems_path):
     print(f'All of them are listed in {builder.problems_path}')
   for split, info in builder.info.splits.items():

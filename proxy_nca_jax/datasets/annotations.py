@@ -7,16 +7,12 @@ counts is collected as a problem.
 import collections
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 
 from proxy_nca_jax.runtime import folders as folders_lib
 
 # Files that operating systems leave in folders and archives, in lower case.
 _LITTER = ('thumbs.db', 'desktop.ini', '.ds_store')
-
-# Problems that are named one by one; `count_kinds` sums up the others.
-MAX_NAMED = 20
 
 # (file or split, what is wrong with it)
 Problem = tuple[str, str]
@@ -126,22 +122,6 @@ def _list_files(root: str, folders: set[str]) -> set[str]:
 def _is_litter(path: str) -> bool:
   name = os.path.basename(path).lower()
   return name.startswith('._') or name in _LITTER
-
-
-def count_kinds(problems: Sequence[Problem]) -> str:
-  """Counts problems by kind: the reason without numbers and details.
-
-  >>> count_kinds([('a', 'unlisted'), ('b', 'class 9: x'), ('c', 'class 8: y')])
-  '2 x class N, 1 x unlisted'
-  """
-  kinds = collections.Counter(
-    re.sub(r'\d(,?\d)*', 'N', reason.split(':')[0]) for _, reason in problems
-  )
-  first = kinds.most_common(MAX_NAMED)
-  counts = [f'{count:,} x {kind}' for kind, count in first]
-  if others := kinds.total() - sum(count for _, count in first):
-    counts.append(f'{others:,} others')
-  return ', '.join(counts)
 
 
 def group_by_class(examples: Sequence[Example]) -> list[Example]:

@@ -16,7 +16,7 @@ from typing import IO
 
 from tqdm import auto as tqdm
 
-from proxy_nca_jax.runtime import errors, files, signals
+from proxy_nca_jax.runtime import errors, files, folders, signals
 
 # Limits against decompression bombs. The datasets have at most 120,053 files,
 # and images hardly compress.
@@ -203,11 +203,15 @@ def _members(
 ) -> Iterator[tuple[str, str, int, IO[bytes] | None]]:
   """Yields (name, fault or '', size, open file, or None for a folder)."""
   with open(path, 'rb') as file:
-    head = file.read(4)
+    head = file.read(100)
     file.seek(0)
+    try:
+      folders.check_lfs(head)
+    except ValueError as error:
+      raise ValueError(f'{path} is {error}.') from error
     # `zipfile.is_zipfile` accepts a tar that ends in a zip, and rejects a
     # truncated zip.
-    if head in (b'PK\3\4', b'PK\5\6'):
+    if head.startswith((b'PK\3\4', b'PK\5\6')):
       yield from _zip_members(_Meter(file, _MAX_DIRECTORY, limit))
       return
     is_gzip = head.startswith(b'\x1f\x8b')

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from proxy_nca_jax import images
 from proxy_nca_jax.datasets import annotations, archives, downloads, records
+from proxy_nca_jax.runtime import errors
 from proxy_nca_jax.runtime import files as files_lib
 
 _logger = logging.getLogger(__name__)
@@ -148,13 +149,13 @@ class PublishedBuilder(records.OrderedBuilder):
       file.writelines(f'{name}: {reason}\n' for name, reason in self._problems)
     if not problems:
       return
-    for name, reason in problems[: annotations.MAX_NAMED]:
+    for name, reason in problems[: errors.MAX_NAMED]:
       _logger.warning('%s: %s: %s', self.name, name, reason)
-    if len(problems) > annotations.MAX_NAMED:
+    if len(problems) > errors.MAX_NAMED:
       _logger.warning(
         '%s: %s. %s lists all of them.',
         self.name,
-        annotations.count_kinds(problems),
+        errors.count_kinds(reason for _, reason in problems),
         self.problems_path,
       )
     if not self.allow_incomplete:

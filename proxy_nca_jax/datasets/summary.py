@@ -2,7 +2,8 @@
 
 import logging
 
-from proxy_nca_jax.datasets import annotations, splits
+from proxy_nca_jax.datasets import splits
+from proxy_nca_jax.runtime import errors
 
 _logger = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ def log(data: splits.Datasets) -> None:
     )
   if data.skipped:
     _logger.warning('Skipped %d files:', len(data.skipped))
-    for name, reason in data.skipped[: annotations.MAX_NAMED]:
+    for name, reason in data.skipped[: errors.MAX_NAMED]:
       _logger.warning('  %s: %s', name, reason)
-    if len(data.skipped) > annotations.MAX_NAMED:
+    if len(data.skipped) > errors.MAX_NAMED:
       _logger.warning(
         '  ... (%s); results.json lists all of them',
-        annotations.count_kinds(data.skipped),
+        errors.count_kinds(reason for _, reason in data.skipped),
       )
 
 

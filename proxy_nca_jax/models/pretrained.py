@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from proxy_nca_jax.models import flax_vit, torch_files
 from proxy_nca_jax.models.backbones import BACKBONES
+from proxy_nca_jax.runtime import folders
 
 _LEAVES = {
   'kernel': 'weight',
@@ -46,6 +47,9 @@ _SAFETENSORS_DTYPES = {
   'U8': np.uint8,
   'BOOL': np.bool_,
 }
+
+# Bytes that tell a Git LFS pointer from weights.
+_HEAD = 100
 
 # Weights hardly compress: limits against decompression bombs.
 _MAX_NPZ_RATIO, _NPZ_ALLOWANCE = 20, 2**26
@@ -138,6 +142,13 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
       f'{path!r} (config.model.init_from) must end with one of '
       f'{", ".join(_READERS)}.'
     )
+  with open(path, 'rb') as file:
+    try:
+      folders.check_lfs(file.read(_HEAD))
+    except ValueError as error:
+      raise ValueError(
+        f'{path!r} (config.model.init_from) is {error}.'
+      ) from error
   return _READERS[extension](path)
 
 

@@ -1,13 +1,18 @@
 """Errors for the user: one line on stderr and exit status 2."""
 
+import collections
 import contextlib
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from proxy_nca_jax.runtime import signals
+
+# Files at fault that are named one by one; `count_kinds` sums up all of them.
+MAX_NAMED = 20
 
 
 def one_line(
@@ -26,6 +31,22 @@ def one_line(
   if not text and isinstance(error, BaseException):
     return type(error).__name__
   return text[:max_length]
+
+
+def count_kinds(reasons: Iterable[str]) -> str:
+  """Counts reasons by kind, which is a reason without numbers and details.
+
+  >>> count_kinds(['unlisted', 'class 9: x', 'class 8: y'])
+  '2 x class N, 1 x unlisted'
+  """
+  kinds = collections.Counter(
+    re.sub(r'\d(,?\d)*', 'N', reason.split(':')[0]) for reason in reasons
+  )
+  first = kinds.most_common(MAX_NAMED)
+  counts = [f'{count:,} x {kind}' for kind, count in first]
+  if others := kinds.total() - sum(count for _, count in first):
+    counts.append(f'{others:,} others')
+  return ', '.join(counts)
 
 
 def fail(message: str) -> NoReturn:

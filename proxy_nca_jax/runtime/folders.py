@@ -23,6 +23,8 @@ _MAX_NAMED = 5
 # Bytes of the largest file that is read. An image at `images.MAX_PIXELS` takes
 # as many uncompressed.
 MAX_BYTES = 2**28
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 _SPECIAL = {
   stat.S_IFIFO: 'a named pipe',
   stat.S_IFSOCK: 'a socket',
@@ -154,6 +156,12 @@ def read_file(path: str | os.PathLike) -> bytes:
   with open(path, 'rb') as file:
     # Some files of /proc have the size 0 and no end.
     return file.read(status.st_size)
+
+
+def check_lfs(content: bytes) -> None:
+  """Raises ValueError if a file starts as a Git LFS pointer does."""
+  if content.startswith(_LFS_POINTER):
+    raise ValueError('a Git LFS pointer, not the file: run `git lfs pull`')
 
 
 def escape(path: str) -> str:

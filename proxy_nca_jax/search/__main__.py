@@ -63,11 +63,15 @@ def make_index(arguments: argparse.Namespace) -> None:
     arguments.images,
     workdir=arguments.workdir,
   )
-  for name, reason in [
-    *index_lib.read_errors(arguments.index),
-    *skipped.items(),
-  ]:
+  skipped = [*index_lib.read_errors(arguments.index), *skipped.items()]
+  for name, reason in skipped[: errors.MAX_NAMED]:
     print(f'skipped {name}: {reason}')
+  if len(skipped) > errors.MAX_NAMED:
+    path = f'{arguments.index}.skipped.txt'
+    with files.write_atomically(path) as file:
+      file.writelines(f'{name}: {reason}\n' for name, reason in skipped)
+    kinds = errors.count_kinds(reason for _, reason in skipped)
+    print(f'skipped in all: {kinds}. {path} lists them.')
   print(', '.join(f'{n:,} {name}' for name, n in counts._asdict().items()))
 
 
@@ -191,25 +195,39 @@ def _sorted_pairs(
 
   Yields:
     Pairs (distance, i, j), i < j, by distance, then by i and j.
+
+  Raises:
+    OSError: if the disk of temporary files is full.
   """
-  with contextlib.closing(sqlite3.connect('')) as database:
-    database.execute('CREATE TABLE pairs (distance REAL, i INTEGER, j INTEGER)')
-    with tqdm.tqdm(
-      total=len(embeddings), unit=' images', disable=None, leave=False, delay=1
-    ) as bar:
-      for num_rows, block in retrieval.pairs_above(embeddings, min_product):
-        for start in range(0, len(block), _PAIRS_PER_CHUNK):
-          pairs = block[start : start + _PAIRS_PER_CHUNK]
-          distances = np.linalg.norm(
-            embeddings[pairs[:, 0]] - embeddings[pairs[:, 1]], axis=1
-          )
-          is_near = distances < threshold
-          database.executemany(
-            'INSERT INTO pairs VALUES (?, ?, ?)',
-            zip(distances[is_near].tolist(), *pairs[is_near].T.tolist()),
-          )
-        bar.update(num_rows)
-    yield database.execute('SELECT * FROM pairs ORDER BY distance, i, j')
+  try:
+    with contextlib.closing(sqlite3.connect('')) as database:
+      database.execute(
+        'CREATE TABLE pairs (distance REAL, i INTEGER, j INTEGER)'
+      )
+      with tqdm.tqdm(
+        total=len(embeddings),
+        unit=' images',
+        disable=None,
+        leave=False,
+        delay=1,
+      ) as bar:
+        for num_rows, block in retrieval.pairs_above(embeddings, min_product):
+          for start in range(0, len(block), _PAIRS_PER_CHUNK):
+            pairs = block[start : start + _PAIRS_PER_CHUNK]
+            distances = np.linalg.norm(
+              embeddings[pairs[:, 0]] - embeddings[pairs[:, 1]], axis=1
+            )
+            is_near = distances < threshold
+            database.executemany(
+              'INSERT INTO pairs VALUES (?, ?, ?)',
+              zip(distances[is_near].tolist(), *pairs[is_near].T.tolist()),
+            )
+          bar.update(num_rows)
+      yield database.execute('SELECT * FROM pairs ORDER BY distance, i, j')
+  except sqlite3.Error as error:
+    raise OSError(
+      f'The pairs cannot be sorted on disk: {errors.one_line(error)}.'
+    ) from error
 
 
 def classify(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Nearest neighbors on the unit sphere: exact, or with FAISS if very many."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -54,7 +55,11 @@ def _load_or_build_lists(path: str, items: np.ndarray):
   stored = f'{path}.faiss'
   modified = os.stat(path).st_mtime_ns
   if os.path.exists(stored) and os.stat(stored).st_mtime_ns > modified:
-    return faiss.read_index(stored)
+    # FAISS raises RuntimeError for a damaged file, which is built again.
+    with contextlib.suppress(RuntimeError):
+      lists = faiss.read_index(stored)
+      if (lists.ntotal, lists.d) == items.shape:
+        return lists
   print(f'Building {stored}, once for this index.', file=sys.stderr)
   num_lists = int(_LISTS_PER_ROOT * len(items) ** 0.5)
   lists = faiss.index_factory(
