@@ -70,14 +70,24 @@ class ModelsTest(parameterized.TestCase):
     np.testing.assert_allclose(actual, expected, atol=0.05)
     self.assertTrue(np.any(actual != expected))
 
-  @parameterized.parameters(
-    (dict(name='resnet'), 'small_cnn'),
-    (dict(dtype='float8'), 'bfloat16'),
-    (dict(embedding_dim=0), 'embedding_dim'),
-  )
-  def test_invalid_fields_are_errors(self, fields, message):
-    with self.assertRaisesRegex(ValueError, message):
-      models.create_model(_config(**fields))
+  def test_normalize_by_hand(self):
+    images = jnp.array([[[[0, 100, 255]]]], jnp.uint8)
+    statistics = dict(mean=(0.0, 50.0, 127.5), std=(1.0, 25.0, 127.5))
+    actual = models.normalize(images, **statistics)
+    np.testing.assert_allclose(actual, [[[[0, 2, 1]]]])
+    self.assertEqual(actual.dtype, jnp.float32)
+    # Blue comes first in the result and in the statistics.
+    actual = models.normalize(images, is_bgr=True, **statistics)
+    np.testing.assert_allclose(actual, [[[[255, 2, -1]]]])
+
+  @parameterized.parameters('small_cnn', 'bn_inception')
+  def test_a_model_normalizes_as_its_weights_expect(self, name):
+    backbone = models.BACKBONES[name]
+    model = models.create_model(_config(name=name))
+    self.assertEqual(
+      (model.mean, model.std, model.is_bgr),
+      (backbone.mean, backbone.std, backbone.is_bgr),
+    )
 
 
 if __name__ == '__main__':

@@ -244,6 +244,17 @@ class OptimizerTest(parameterized.TestCase):
         params['proxies'], straight[step]['proxies'], rtol=1e-6
       )
 
+  def test_the_learning_rate_of_a_frozen_group_is_zero(self):
+    config = _config(**{'head.freeze_steps': 2, 'head.learning_rate': 0.5})
+    learning_rates = optimizer_lib.make_learning_rates(config)
+    rates = [float(learning_rates(jnp.int32(i))['head']) for i in range(4)]
+    self.assertEqual(rates, [0, 0, 0.5, 0.5])
+
+  def test_a_score_at_the_threshold_is_no_improvement(self):
+    scores = [0.5, 0.5 * (1 + 1e-4)]
+    scale = optimizer_lib.plateau_scale(scores, patience=0, factor=0.5)
+    self.assertEqual(scale, 0.5)
+
   def test_only_a_cosine_depends_on_the_number_of_steps(self):
     depends = optimizer_lib.depends_on_num_steps
     self.assertFalse(depends(_config()))
