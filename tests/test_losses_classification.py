@@ -44,7 +44,8 @@ class ClassificationTest(parameterized.TestCase):
     (0, 0.5),
     (30, 0.0),
     (-60, -0.5),
-    (120, -1.0),
+    # Just before the jump at 120 degrees, where rounding would decide.
+    (119.9, -1.0),
     # Beyond 120 degrees, cos(theta + margin) would increase again.
     (180, -1 - np.pi / 3 * np.sin(np.pi / 3)),
   )
