@@ -82,7 +82,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-  """The splits of a run and what it should report about them.
+  """The splits of a run, and facts about them for its log and results.
 
   Attributes:
     train: records to train on.

@@ -23,7 +23,7 @@ class Watchdog:
   the current wait, since blocked code cannot observe itself.
 
   Attributes:
-    seconds: total seconds waited, by what was waited for.
+    seconds: total seconds waited, by the reason for waiting.
   """
 
   def __init__(self, limit: float):
