@@ -1,6 +1,7 @@
 """Compares the backbones with their torch originals.
 
 python benchmarks/parity.py [models] [--models=resnet18,vit_s16]
+python benchmarks/parity.py bundled
 python benchmarks/parity.py trajectory [--models=resnet18] [--steps=50]
 python benchmarks/parity.py originals [--models=resnet18]
 
@@ -22,6 +23,9 @@ itself` compares torch in float32 with torch in float64. Gradients of biases
 that batch normalization cancels are 0 in theory and are reported separately:
 `of zeros` is the size of ours in float32, relative to the model's largest
 gradient.
+
+`bundled` compares EfficientNet-Lite0 with the weights that this package
+installs: embeddings of random images, with those of timm.
 
 `trajectory` trains both from the same weights, proxies and images by the recipe
 of dichotomies/proxy-nca (Adam with epsilon 1, label smoothing, its learning
@@ -57,7 +61,7 @@ def _parse() -> argparse.Namespace:
     'part',
     nargs='?',
     default='models',
-    choices=('models', 'trajectory', 'originals'),
+    choices=('models', 'bundled', 'trajectory', 'originals'),
   )
   parser.add_argument(
     '--models', default='', help='networks, separated by commas'
@@ -97,6 +101,7 @@ from proxy_nca_jax.configs import cub200
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.models import (
   backbones,
+  efficientnet,
   embedding,
   pretrained,
 )
@@ -111,7 +116,13 @@ _TIMM = {
   'dinov2_s14': 'vit_small_patch14_dinov2',
   'dinov2_b14': 'vit_base_patch14_dinov2',
 }
-_CONVOLUTIONAL = ('bn_inception', 'resnet18', 'resnet50', 'resnet101')
+_CONVOLUTIONAL = (
+  'bn_inception',
+  'efficientnet_lite0',
+  'resnet18',
+  'resnet50',
+  'resnet101',
+)
 
 
 class _Original(torch.nn.Module):
@@ -124,6 +135,9 @@ class _Original(torch.nn.Module):
       self.backbone = timm.create_model(
         _TIMM[name], num_classes=0, img_size=size
       )
+      width = self.backbone.num_features
+    elif name == 'efficientnet_lite0':
+      self.backbone = timm.create_model('tf_efficientnet_lite0', num_classes=0)
       width = self.backbone.num_features
     elif name == 'bn_inception':
       self.backbone = pretrainedmodels.bninception(pretrained=None)
@@ -145,6 +159,8 @@ class _Original(torch.nn.Module):
   def features(self, images):
     if self.name in _TIMM:
       return self.backbone.forward_features(images)[:, 0]
+    if self.name == 'efficientnet_lite0':
+      return self.backbone.forward_features(images).mean((2, 3))
     if self.name == 'bn_inception':
       return self.backbone.features(images).mean((2, 3))
     net = self.backbone
@@ -205,7 +221,10 @@ def _make_model(name: str, size: int, dtype: jnp.dtype):
     normalize=False,
     stddev=0.0,
   )
-  model = embedding.EmbeddingModel(make_backbone, make_head)
+  # The images of a comparison are normalized already.
+  model = embedding.EmbeddingModel(
+    make_backbone, make_head, mean=(0.0,) * 3, std=(1.0,) * 3, is_bgr=False
+  )
   init = functools.partial(model.init, train=False)
   shapes = jax.eval_shape(
     init, jax.random.key(0), jnp.zeros((1, size, size, 3))
@@ -415,6 +434,42 @@ def compare_models(names: list[str]) -> None:
   print(f'worst of the first four: {worst:.1e}; required: below 1e-4')
 
 
+def compare_bundled() -> None:
+  name = 'efficientnet_lite0'
+  path = models.find_weights(models.BUNDLED, name)
+  tensors = efficientnet.rename_tensors(pretrained.read_weights(path))
+  original = _Original(name, 224)
+  original.backbone.load_state_dict(
+    {key: torch.tensor(value) for key, value in tensors.items()}, strict=False
+  )
+  original.eval()
+  module = backbones.make_backbone(
+    name,
+    dtype=jnp.dtype('float32'),
+    remat=False,
+    batch_norm_momentum=0.9,
+    width=1,
+  )
+  for size in (160, 224):
+    images = np.random.default_rng(0).uniform(-1, 1, (8, size, size, 3))
+    images = images.astype(np.float32)
+    shapes = jax.eval_shape(
+      functools.partial(module.init, train=False), jax.random.key(0), images
+    )
+    variables = pretrained.import_tensors(
+      tensors, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), name
+    )
+    ours = jax.jit(functools.partial(module.apply, train=False))(
+      variables, images
+    )
+    with torch.no_grad():
+      theirs = original.features(
+        torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+      )
+    difference = _difference(jnp.mean(ours, (1, 2)), theirs)
+    print(f'{name}, bundled weights, {size} pixels: {difference:.1e}')
+
+
 def _make_batches(steps: int, size: int):
   """Yields uint8 images of 20 classes, each a pattern with noise."""
   rng = np.random.default_rng(0)
@@ -570,6 +625,7 @@ def compare_trajectories(name: str, steps: int, size: int) -> None:
 
 _DEEP = {
   'bn_inception': 'inception_5b_pool_proj_bn.running_var',
+  'efficientnet_lite0': 'bn2.running_var',
   'resnet18': 'layer4.1.bn2.running_var',
   'resnet50': 'layer4.2.bn3.running_var',
   'resnet101': 'layer4.2.bn3.running_var',
@@ -652,6 +708,8 @@ def main() -> None:
   names = [name for name in arguments.models.split(',') if name]
   if arguments.part == 'models':
     compare_models(names or [*_CONVOLUTIONAL, *_TIMM])
+  elif arguments.part == 'bundled':
+    compare_bundled()
   elif arguments.part == 'originals':
     for name in names or [*_CONVOLUTIONAL, *_TIMM]:
       store_original(name)

@@ -45,6 +45,12 @@ def get_config() -> ml_collections.ConfigDict:
   # Seeds initialization, image order, augmentation and k-means.
   config.seed = 0
   config.num_steps = 1000
+  # Number of passes over the train images, which then determine num_steps; 0
+  # leaves it as it is.
+  config.num_epochs = 0.0
+  # Steps that train only head and proxies on the features of the train images,
+  # before step 1.
+  config.head_steps = 0
   config.batch_size = 64  # Global: summed over all devices.
 
   config.dataset = ml_collections.ConfigDict()
@@ -113,7 +119,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = 'small_cnn'
-  # Pretrained weights: a file or a Hugging Face name; '' is random.
+  # Pretrained weights: a file, a Hugging Face name, or bundled, those of
+  # efficientnet_lite0 that are installed with this package; '' is random.
   config.model.init_from = ''
   config.model.width = 64  # small_cnn: channels of the first stage.
   config.model.pooling = 'average'  # average, max, average_max, gem or cls.
@@ -121,7 +128,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.layer_norm = False
   config.model.embedding_dim = 64  # The paper's.
   config.model.normalize = True  # Project embeddings to the unit sphere.
-  # Standard deviation of the head's initial weights; 0 is LeCun's.
+  # How the head starts: random; pca, the principal components of the features
+  # of the train images; or lda, the same after whitening within classes.
+  config.model.head_init = 'random'
+  # Standard deviation of the head's random weights; 0 is LeCun's.
   config.model.embedding_stddev = 0.0
   # Fraction of the running statistics that each step keeps.
   config.model.batch_norm_momentum = 0.9
@@ -152,6 +162,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss[name] = ml_collections.ConfigDict(arguments)
 
   config.proxies = ml_collections.ConfigDict()
+  # How proxies start: random, or class_means, the mean embeddings of classes.
+  config.proxies.init = 'random'
   config.proxies.init_norm = 1.0  # Expected norm of the initial proxies.
   # fractional_proxy_nca: give larger classes more proxies.
   config.proxies.by_size = False
@@ -195,7 +207,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.batch_size = 256  # Global, as `config.batch_size`.
-  # Score raw pixels and the untrained network before training.
+  # Score raw pixels, the network before training and, of pretrained weights,
+  # the features without a head.
   config.evaluation.baselines = True
   # Values of K for Recall@K, or for CMC@K in re-identification.
   config.evaluation.recall_at = (1, 2, 4, 8)

@@ -11,39 +11,9 @@ of a run as a function from images to embeddings.
 
 import importlib
 
-from proxy_nca_jax import metrics
-from proxy_nca_jax.clustering import kmeans
-from proxy_nca_jax.losses import (
-  arcface_loss,
-  center_loss,
-  center_softmax_loss,
-  contrastive_loss,
-  cosface_loss,
-  dynamic_proxy_nca_loss,
-  facility_location_loss,
-  fractional_proxy_nca_loss,
-  lifted_structure_loss,
-  magnet_loss,
-  multi_similarity_loss,
-  n_pairs_loss,
-  normalized_softmax_loss,
-  proxy_anchor_loss,
-  proxy_nca_loss,
-  proxy_nca_pp_loss,
-  proxy_triplet_loss,
-  soft_triple_loss,
-  subcenter_arcface_loss,
-  triplet_loss,
-)
-from proxy_nca_jax.retrieval import nearest, positive_ranks
-
 __version__ = '0.2.0.dev0'
 
-# Imported at first use: the losses need neither runs nor images.
-_LAZY = {'load': 'inference', 'score': 'evaluate'}
-
-__all__ = [
-  '__version__',
+_LOSSES = (
   'arcface_loss',
   'center_loss',
   'center_softmax_loss',
@@ -52,31 +22,49 @@ __all__ = [
   'dynamic_proxy_nca_loss',
   'facility_location_loss',
   'fractional_proxy_nca_loss',
-  'kmeans',
   'lifted_structure_loss',
-  'load',
   'magnet_loss',
-  'metrics',
   'multi_similarity_loss',
   'n_pairs_loss',
-  'nearest',
   'normalized_softmax_loss',
-  'positive_ranks',
   'proxy_anchor_loss',
   'proxy_nca_loss',
   'proxy_nca_pp_loss',
   'proxy_triplet_loss',
-  'score',
   'soft_triple_loss',
   'subcenter_arcface_loss',
   'triplet_loss',
-]
+)
+# The module of each public name. It is imported at the first use, so that
+# commands start without the modules that they do not need.
+_MODULES = {
+  'kmeans': 'clustering',
+  'load': 'inference',
+  'nearest': 'retrieval',
+  'positive_ranks': 'retrieval',
+  'score': 'evaluate',
+  **dict.fromkeys(_LOSSES, 'losses'),
+}
+# Modules that are attributes of the package without an import of their own.
+_SUBMODULES = (
+  'clustering',
+  'distances',
+  'losses',
+  'metrics',
+  'proxies',
+  'retrieval',
+)
+
+__all__ = ['__version__', 'metrics', *_MODULES]
+__all__.sort()
 
 
 def __getattr__(name: str):
-  if name not in _LAZY:
+  if name in _SUBMODULES:
+    return importlib.import_module(f'proxy_nca_jax.{name}')
+  if name not in _MODULES:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  module = importlib.import_module(f'proxy_nca_jax.{_LAZY[name]}')
+  module = importlib.import_module(f'proxy_nca_jax.{_MODULES[name]}')
   return getattr(module, name)
 
 

@@ -3,9 +3,7 @@
 import importlib
 import sys
 
-from absl import flags
-
-from proxy_nca_jax.runtime import command_line
+from proxy_nca_jax.runtime import huge_pages
 
 # Each is a module with a main(arguments, prog=...).
 _COMMANDS = {
@@ -34,8 +32,11 @@ def train(*, prog: str) -> None:
   Args:
     prog: the command's name in its --help.
   """
-  # Imported here: the other commands start faster without it.
+  # Imported here: a command restarts before them, and the others do without.
+  from absl import flags
+
   from proxy_nca_jax import train as train_lib
+  from proxy_nca_jax.runtime import command_line
 
   flags.DEFINE_enum(
     'mode',
@@ -48,6 +49,12 @@ def train(*, prog: str) -> None:
     train_lib.train_and_evaluate(config, workdir, mode=flags.FLAGS.mode)
 
   command_line.run(run, description=_TRAIN.format(prog=prog))
+
+
+def script() -> None:
+  """Runs `proxy-nca COMMAND` as the installed script."""
+  huge_pages.restart()
+  main()
 
 
 def main() -> None:

@@ -229,7 +229,9 @@ _GROUP_FIELDS = {
 
 FIELDS = {
   'seed': _SEED,
-  'num_steps': _count(1),
+  'num_steps': _count(),
+  'num_epochs': _real(0, 1e6),
+  'head_steps': _count(0, 10**6),
   'batch_size': _count(1, 2**20),
   'dataset.name': Choice(datasets.DATASETS),
   'dataset.data_dir': _TEXT,
@@ -267,6 +269,7 @@ FIELDS = {
   'model.layer_norm': _BOOL,
   'model.embedding_dim': _count(1, 2**16),
   'model.normalize': _BOOL,
+  'model.head_init': Choice(('random', 'pca', 'lda')),
   'model.embedding_stddev': _real(0, 100),
   'model.batch_norm_momentum': _FRACTION,
   'model.freeze_batch_norm_steps': _count(-1),
@@ -277,6 +280,7 @@ FIELDS = {
   'loss.num_proxies': _count(),
   'loss.class_weighting': _real(0, 10),
   'loss.logit_adjustment': _real(0, 10),
+  'proxies.init': Choice(('random', 'class_means')),
   'proxies.init_norm': _real(0, 1e6, '(]'),
   'proxies.by_size': _BOOL,
   'proxies.sharded': _BOOL,
@@ -476,6 +480,11 @@ def _check_loss(config) -> Iterator[str]:
       'config.proxies.sharded is for losses whose classes have proxies of '
       f'their own, without proxy_chunk; config.loss.name is {name!r}.'
     )
+  if config.proxies.init == 'class_means' and loss.proxies != losses.PER_CLASS:
+    yield (
+      'config.proxies.init=class_means is for losses with one proxy per class; '
+      f'config.loss.name is {name!r}.'
+    )
   if config.loss.logit_adjustment and 'log_priors' not in (
     inspect.signature(loss.fn).parameters
   ):
@@ -598,6 +607,35 @@ def _check_periods(config) -> Iterator[str]:
     )
 
 
+def set_num_steps(config: ml_collections.ConfigDict, num_images: int) -> None:
+  """Sets the `num_steps` of a config to its `num_epochs`, if it has any.
+
+  Args:
+    config: the run's config; changed in place, also if it is locked.
+    num_images: number of train images.
+  """
+  if not config.num_epochs:
+    return
+  size = config.steps_per_dispatch
+  num_steps = round(config.num_epochs * num_images / config.batch_size / size)
+  with config.unlocked():
+    config.num_steps = max(num_steps, 1) * size
+
+
+def keep_num_steps(
+  config: ml_collections.ConfigDict, saved: Mapping[str, Any]
+) -> None:
+  """Sets the `num_steps` of a saved run that has the same `num_epochs`.
+
+  Args:
+    config: the config of this start; changed in place, also if it is locked.
+    saved: the config that the run began with, as nested dicts of JSON.
+  """
+  if config.num_epochs and config.num_epochs == saved.get('num_epochs'):
+    with config.unlocked():
+      config.num_steps = saved['num_steps']
+
+
 def check_devices(config: ml_collections.ConfigDict, num_devices: int) -> None:
   """Raises ValueError if the devices cannot divide the batches evenly."""
   for field, size in (
@@ -645,7 +683,9 @@ def check_same_run(
       return False
     if field == 'eval_every' or field.startswith('evaluation.'):
       return not is_scored_freely
-    is_longer = field == 'num_steps' and new[field] > old[field]
+    if field == 'num_steps' and new['num_epochs']:
+      return False  # The epochs determine it.
+    is_longer = field in ('num_steps', 'num_epochs') and new[field] > old[field]
     return not (is_longer and may_add_steps)
 
   changed = [

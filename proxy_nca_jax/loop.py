@@ -27,8 +27,12 @@ def _is_batch_norm_frozen(config, done: int) -> bool:
 
 
 def _is_evaluated(config, step: int) -> bool:
-  """Whether training scores a step; the last one is scored afterwards too."""
-  if step == config.num_steps:
+  """Whether training scores a step.
+
+  The first state is among the baselines and the last is scored afterwards, both
+  on the test classes.
+  """
+  if step in (0, config.num_steps):
     return bool(config.dataset.validation)
   return bool(config.eval_every) and step % config.eval_every == 0
 
@@ -118,10 +122,13 @@ def fit(
   """
   done = int(state.step)
   try:
-    # A run that was stopped just before an evaluation makes up for it.
-    if done and _is_evaluated(config, done) and not is_scored(done):
+    # The state before training is a candidate for selection, and a run that was
+    # stopped just before an evaluation makes up for it.
+    if _is_evaluated(config, done) and not is_scored(done):
       score_step(state)
     scale = lr_scale()
+    if not config.num_steps:
+      save(state, block=True)
     while done < config.num_steps:
       stop_signals.check()
       state = take_steps(state, done, scale)

@@ -20,11 +20,13 @@ from proxy_nca_jax import (
   configuration,
   datasets,
   dry_run,
+  features,
   input_pipeline,
   loop,
   losses,
   models,
   report,
+  warm_start,
   weights,
 )
 from proxy_nca_jax import mesh as mesh_lib
@@ -137,21 +139,73 @@ def _make_evaluation(config, model, mesh) -> tuple[_Embed, _Score]:
   )
 
 
-def _score_baselines(config, state, test, embed: _Embed, score: _Score) -> dict:
-  """Scores the untrained network and raw pixels, unless configured not to."""
+def _initialize(
+  config,
+  model,
+  state: state_lib.TrainState,
+  data: datasets.Datasets,
+  weights_digest: str | None,
+  mesh: jax.sharding.Mesh,
+) -> tuple[state_lib.TrainState, features.Extract]:
+  """Returns the state before step 1, and a function to extract features.
+
+  The features are those of the backbone before it is trained.
+  """
+  if config.model.init_from:
+    state = weights.load(config, state, weights_digest)
+  extract = features.make_extract(
+    config,
+    model,
+    state,
+    mesh,
+    records_digest=data.records_digest,
+    weights_digest=weights_digest,
+  )
+  if warm_start.is_configured(config):
+    # Training images as the test images are: resized, not augmented.
+    train = dataclasses.replace(data.train, images=data.test.images)
+    state = warm_start.apply(
+      config,
+      model,
+      make_loss(config, train),
+      state,
+      extract(train),
+      train.labels,
+      mesh,
+    )
+  return state, extract
+
+
+def _score_baselines(
+  config, state, test, extract: features.Extract, embed: _Embed, score: _Score
+) -> dict:
+  """Scores the network before training, and raw pixels, if configured.
+
+  Of a pretrained network, its features without a head are scored too.
+  """
   if not config.evaluation.baselines:
     return {}
-  _logger.info('Scoring the untrained network and raw pixels')
-  return {
-    'untrained': score(embed(state, test), test),
-    'raw_pixels': score(input_pipeline.raw_pixels(test), test),
-  }
+  _logger.info('Scoring the network before training, and raw pixels')
+  baselines = {'untrained': score(embed(state, test), test)}
+  if config.model.init_from:
+    baselines['pretrained'] = score(extract(test), test)
+  pixels = input_pipeline.raw_pixels(test)
+  return baselines | {'raw_pixels': score(pixels, test)}
 
 
 def _read_baselines(history: selection.History) -> dict:
   """Returns the scores of the baselines from the first row of the metrics."""
   first = {name: value for name, value in history[0].items() if name != 'step'}
   return configuration.unflatten(first)
+
+
+def make_loss(
+  config: ml_collections.ConfigDict, train: datasets.Split
+) -> losses.Loss:
+  """Returns the configured loss for the classes of a split."""
+  return train_step_lib.correct_for_frequency(
+    train_step_lib.make_loss(config), config, train.class_sizes
+  )
 
 
 def make_train_step(
@@ -162,13 +216,10 @@ def make_train_step(
   mesh: jax.sharding.Mesh,
 ) -> Callable:
   """Returns the jitted training step for the classes of a split."""
-  loss = train_step_lib.correct_for_frequency(
-    train_step_lib.make_loss(config), config, train.class_sizes
-  )
   return train_step_lib.make_train_step(
     model,
     optimizer,
-    loss,
+    make_loss(config, train),
     reshard=train_step_lib.make_reshard(config, train.num_classes, mesh),
     learning_rates=optimizer_lib.make_learning_rates(config),
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
@@ -308,10 +359,12 @@ def _score_checkpoint(config, saved: Mapping | None, workdir: str) -> dict:
 
 def _start(
   config,
+  model,
   state: state_lib.TrainState,
   data: datasets.Datasets,
   checkpoints: state_lib.Checkpoints,
   weights_digest: str | None,
+  mesh: jax.sharding.Mesh,
   *,
   embed: _Embed,
   score: _Score,
@@ -326,12 +379,17 @@ def _start(
   history = processes.run_on_primary(
     lambda: metric_writer.read_metrics(workdir)
   )
-  if config.model.init_from and not (history and checkpoints.steps):
-    state = weights.load(config, state, weights_digest)
+  extract = None
+  if not (history and checkpoints.steps):
+    state, extract = _initialize(
+      config, model, state, data, weights_digest, mesh
+    )
   if history:
     baselines = _read_baselines(history)
   else:
-    baselines = _score_baselines(config, state, data.test, embed, score)
+    baselines = _score_baselines(
+      config, state, data.test, extract, embed, score
+    )
   if baselines:
     selection.check_select_by(config, baselines['untrained'])
   state = checkpoints.restore(state) or state
@@ -393,6 +451,8 @@ def _train(
     stack: closes, when the run ends, the resources opened here.
   """
   data = _load_same_data(config, saved)
+  configuration.set_num_steps(config, len(data.train))
+  configuration.check(config)
   weights_digest = processes.run_on_primary(
     functools.partial(weights.digest, config, saved)
   )
@@ -414,10 +474,12 @@ def _train(
   prepare = make_prepare(config, data.train, mesh)
   state, history, baselines = _start(
     config,
+    model,
     state,
     data,
     checkpoints,
     weights_digest,
+    mesh,
     embed=embed,
     score=score,
     workdir=folder.path,
@@ -556,8 +618,11 @@ def train_and_evaluate(
   """
   configuration.check(config)
   configuration.check_devices(config, jax.device_count())
+  config = config.copy_and_resolve_references()
   if config.dry_run:
     data, mesh = load_data(config), mesh_lib.make_mesh()
+    configuration.set_num_steps(config, len(data.train))
+    configuration.check(config)
     model = models.create_model(config)
     optimizer = optimizer_lib.make_optimizer(config)
     step = make_train_step(config, model, optimizer, data.train, mesh)
@@ -572,6 +637,8 @@ def train_and_evaluate(
     saved, results = processes.run_on_primary(
       functools.partial(_read_run, config, folder.path, mode)
     )
+    if saved:
+      configuration.keep_num_steps(config, saved['config'])
     if mode == 'eval':
       return _score_checkpoint(config, saved, folder.path)
     if results and results['step'] >= config.num_steps:

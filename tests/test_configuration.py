@@ -97,7 +97,7 @@ class FieldsTest(parameterized.TestCase):
     self.assertSameElements(
       refused,
       """
-      num_steps batch_size min_styles test_fraction image_size crop_scale
+      batch_size min_styles test_fraction image_size crop_scale
       crop_ratio width embedding_dim num_centers init_norm eps max_skipped_steps
       plateau_factor recall_at kmeans_num_starts steps_per_dispatch log_every
       save_every keep_checkpoints profile_steps scale temperature alpha beta
@@ -157,7 +157,7 @@ class FieldsTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, r'config\.seed .*config\.num_steps'
     ):
-      configuration.check(_config(seed=-1, num_steps=0))
+      configuration.check(_config(seed=-1, num_steps=-1))
 
   def test_unknown_and_missing_fields_are_named(self):
     config = _config(depth=3)

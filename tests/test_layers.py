@@ -21,7 +21,7 @@ _LAYERS = (
   ('search',),
   ('train', 'inference'),
   ('report', 'dry_run', 'loop'),
-  ('weights',),
+  ('weights', 'features', 'warm_start'),
   ('evaluate.embed', 'evaluate.selection'),
   ('train_step',),
   ('state', 'input_pipeline'),

@@ -76,6 +76,7 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
     num_shared_classes=_count_shared_names(train, test),
     is_resized_source=is_resized_source(config),
     digest=digest,
+    records_digest=_digest(metadata),
   )
 
 

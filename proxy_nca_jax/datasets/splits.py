@@ -98,6 +98,7 @@ class Datasets:
       recipe crops from the originals.
     digest: a hash of the stored records, with names and images, of the class
       names and of the splits.
+    records_digest: a hash of the same without the splits.
   """
 
   train: Split
@@ -108,3 +109,4 @@ class Datasets:
   num_shared_classes: int
   is_resized_source: bool
   digest: str
+  records_digest: str

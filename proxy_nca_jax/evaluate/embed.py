@@ -18,7 +18,7 @@ Batch = dict[str, np.ndarray]
 
 
 def make_embed_fn(
-  model, mesh: jax.sharding.Mesh
+  model, mesh: jax.sharding.Mesh, *, method: str | None = None
 ) -> Callable[[state_lib.TrainState, Batch], dict[str, jax.Array]]:
   """Returns (state, batch) -> the batch with embeddings in place of images.
 
@@ -26,6 +26,11 @@ def make_embed_fn(
   processes, replicated, 'embedding' float32 [batch, dim] among them. The order
   of a mesh's devices need not be that of the processes, so every array of the
   batch passes through the mesh together.
+
+  Args:
+    model: the network.
+    mesh: the devices that share the work.
+    method: of the model, such as 'features'; by default its embeddings.
   """
 
   @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
@@ -33,7 +38,10 @@ def make_embed_fn(
     batch = dict(batch)
     params = {name: params[name] for name in ('backbone', 'head')}
     embeddings = model.apply(
-      {'params': params, **model_state}, batch.pop('image'), train=False
+      {'params': params, **model_state},
+      batch.pop('image'),
+      train=False,
+      method=method,
     )
     return batch | {'embedding': embeddings}
 

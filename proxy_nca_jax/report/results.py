@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from proxy_nca_jax import evaluate
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
+_DESCRIPTIONS = {
+  'untrained': 'the network before training',
+  'pretrained': 'the pretrained features without a head',
+  'raw_pixels': 'raw pixels',
+}
+_BASELINES = tuple(_DESCRIPTIONS)
 # The columns of the table, in this order.
-_COLUMNS = ('selected', 'trained', 'seen_classes', 'untrained', 'raw_pixels')
+_COLUMNS = ('selected', 'trained', 'seen_classes', *_BASELINES)
 
 _logger = logging.getLogger(__name__)
 
@@ -46,10 +52,33 @@ def log_table(results: Mapping) -> None:
   )
   for line in evaluate.format_table(rows).splitlines():
     _logger.info('%s', line)
+  _compare_with_baselines(results)
   scores = results['trained']
   if scores['queries_without_match']:
     _logger.info(
       '%d of %d queries have no match and are left out of every mean.',
       scores['queries_without_match'],
       scores['queries_without_match'] + scores['num_queries'],
+    )
+
+
+def _compare_with_baselines(results: Mapping) -> None:
+  """Warns of baselines that are better than the trained network."""
+  title = 'selected' if 'selected' in results else 'trained'
+  name = next(iter(results[title]))
+  value = results[title][name]
+  better = [
+    f'{100 * results[baseline][name]:.2f}% from {_DESCRIPTIONS[baseline]}'
+    for baseline in _BASELINES
+    if results.get(baseline, {}).get(name, -1) > value
+  ]
+  if better:
+    _logger.warning(
+      'Training did not pay: %s is %.2f%% after it, but %s. Start from '
+      'pretrained weights (config.model.init_from), lower the learning rates '
+      'or the number of steps, add images, or let validation classes select '
+      'the step (config.dataset.validation).',
+      name,
+      100 * value,
+      ' and '.join(better),
     )

@@ -148,6 +148,7 @@ def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
       'trained',
       'seen_classes',
       'untrained',
+      'pretrained',
       'raw_pixels',
     )
     if title in results

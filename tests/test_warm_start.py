@@ -1,0 +1,155 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from proxy_nca_jax import losses, models, warm_start
+from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax import optimizer as optimizer_lib
+from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.configs import default
+from proxy_nca_jax.evaluate import scores
+
+_NUM_CLASSES, _PER_CLASS = 8, 12
+
+
+def _make_features(seed=0, num_classes=_NUM_CLASSES, width=24):
+  """Classes that differ in four directions; images differ in four others."""
+  rng = np.random.default_rng(seed)
+  labels = np.repeat(np.arange(num_classes), _PER_CLASS)
+  features = 0.1 * rng.normal(size=(len(labels), width))
+  features[:, :4] += rng.normal(size=(num_classes, 4))[labels]
+  features[:, 4:8] += 3 * rng.normal(size=(len(labels), 4))
+  return features.astype(np.float32) + 5, labels.astype(np.int32)
+
+
+def _apply(head, features):
+  return features @ head['embedding']['kernel'] + head['embedding']['bias']
+
+
+class HeadTest(parameterized.TestCase):
+  def test_pca_gives_the_principal_components(self):
+    features, labels = _make_features()
+    head = warm_start.make_head(features, labels, 5, init='pca', seed=0)
+    covariance = np.cov(_apply(head, features).T, bias=True)
+    expected = np.linalg.eigvalsh(np.cov(features.T, bias=True))[::-1][:5]
+    np.testing.assert_allclose(
+      covariance, np.diag(expected), rtol=1e-3, atol=1e-3
+    )
+
+  @parameterized.parameters('pca', 'lda')
+  def test_embeddings_of_the_train_images_have_mean_zero(self, init):
+    features, labels = _make_features()
+    head = warm_start.make_head(features, labels, 5, init=init, seed=0)
+    np.testing.assert_allclose(
+      _apply(head, features).mean(axis=0), 0, atol=1e-5
+    )
+
+  def test_lda_finds_unseen_classes_where_pca_follows_the_noise(self):
+    features, labels = _make_features()
+    unseen, unseen_labels = _make_features(seed=1)
+    recall = {}
+    for init in ('pca', 'lda'):
+      head = warm_start.make_head(features, labels, 4, init=init, seed=0)
+      embeddings = _apply(head, unseen)
+      recall[init] = scores.score(
+        embeddings, unseen_labels, kmeans_iterations=0
+      )['recall@1']
+    self.assertLess(recall['pca'], 0.4)
+    self.assertGreater(recall['lda'], 0.6)
+
+  def test_few_images_leave_the_other_directions_in_place(self):
+    # Three images span two dimensions; distances in the others must survive.
+    features, _ = _make_features()
+    head = warm_start.make_head(
+      features[:3], np.array([0, 0, 1]), 24, init='pca', seed=0
+    )
+    kernel = head['embedding']['kernel']
+    np.testing.assert_allclose(kernel.T @ kernel, np.eye(24), atol=1e-5)
+
+  @parameterized.parameters('pca', 'lda')
+  def test_head_may_be_wider_than_the_features(self, init):
+    features, labels = _make_features()
+    head = warm_start.make_head(features, labels, 30, init=init, seed=0)
+    self.assertEqual(head['embedding']['kernel'].shape, (24, 30))
+    self.assertTrue(np.all(head['embedding']['kernel'][:, 24:] == 0))
+
+  @parameterized.parameters('pca', 'lda')
+  def test_equal_images_give_finite_heads(self, init):
+    features = np.ones((6, 8), np.float32)
+    labels = np.repeat([0, 1], 3)
+    head = warm_start.make_head(features, labels, 4, init=init, seed=0)
+    self.assertTrue(np.all(np.isfinite(head['embedding']['kernel'])))
+
+
+class ApplyTest(parameterized.TestCase):
+  def _apply(self, **fields):
+    config = default.get_config()
+    with config.unlocked():
+      config.update_from_flattened_dict(
+        {'model.width': 6, 'model.embedding_dim': 16, **fields}
+      )
+    mesh = mesh_lib.make_mesh()
+    model = models.create_model(config)
+    state = state_lib.create(
+      config,
+      model,
+      optimizer_lib.make_optimizer(config),
+      class_sizes=np.full(_NUM_CLASSES, _PER_CLASS),
+      mesh=mesh,
+    )
+    features, labels = _make_features()  # 24 = 4 x width.
+    loss = losses.LOSSES[config.loss.name]
+    new = warm_start.apply(config, model, loss, state, features, labels, mesh)
+    return model, loss, state, new, features, labels
+
+  def _mean_loss(self, model, loss, state, features, labels):
+    params = {'head': jax.tree.map(np.asarray, state.params['head'])}
+    embeddings = model.apply({'params': params}, features, method='project')
+    proxies = mesh_lib.fetch(state.params['proxies'])[:_NUM_CLASSES]
+    return float(
+      jnp.mean(loss.fn(embeddings, jnp.asarray(proxies), jnp.asarray(labels)))
+    )
+
+  @parameterized.parameters(False, True)
+  def test_proxies_become_the_means_of_their_classes(self, sharded):
+    model, _, _, new, features, labels = self._apply(
+      **{
+        'model.head_init': 'pca',
+        'proxies.init': 'class_means',
+        'proxies.sharded': sharded,
+      }
+    )
+    params = {'head': jax.tree.map(np.asarray, new.params['head'])}
+    embeddings = model.apply({'params': params}, features, method='project')
+    means = np.stack(
+      [
+        np.mean(np.asarray(embeddings)[labels == label], axis=0)
+        for label in range(_NUM_CLASSES)
+      ]
+    )
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    proxies = mesh_lib.fetch(new.params['proxies'])
+    np.testing.assert_allclose(proxies[:_NUM_CLASSES], means, atol=1e-5)
+    self.assertTrue(np.all(proxies[_NUM_CLASSES:] == 0))
+
+  def test_head_steps_lower_the_loss_and_leave_the_backbone(self):
+    fields = {'model.head_init': 'pca', 'proxies.init': 'class_means'}
+    model, loss, old, start, features, labels = self._apply(**fields)
+    _, _, _, new, _, _ = self._apply(**fields, head_steps=50)
+    before, after = (
+      self._mean_loss(model, loss, state, features, labels)
+      for state in (start, new)
+    )
+    self.assertLess(after, before - 0.01)
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      dataclasses.asdict(old)['params']['backbone'],
+      dataclasses.asdict(new)['params']['backbone'],
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
