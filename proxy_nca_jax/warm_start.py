@@ -23,9 +23,8 @@ from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 
 # Fraction of the covariance within classes that is replaced by its mean
-# variance. Chosen on halves of the train classes of groceries among 0.3, 0.6,
-# 0.8 and 0.9, and not critical; docs/photographs.md has the scores.
-_SHRINKAGE = 0.6
+# variance; experiments/heads.py compares others.
+SHRINKAGE = 0.6
 
 _Group = dict[str, jax.Array]
 
@@ -87,7 +86,13 @@ def apply(
 
 
 def make_head(
-  features: np.ndarray, labels: np.ndarray, dim: int, *, init: str, seed: int
+  features: np.ndarray,
+  labels: np.ndarray,
+  dim: int,
+  *,
+  init: str,
+  seed: int,
+  shrinkage: float = SHRINKAGE,
 ) -> dict[str, dict[str, np.ndarray]]:
   """Returns a head of centered features that needs no training.
 
@@ -102,6 +107,8 @@ def make_head(
     dim: dimension of the embeddings.
     init: 'pca' or 'lda'.
     seed: of directions that the features do not determine.
+    shrinkage: for 'lda', the fraction of the covariance within classes that is
+      replaced by its mean variance, in (0, 1].
 
   Returns:
     {'embedding': {'kernel': float32 [width, dim], 'bias': float32 [dim]}}.
@@ -113,7 +120,7 @@ def make_head(
     kernel = _orthonormal_columns([centered], dim, seed=seed)
   else:
     # Directions between the classes first, then those within.
-    whitening = _within_class_whitening(features, labels)
+    whitening = _within_class_whitening(features, labels, shrinkage)
     whitened = centered @ whitening
     means = _class_means(whitened, labels)[labels]
     kernel = whitening @ _orthonormal_columns([means, whitened], dim, seed=seed)
@@ -130,7 +137,7 @@ def make_head(
 
 
 def _within_class_whitening(
-  features: np.ndarray, labels: np.ndarray
+  features: np.ndarray, labels: np.ndarray, shrinkage: float
 ) -> np.ndarray:
   """Returns the inverse root of the shrunk covariance within classes."""
   residuals = features - _class_means(features, labels)[labels]
@@ -140,8 +147,8 @@ def _within_class_whitening(
   variance = np.trace(covariance) / width
   if variance < 1e-30:  # No class has two different images.
     return np.eye(width)
-  covariance *= 1 - _SHRINKAGE
-  covariance[np.diag_indices(width)] += _SHRINKAGE * variance
+  covariance *= 1 - shrinkage
+  covariance[np.diag_indices(width)] += shrinkage * variance
   values, vectors = np.linalg.eigh(covariance)
   return vectors / np.sqrt(values) @ vectors.T
 

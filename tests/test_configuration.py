@@ -159,6 +159,25 @@ class FieldsTest(parameterized.TestCase):
     ):
       configuration.check(_config(seed=-1, num_steps=-1))
 
+  def test_epochs_determine_the_number_of_steps(self):
+    config = _config(num_epochs=2.5, batch_size=32, steps_per_dispatch=2)
+    configuration.set_num_steps(config, num_images=656)
+    self.assertEqual(config.num_steps, 52)  # 51.25, in dispatches of two.
+    configuration.set_num_steps(config, num_images=1)
+    self.assertEqual(config.num_steps, 2)
+    config = _config(num_steps=7)
+    configuration.set_num_steps(config, num_images=656)
+    self.assertEqual(config.num_steps, 7)
+
+  def test_a_run_of_epochs_resumes_with_its_number_of_steps(self):
+    config = _config(num_epochs=2.0)
+    saved = configuration.as_json(_config(num_epochs=2.0, num_steps=41))
+    configuration.check_same_run(config, saved)
+    configuration.keep_num_steps(config, saved)
+    self.assertEqual(config.num_steps, 41)
+    with self.assertRaisesRegex(ValueError, 'num_epochs was 2.0 and is 1.0'):
+      configuration.check_same_run(_config(num_epochs=1.0), saved)
+
   def test_unknown_and_missing_fields_are_named(self):
     config = _config(depth=3)
     with self.assertRaisesRegex(ValueError, 'config.depth is no field'):

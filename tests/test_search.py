@@ -46,7 +46,7 @@ class SearchTest(parameterized.TestCase):
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.images = cls.root / 'images'
     _write_images(cls.images, num_classes=8)
-    config = image_folder.get_config()
+    config = image_folder.get_config('scratch')
     config.update_from_flattened_dict(
       {
         'num_steps': 1,

@@ -41,7 +41,7 @@ class RunTest(absltest.TestCase):
 
   def _train(self, workdir, *, bad=(), slow=(), killed_at=None, **fields):
     """Trains for 14 steps; some are not finite, some wait for their batch."""
-    config = image_folder.get_config()
+    config = image_folder.get_config('scratch')
     config.update_from_flattened_dict(
       {
         'dataset.root': str(self.root / 'pictures'),
@@ -165,7 +165,7 @@ class RunTest(absltest.TestCase):
 class DatasetTest(absltest.TestCase):
   def test_a_run_refuses_other_images_under_the_same_names(self):
     root = pathlib.Path(self.create_tempdir().full_path)
-    config = image_folder.get_config()
+    config = image_folder.get_config('scratch')
     config.batch_size = 4
     config.dataset.update(root=str(root), resize=16, image_size=16)
     config.dataset.data_dir = self.create_tempdir().full_path

@@ -178,7 +178,7 @@ class RemoteRunTest(absltest.TestCase):
         pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         path = os.path.join(root, str(label), f'{number}.png')
         Image.fromarray(pixels).save(path)
-    config = image_folder.get_config()
+    config = image_folder.get_config('scratch')
     config.update_from_flattened_dict(
       {
         'num_steps': 6,
