@@ -9,8 +9,8 @@ Runs the trainer's step (train_step.make_train_step) with the softmax form of
 Proxy-NCA and Adam, on one device and one batch of random images that stays
 there; with 11,318 proxies, the train classes of Stanford Online Products (SOP),
 and with a million. Networks, image sizes, batch sizes and embeddings are those
-of ProxyNCA++ on SOP, Proxy-NCA and HIER in configs/recipes.py; a size of 0
-selects theirs. Columns:
+of ProxyNCA++ on SOP, Proxy-NCA and HIER in configs/recipes.py, and those of
+configs/image_folder.py for efficientnet_lite0; a size of 0 selects theirs. Columns:
 
   ms, images/s   medians over the rounds, per step
   TFLOP/s, used  operations of the step, counted by XLA before optimization,
@@ -23,7 +23,8 @@ Each row is measured in a separate process. `--peer` adds the same step in
 PyTorch: torchvision's, timm's or Cadene's network, channels last, autocast for
 bfloat16, the loss in plain torch, Adam, and torch.compile (--peer=eager omits
 it). Unlike ours, that step computes no metrics beside the loss. Its compile
-time is the time of the first step.
+time is the time of the first step. On CPUs both sides get huge pages, as the
+training command does; GLIBC_TUNABLES=glibc.malloc.hugetlb=0 withholds them.
 
 Needs jax, flax, optax, chex, scipy, orbax-checkpoint, huggingface-hub and
 safetensors, none of the project's other requirements, and no dataset. `--peer`
@@ -51,12 +52,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from proxy_nca_jax import losses, train_step
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.models import backbones, embedding
+from proxy_nca_jax.runtime import huge_pages
 
 # Batch, image size, pooling, LayerNorm, dimensions.
 _RECIPES = {
   'resnet50': (192, 256, 'max', True, 2048),
   'bn_inception': (32, 227, 'average', False, 64),
   'vit_s16': (180, 224, 'cls', True, 384),
+  'efficientnet_lite0': (32, 224, 'average', False, 512),
 }
 _TEMPERATURE = 1 / 9
 
@@ -212,6 +215,12 @@ def make_peer(
     net = torchvision.models.resnet50(weights=None)
     # Without the pooling and the classifier.
     backbone, width = torch.nn.Sequential(*list(net.children())[:-2]), 2048
+  elif name == 'efficientnet_lite0':
+    import timm
+
+    net = timm.create_model('tf_efficientnet_lite0', num_classes=0)
+    net.forward = net.forward_features
+    backbone, width = net, 1280
   elif name == 'bn_inception':
     import pretrainedmodels
 
@@ -431,4 +440,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.restart()
   main()
