@@ -10,7 +10,8 @@ Proxy-NCA and Adam, on one device and one batch of random images that stays
 there; with 11,318 proxies, the train classes of Stanford Online Products (SOP),
 and with a million. Networks, image sizes, batch sizes and embeddings are those
 of ProxyNCA++ on SOP, Proxy-NCA and HIER in configs/recipes.py, and those of
-configs/image_folder.py for efficientnet_lite0; a size of 0 selects theirs. Columns:
+configs/image_folder.py for efficientnet_lite0; a size of 0 selects theirs.
+Columns:
 
   ms, images/s   medians over the rounds, per step
   TFLOP/s, used  operations of the step, counted by XLA before optimization,
