@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from proxy_nca_jax import clustering, metrics, retrieval
+from proxy_nca_jax import clustering, masks, metrics, retrieval
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.runtime import signals
 
@@ -94,7 +94,8 @@ def score(
     )
   labels = encode_labels(labels)
   _check_shapes(embeddings, labels, is_query=is_query, cameras=cameras)
-  is_query = None if is_query is None else _as_mask(is_query)
+  if is_query is not None:
+    is_query = np.asarray(masks.as_mask(is_query, name='is_query'))
   cameras = None if cameras is None else np.asarray(cameras)
   embeddings, num_zeros = _project_to_sphere(embeddings)
   signals.check()
@@ -189,17 +190,6 @@ def _check_shapes(embeddings, labels, **others) -> None:
         f'There are {len(embeddings)} embeddings, so {name} must have shape '
         f'({len(embeddings)},); got {np.shape(values)}.'
       )
-
-
-def _as_mask(is_query: np.ndarray) -> np.ndarray:
-  """Returns a mask as bool: `~` of an integer is not its negation."""
-  is_query = np.asarray(is_query)
-  if is_query.dtype != bool and not np.isin(is_query, (0, 1)).all():
-    raise ValueError(
-      f'is_query must be bool, or integers 0 and 1; got {is_query.dtype} with '
-      'other values.'
-    )
-  return is_query.astype(bool)
 
 
 # Rows in float64 at a time.
