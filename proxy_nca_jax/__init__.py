@@ -11,6 +11,10 @@ of a run as a function from images to embeddings.
 
 import importlib
 
+from proxy_nca_jax.runtime import parent as _parent
+
+_parent.watch_if_worker()
+
 from proxy_nca_jax import metrics
 from proxy_nca_jax.clustering import kmeans
 from proxy_nca_jax.losses import (
