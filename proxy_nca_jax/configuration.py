@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import numbers
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from proxy_nca_jax import datasets, losses, models
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax.configs import default
+from proxy_nca_jax.runtime import saved_json
 
 # No reading process beyond these: each takes about 130 MB and a core.
 _MAX_WORKERS = 64
@@ -690,6 +692,60 @@ def from_json(saved: Mapping) -> ml_collections.ConfigDict:
   """Returns a saved config; fields added since then have their defaults."""
   defaults = flatten(as_json(default.get_config()))
   return ml_collections.ConfigDict(unflatten(defaults | flatten(saved)))
+
+
+# What run.json and embedder.json share.
+SAVED_FIELDS = {
+  'config': saved_json.OBJECT,
+  'class_names': saved_json.optional(saved_json.TEXTS),
+}
+
+
+def read_run(workdir: str) -> dict | None:
+  """Returns the content of run.json; None if it does not exist.
+
+  Raises:
+    ValueError: if it is damaged; names the file and the field.
+  """
+  path = os.path.join(workdir, 'run.json')
+  fields = SAVED_FIELDS | {
+    'dataset_digest': saved_json.optional(saved_json.TEXT),
+    'weights_digest': saved_json.optional(saved_json.TEXT),
+  }
+  if saved := saved_json.read(path, fields):
+    check_saved(path, saved['config'])
+  return saved
+
+
+def check_saved(path: str, saved: Mapping) -> None:
+  """Raises ValueError if a saved config has a field of a wrong type or range.
+
+  Fields that this version does not know are ignored, and missing ones have
+  their defaults.
+
+  Args:
+    path: the file that holds the config, for the message.
+    saved: the config, as nested dicts of JSON.
+  """
+  try:
+    flat = flatten(saved)
+  except RecursionError:
+    saved_json.fail(path, 'config is nested too deeply')
+  groups = {name.rpartition('.')[0] for name in FIELDS}
+  for name, value in flat.items():
+    problem = None
+    if name in FIELDS:
+      value = tuple(value) if isinstance(value, list) else value
+      if not FIELDS[name].accepts(value):
+        problem = f'is {saved_json.describe(value)}; it must be {FIELDS[name]}'
+    elif name in groups:
+      problem = f'is {saved_json.describe(value)}; it must be an object'
+    elif any(
+      name.startswith(f'{field}.') for field in FIELDS
+    ) or not re.fullmatch(r'\w+(\.\w+)*', name):
+      problem = 'is no field'
+    if problem:
+      saved_json.fail(path, f'config.{name} {problem}')
 
 
 def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:
