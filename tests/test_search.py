@@ -264,6 +264,17 @@ class SearchTest(parameterized.TestCase):
       self.assertIn(expected, line)
       self.assertIn('index', line)
 
+  def test_a_file_overwritten_with_equal_size_and_time_is_embedded(self):
+    folder, flags = self._copy()
+    path = folder / 'class0' / '0.png'
+    path.write_bytes(path.read_bytes().ljust(10**4, b'\0'))
+    self._run('index', **flags)
+    status = path.stat()
+    other = (folder / 'class5' / '1.png').read_bytes()
+    path.write_bytes(other.ljust(10**4, b'\0'))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    self.assertIn('0 added, 1 changed', self._run('index', **flags))
+
   def test_the_counts_of_an_update_add_up(self):
     folder, flags = self._copy()
     (folder / 'class0' / 'text.png').write_text('text')

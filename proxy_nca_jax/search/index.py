@@ -2,9 +2,10 @@
 
 It is an SQLite database, recognized by its application id. Each batch of images
 is one transaction, so that a killed update resumes where it stopped. An image
-is embedded again only if its file size or modification time has changed. The
-index records the digest of its network and rejects embeddings of any other.
-File names are escaped, as by `folders.escape`.
+is embedded again only if its file size or change time has changed: the kernel
+sets that time at each write, even where a program restores the modification
+time. The index records the digest of its network and rejects embeddings of any
+other. File names are escaped, as by `folders.escape`.
 """
 
 import contextlib
@@ -125,7 +126,7 @@ def update(
   if not listing.files and not missing:
     raise ValueError(f'The folder {root!r} (--images) has no files.')
   files = {
-    folders.escape(name): (status.st_size, status.st_mtime_ns)
+    folders.escape(name): (status.st_size, status.st_ctime_ns)
     for name, status in listing.files.items()
   }
   if not os.path.exists(path):
