@@ -32,6 +32,8 @@ _MAX_WORKERS = 64
 _MAX_SIDE = 4096
 # Steps, classes and other counts without a natural bound.
 _MANY = 10**9
+# Characters of a wrong value in a message.
+_MAX_SHOWN = 100
 
 # Fields without influence on the parameters and the scores of a run.
 _FREE_FIELDS = frozenset(
@@ -341,7 +343,16 @@ def _outside_range(config) -> Iterator[str]:
     if name not in values:
       yield f'config.{name} is missing; it must be {row}.'
     elif not row.accepts(values[name]):
-      yield f'config.{name} ({values[name]!r}) must be {row}.'
+      yield f'config.{name} ({_show(values[name])}) must be {row}.'
+
+
+def _show(value: Any) -> str:
+  """Returns a value for a message, shortened."""
+  try:
+    text = repr(value)
+  except ValueError:  # Python prints no integer of very many digits.
+    return 'an integer of very many digits'
+  return text if len(text) <= _MAX_SHOWN else f'{text[:_MAX_SHOWN]}...'
 
 
 def _flatten_config(config, prefix='') -> dict[str, Any]:
@@ -381,10 +392,10 @@ def _check_dataset(config) -> Iterator[str]:
     part and 1 <= int(part[1]) <= int(part[2]) and int(part[2]) >= 2
   ):
     yield (
-      f'config.dataset.validation ({fields.validation!r}) must be i/n, as 2/2 '
-      'for the second half of the train classes or 1/4 for the first quarter, '
-      "'folder' for the folder val of your own images, or '', which trains on "
-      'all of them.'
+      f'config.dataset.validation ({_show(fields.validation)}) must be i/n, as '
+      '2/2 for the second half of the train classes or 1/4 for the first '
+      "quarter, 'folder' for the folder val of your own images, or '', which "
+      'trains on all of them.'
     )
   if fields.validation == 'folder' and fields.name != 'image_folder':
     yield (

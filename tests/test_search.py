@@ -144,7 +144,9 @@ class SearchTest(parameterized.TestCase):
     # Unreadable files are listed again, but not read again until they change.
     output = self._run('index', **flags)
     self.assertIn('skipped notes.txt', output)
-    self.assertIn('0 added, 0 changed, 0 removed, 33 unchanged', output)
+    self.assertIn(
+      '0 added, 0 changed, 0 removed, 32 unchanged, 1 unreadable', output
+    )
 
   def test_rows_of_folders_that_cannot_be_listed_are_kept(self):
     images, flags = self._copy()
