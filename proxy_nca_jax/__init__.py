@@ -11,6 +11,10 @@ of a run as a function from images to embeddings.
 
 import importlib
 
+from proxy_nca_jax.runtime import parent as _parent
+
+_parent.watch_if_worker()
+
 __version__ = '0.2.0.dev0'
 
 _LOSSES = (

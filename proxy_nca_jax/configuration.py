@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import numbers
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from proxy_nca_jax import datasets, losses, models
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax.configs import default
+from proxy_nca_jax.runtime import saved_json
 
 # No reading process beyond these: each takes about 130 MB and a core.
 _MAX_WORKERS = 64
@@ -30,6 +32,8 @@ _MAX_WORKERS = 64
 _MAX_SIDE = 4096
 # Steps, classes and other counts without a natural bound.
 _MANY = 10**9
+# Characters of a wrong value in a message.
+_MAX_SHOWN = 100
 
 # Fields without influence on the parameters and the scores of a run.
 _FREE_FIELDS = frozenset(
@@ -343,7 +347,16 @@ def _outside_range(config) -> Iterator[str]:
     if name not in values:
       yield f'config.{name} is missing; it must be {row}.'
     elif not row.accepts(values[name]):
-      yield f'config.{name} ({values[name]!r}) must be {row}.'
+      yield f'config.{name} ({_show(values[name])}) must be {row}.'
+
+
+def _show(value: Any) -> str:
+  """Returns a value for a message, shortened."""
+  try:
+    text = repr(value)
+  except ValueError:  # Python prints no integer of very many digits.
+    return 'an integer of very many digits'
+  return text if len(text) <= _MAX_SHOWN else f'{text[:_MAX_SHOWN]}...'
 
 
 def _flatten_config(config, prefix='') -> dict[str, Any]:
@@ -383,10 +396,10 @@ def _check_dataset(config) -> Iterator[str]:
     part and 1 <= int(part[1]) <= int(part[2]) and int(part[2]) >= 2
   ):
     yield (
-      f'config.dataset.validation ({fields.validation!r}) must be i/n, as 2/2 '
-      'for the second half of the train classes or 1/4 for the first quarter, '
-      "'folder' for the folder val of your own images, or '', which trains on "
-      'all of them.'
+      f'config.dataset.validation ({_show(fields.validation)}) must be i/n, as '
+      '2/2 for the second half of the train classes or 1/4 for the first '
+      "quarter, 'folder' for the folder val of your own images, or '', which "
+      'trains on all of them.'
     )
   if fields.validation == 'folder' and fields.name != 'image_folder':
     yield (
@@ -730,6 +743,60 @@ def from_json(saved: Mapping) -> ml_collections.ConfigDict:
   """Returns a saved config; fields added since then have their defaults."""
   defaults = flatten(as_json(default.get_config()))
   return ml_collections.ConfigDict(unflatten(defaults | flatten(saved)))
+
+
+# What run.json and embedder.json share.
+SAVED_FIELDS = {
+  'config': saved_json.OBJECT,
+  'class_names': saved_json.optional(saved_json.TEXTS),
+}
+
+
+def read_run(workdir: str) -> dict | None:
+  """Returns the content of run.json; None if it does not exist.
+
+  Raises:
+    ValueError: if it is damaged; names the file and the field.
+  """
+  path = os.path.join(workdir, 'run.json')
+  fields = SAVED_FIELDS | {
+    'dataset_digest': saved_json.optional(saved_json.TEXT),
+    'weights_digest': saved_json.optional(saved_json.TEXT),
+  }
+  if saved := saved_json.read(path, fields):
+    check_saved(path, saved['config'])
+  return saved
+
+
+def check_saved(path: str, saved: Mapping) -> None:
+  """Raises ValueError if a saved config has a field of a wrong type or range.
+
+  Fields that this version does not know are ignored, and missing ones have
+  their defaults.
+
+  Args:
+    path: the file that holds the config, for the message.
+    saved: the config, as nested dicts of JSON.
+  """
+  try:
+    flat = flatten(saved)
+  except RecursionError:
+    saved_json.fail(path, 'config is nested too deeply')
+  groups = {name.rpartition('.')[0] for name in FIELDS}
+  for name, value in flat.items():
+    problem = None
+    if name in FIELDS:
+      value = tuple(value) if isinstance(value, list) else value
+      if not FIELDS[name].accepts(value):
+        problem = f'is {saved_json.describe(value)}; it must be {FIELDS[name]}'
+    elif name in groups:
+      problem = f'is {saved_json.describe(value)}; it must be an object'
+    elif any(
+      name.startswith(f'{field}.') for field in FIELDS
+    ) or not re.fullmatch(r'\w+(\.\w+)*', name):
+      problem = 'is no field'
+    if problem:
+      saved_json.fail(path, f'config.{name} {problem}')
 
 
 def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:

@@ -94,6 +94,22 @@ def squared_distances(x: chex.Array, y: chex.Array) -> jax.Array:
   return jnp.maximum(norms - 2 * products(x, y), 0)
 
 
+def lengths_of_differences(x: chex.Array) -> jax.Array:
+  """Returns ||x_i - x_j|| of all pairs of rows, float32 [n, n].
+
+  Rows that coincide are at a distance of exactly 0, and near ones lose no
+  digits: the square root would turn the rounding of `squared_distances`, 1e-7
+  of the squared norms, into 3e-4. The rows are compared one by one, in both
+  passes, since all differences at a time would take n^2 dim.
+  """
+  x = x.astype(jnp.float32)
+
+  def lengths_of_row(row):
+    return safe_sqrt(jnp.sum((row[None, :] - x) ** 2, axis=1))
+
+  return jax.lax.map(jax.checkpoint(lengths_of_row), x)
+
+
 def safe_sqrt(x: chex.Array) -> jax.Array:
   """Returns the square root of x >= 0, with derivative 0 at 0."""
   return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

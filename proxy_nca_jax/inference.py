@@ -29,6 +29,7 @@ from proxy_nca_jax.runtime import (
   folders,
   metric_writer,
   processes,
+  saved_json,
 )
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
@@ -275,7 +276,10 @@ def load(path: str | os.PathLike) -> Embedder:
     ValueError: if the folder is neither, or cannot be read.
   """
   path = os.path.expanduser(os.fspath(path))
-  if description := workdir_lib.read_json(os.path.join(path, _DESCRIPTION)):
+  saved = os.path.join(path, _DESCRIPTION)
+  fields = configuration.SAVED_FIELDS | {'sha256': saved_json.TEXT}
+  if description := saved_json.read(saved, fields):
+    configuration.check_saved(saved, description['config'])
     with open(os.path.join(path, _ARRAYS), 'rb') as file:
       arrays = file.read()
     if hashlib.sha256(arrays).hexdigest() != description['sha256']:
@@ -284,7 +288,7 @@ def load(path: str | os.PathLike) -> Embedder:
     return _make_embedder(
       description, tree['params'], tree.get('model_state', {})
     )
-  description = workdir_lib.read_json(os.path.join(path, 'run.json'))
+  description = configuration.read_run(path)
   if not description:
     raise ValueError(
       f'{path!r} is neither the workdir of a run nor a saved embedder: it has '
@@ -303,7 +307,7 @@ def load(path: str | os.PathLike) -> Embedder:
 
 def _make_embedder(description, params, model_state) -> Embedder:
   config = configuration.from_json(description['config'])
-  class_names = tuple(description.get('class_names', ()))
+  class_names = tuple(description.get('class_names') or ())
   params = {'proxies': {}, **params}
   if config.proxies.sharded and class_names:
     # Sharded proxies end with rows of padding.

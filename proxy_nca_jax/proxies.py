@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxy_nca_jax import distances
+from proxy_nca_jax import distances, masks
 
 
 def init_proxies(
@@ -139,6 +139,7 @@ def proxy_approximation_error(
     labels = nearest_proxies(embeddings, proxies)
   targets = distances.unit_norm(jnp.asarray(proxies)[labels])
   squares = jnp.sum((distances.unit_norm(embeddings) - targets) ** 2, axis=1)
+  where = True if where is None else masks.as_mask(where)
   return jnp.max(squares, where=where, initial=0)
 
 
@@ -181,6 +182,8 @@ def ranking_bound(
   is_target = labels[:, None] == jnp.arange(proxies.shape[0])[None, :]
   targets = jnp.sum(cosines, axis=1, where=is_target, keepdims=True)
   is_wrong = 2 * (cosines - targets) >= -4 * jnp.sqrt(error)
-  is_pair = ~is_target if where is None else ~is_target & where[:, None]
+  is_pair = ~is_target
+  if where is not None:
+    is_pair &= masks.as_mask(where)[:, None]
   num_pairs = jnp.maximum(jnp.sum(is_pair), 1)
   return jnp.sum(is_wrong & is_pair) / num_pairs

@@ -66,10 +66,7 @@ def _read_run(
   Raises:
     ValueError: if the run has another configuration.
   """
-  saved, results = (
-    workdir_lib.read_json(os.path.join(workdir, name))
-    for name in ('run.json', 'results.json')
-  )
+  saved, results = configuration.read_run(workdir), results_lib.read(workdir)
   if saved:
     configuration.check_same_run(config, saved['config'], mode=mode)
   if config.report and not os.path.exists(os.path.join(workdir, _REPORT)):
@@ -108,7 +105,7 @@ def _load_same_data(config, saved: Mapping | None) -> datasets.Datasets:
     ValueError: if it has changed since the run began.
   """
   data = load_data(config)
-  if saved and saved['dataset_digest'] != data.digest:
+  if saved and saved.get('dataset_digest') != data.digest:
     raise ValueError(
       'The dataset has changed since this run began (other images, names, '
       'classes or split), or the run began with an earlier version of this '

@@ -438,6 +438,18 @@ class ImageFolderTest(absltest.TestCase):
     self.assertLen(self._records(after), len(self._records(before)) + 1)
     self.assertNotEqual(before.digest, after.digest)
 
+  def test_a_file_overwritten_with_equal_size_and_time_is_noticed(self):
+    self._write_classes('abcd')
+    path = self.root / 'a' / '1.png'
+    # What follows the end of a PNG is ignored.
+    path.write_bytes(_encode(_noise(7)).ljust(10**5, b'\0'))
+    status = path.stat()
+    before = self._load()
+    path.write_bytes(_encode(_noise(8)).ljust(10**5, b'\0'))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    self.assertEqual(path.stat().st_size, status.st_size)
+    self.assertNotEqual(self._load().digest, before.digest)
+
   def test_the_digest_covers_names_and_images_but_no_paths_or_times(self):
     self._write_classes('abcd')
     before = self._load()

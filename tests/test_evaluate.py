@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -364,6 +365,12 @@ def _of_two_processes():
   return [output.splitlines()[-1] for output in outputs]
 
 
+_EYE, _LABELS = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
+_NPY = io.BytesIO()
+np.save(_NPY, _EYE)
+_NPY = _NPY.getvalue()
+
+
 class CommandTest(parameterized.TestCase):
   def _run(self, *more, **arrays):
     """Returns the exit status, the output and the scores of the command."""
@@ -419,6 +426,83 @@ class CommandTest(parameterized.TestCase):
     )
     for name in ('cmc@1', 'cmc@4', 'map', 'mrr', 'num_queries'):
       self.assertAlmostEqual(scores[name], expected[name], 12, name)
+
+  @parameterized.parameters(
+    (np.asfortranarray(_EYE),),
+    (_EYE.astype('>f8'),),
+    (_EYE.astype(np.float16),),
+    (_EYE > 0,),
+    (_EYE.astype('>i4'),),
+  )
+  def test_arrays_of_any_numbers_and_order_score_alike(self, embeddings):
+    flags = ('--kmeans_iterations=0',)
+    _, _, expected = self._run(*flags, embeddings=_EYE, labels=_LABELS)
+    code, output, scores = self._run(
+      *flags, embeddings=embeddings, labels=_LABELS.astype('>i2')
+    )
+    self.assertEqual(code, 0, output)
+    self.assertEqual(scores, expected)
+
+  @parameterized.parameters(
+    ({'embeddings': _EYE.astype(str)}, 'real numbers; got <U'),
+    ({'embeddings': _EYE.astype('S3')}, r'real numbers; got .*S3'),
+    ({'embeddings': _EYE.astype('M8[s]')}, 'real numbers; got datetime'),
+    ({'embeddings': _EYE.view('V4')}, r'real numbers; got .*V4'),
+    ({'embeddings': np.zeros(4, 'f4,f4')}, 'must be a matrix'),
+    ({'embeddings': _EYE.astype(object)}, 'embeddings.npy. is not an array'),
+    ({'labels': np.zeros(4, 'i4,i4')}, 'Labels must be integers or texts'),
+    ({'cameras': np.zeros(4, 'i4,i4')}, 'Cameras must be integers or texts'),
+    ({'cameras': _LABELS.astype('M8[s]')}, 'Cameras must be integers or'),
+    ({'cameras': _LABELS * np.nan}, 'Cameras are float64 and some are not'),
+    (
+      {'query_embeddings': _EYE[:, :3], 'query_labels': _LABELS},
+      '--query_embeddings must have rows of one shape',
+    ),
+    (
+      {'query_embeddings': np.zeros((4, 4), 'f4,f4'), 'query_labels': _LABELS},
+      '--query_embeddings must have types that fit',
+    ),
+  )
+  def test_an_array_of_another_type_is_one_line(self, arrays, message):
+    arrays = {'embeddings': _EYE, 'labels': _LABELS, **arrays}
+    code, output, _ = self._run('--kmeans_iterations=0', **arrays)
+    self.assertEqual(code, 2)
+    self.assertRegex(output, f'^Error: .*{message}.*\n$')
+
+  @parameterized.parameters(
+    b'',
+    b'text',
+    _NPY[:-1],
+    _NPY[:40],
+    _NPY.replace(b'(4, 4)', b'(4, 4 '),
+    _NPY.replace(b'(4, 4)', b'(-2,4)'),
+    _NPY.replace(b'(4, 4), }   ', b'(9999, 4), }'),
+    _NPY.replace(b"'<f4'", b"'<q4'"),
+    _NPY.replace(b"'shape'", b"'shapx'"),
+    b'PK\3\4' + _NPY,
+    b'\x80\4' + _NPY,
+  )
+  def test_a_malformed_array_file_is_named(self, content):
+    path = pathlib.Path(self.create_tempdir(), 'x.npy')
+    path.write_bytes(content)
+    with self.assertRaisesRegex(ValueError, r'x\.npy. is not an array file'):
+      evaluate_main._load(str(path))
+
+  def test_a_pipe_is_not_opened(self):
+    path = pathlib.Path(self.create_tempdir(), 'x.npy')
+    os.mkfifo(path)
+    with self.assertRaisesRegex(ValueError, 'it is not a regular file'):
+      evaluate_main._load(str(path))
+
+  @parameterized.parameters(
+    (np.array([0, 2**32, 0, 2**32]),), (np.array([0.25, 0.5, 0.25, 0.5]),)
+  )
+  def test_cameras_are_compared_exactly(self, cameras):
+    rng = np.random.default_rng(0)
+    embeddings, labels = rng.normal(size=(4, 3)), np.zeros(4, int)
+    expected = _evaluate(embeddings, labels, cameras=np.array([0, 1, 0, 1]))
+    actual = _evaluate(embeddings, labels, cameras=cameras)
+    self.assertEqual(actual, expected)
 
   @parameterized.parameters(
     ({}, 'There are 3 embeddings, so labels'),

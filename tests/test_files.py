@@ -1,3 +1,4 @@
+import builtins
 import errno
 import os
 import pathlib
@@ -85,6 +86,25 @@ class WriteAtomicallyTest(parameterized.TestCase):
     with files.write_atomically(os.devnull) as file:
       file.write('gone')
     self.assertTrue(stat.S_ISCHR(os.stat(os.devnull).st_mode))
+
+  def test_a_folder_that_is_not_writable_is_named_as_the_reason(self):
+    self._write('old')
+    # Root, as whom tests may run, can write to any folder.
+    for exists, message in (
+      (True, 'scores.csv. is writable, but its folder is not, .* another one.'),
+      (False, 'Permission denied: .*scores.csv.$'),
+    ):
+      if not exists:
+        self.path.unlink()
+      refused = PermissionError(
+        errno.EACCES, 'Permission denied', f'{self.path}.tmp'
+      )
+      with mock.patch.object(builtins, 'open', side_effect=refused):
+        with self.assertRaisesRegex(OSError, message):
+          with files.write_atomically(str(self.path)):
+            self.fail('It was opened.')
+      if exists:
+        self.assertEqual(self.path.read_text(), 'old')
 
   def test_a_missing_folder_is_named_by_the_final_path(self):
     path = str(self.folder / 'missing' / 'scores.csv')

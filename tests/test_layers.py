@@ -28,7 +28,7 @@ _LAYERS = (
   ('configuration',),
   ('optimizer', 'models', 'datasets', 'losses', 'evaluate'),
   ('proxies', 'retrieval', 'clustering', 'images'),
-  ('blocked', 'distances', 'metrics', 'mesh'),
+  ('blocked', 'distances', 'masks', 'metrics', 'mesh'),
   ('runtime',),
   ('configs',),
 )
@@ -37,6 +37,7 @@ _PURE = (
   'proxies',
   'metrics',
   'distances',
+  'masks',
   'blocked',
   'retrieval',
   'clustering',

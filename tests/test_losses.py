@@ -140,6 +140,26 @@ class LossesTest(parameterized.TestCase):
       np.testing.assert_allclose(gradient, expected, rtol=2e-3, atol=2e-3)
       self.assertGreater(np.abs(expected).max(), 0.01)
 
+  @parameterized.parameters(*losses.LOSSES)
+  def test_masks_of_zeros_and_ones_count_as_bool(self, name):
+    points, labels = _inputs(name)
+    where = np.arange(_BATCH) % 3 != 0
+
+    def trace(where):
+      # Tracing computes nothing, so it is cheap, and shows every operation.
+      jaxpr = jax.make_jaxpr(
+        lambda points, labels: _loss(name)(*points, labels, where=where)
+      )(points, labels)
+      return str(jaxpr), [np.asarray(x).tolist() for x in jaxpr.consts]
+
+    self.assertEqual(trace(where.astype(np.int32)), trace(where))
+    self.assertEqual(trace(where.astype(int).tolist()), trace(where))
+    for bad in (where.astype(np.float32), 2 * where.astype(np.int32)):
+      with self.assertRaisesRegex(
+        ValueError, 'where must be bool, or integers'
+      ):
+        trace(bad)
+
   @parameterized.product(
     name=tuple(losses.LOSSES),
     batch=('one class', 'all differ', 'equal', 'zeros', 'one', 'none'),

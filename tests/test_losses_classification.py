@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import losses
@@ -97,6 +98,19 @@ class ClassificationTest(parameterized.TestCase):
     spread = (np.sqrt(2) + 2) / 4
     expected = np.log1p(np.exp(-3 * (similarity - 0.1))) + 0.5 * spread
     np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+
+  def test_centers_that_nearly_coincide_lose_no_digits(self):
+    near = np.array([[3.0, 4.0, 1.0], [3.0, 4.0, 1.0 + 1e-3]], np.float32)
+    proxies = np.stack([near, near[[0, 0]]])
+    with_spread, without = (
+      losses.soft_triple_loss(
+        np.ones((1, 3), np.float32), proxies, np.array([0]), tau=tau, scale=1.0
+      )
+      for tau in (1e4, 0)
+    )
+    unit = oracles.unit(near.astype(np.float64))
+    spread = np.linalg.norm(unit[0] - unit[1]) / (2 * 2 * (2 - 1))
+    np.testing.assert_allclose(with_spread - without, [1e4 * spread], rtol=1e-3)
 
   def test_without_margins_all_are_the_normalized_softmax(self):
     x, proxies, labels = _inputs()

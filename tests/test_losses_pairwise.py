@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import losses
@@ -43,6 +44,29 @@ class PairwiseTest(parameterized.TestCase):
     # positive, so the farthest negative is selected.
     loss = losses.triplet_loss(x, labels, margin=0.5)
     np.testing.assert_allclose(loss, (0 + (4 + 0.5 - 1)) / 2, rtol=1e-6)
+
+  @parameterized.parameters(
+    ('contrastive', 1.0, 5),
+    # Far beyond the distances, so that every pair has a loss.
+    ('lifted_structure', 20.0, 4),
+  )
+  def test_examples_that_coincide_lose_no_digits(self, name, margin, last):
+    loss, oracle = (
+      getattr(module, f'{name}_loss') for module in (losses, oracles)
+    )
+    # A positive and a negative pair coincide; the last one is very near.
+    x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    x[1], x[5], x[7] = x[0], x[4], x[6] + np.float32(1e-3)
+    labels, arguments = (
+      np.array([0, 0, 1, 1, 2, 3, 4, last]),
+      {'margin': margin},
+    )
+    value, gradient = jax.value_and_grad(loss)(x, labels, **arguments)
+    np.testing.assert_allclose(value, oracle(x, labels, **arguments), rtol=1e-6)
+    expected = oracles.gradient(
+      lambda x: oracle(x, labels, **arguments), x, step=1e-6
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
   def test_unknown_mining_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, 'batch_all, batch_hard, semi_hard'):

@@ -196,6 +196,38 @@ class InitializeTest(parameterized.TestCase):
     ):
       processes.devices()
 
+  @parameterized.parameters(
+    (ValueError('wrong'), '^wrong$'),
+    (OSError(2, 'No such file', 'a'), "No such file: 'a'"),
+    (KeyError('name'), "^Process 0 has failed: KeyError: 'name'$"),
+    (SystemExit(3), '^Process 0 has failed: SystemExit: 3$'),
+    (None, 'Process 0 has failed: TypeError: .* not JSON serializable'),
+  )
+  def test_whatever_fails_on_the_primary_ends_the_others(self, error, text):
+    sent = []
+
+    def work():
+      if error:
+        raise error
+      return object()
+
+    def send(content):
+      sent.append(content)
+      return content
+
+    with mock.patch.multiple(
+      processes, _broadcast=send, is_primary=lambda: True
+    ):
+      with mock.patch.object(jax, 'process_count', return_value=2):
+        with self.assertRaises(type(error) if error else TypeError):
+          processes.run_on_primary(work)
+    with mock.patch.multiple(
+      processes, _broadcast=lambda _: sent[0], is_primary=lambda: False
+    ):
+      with mock.patch.object(jax, 'process_count', return_value=2):
+        with self.assertRaisesRegex(ValueError, text):
+          processes.run_on_primary(self.fail)
+
   def test_a_single_process_is_its_own_primary(self):
     self.assertEqual(processes.run_on_primary(lambda: (1, None)), (1, None))
     self.assertTrue(processes.true_on_all(True))

@@ -130,7 +130,7 @@ class SearchTest(parameterized.TestCase):
     self.assertEqual(read.call_count, 3)
     self.assertIn('skipped notes.txt: not an image', output)
     self.assertIn(
-      '2 added, 1 changed, 1 removed, 30 unchanged, 1 unreadable', output
+      '1 added, 1 changed, 1 removed, 30 unchanged, 1 unreadable', output
     )
     content = index_lib.read(flags['index'])
     embeddings = dict(zip(content.names, content.embeddings))
@@ -144,7 +144,9 @@ class SearchTest(parameterized.TestCase):
     # Unreadable files are listed again, but not read again until they change.
     output = self._run('index', **flags)
     self.assertIn('skipped notes.txt', output)
-    self.assertIn('0 added, 0 changed, 0 removed, 33 unchanged', output)
+    self.assertIn(
+      '0 added, 0 changed, 0 removed, 32 unchanged, 1 unreadable', output
+    )
 
   def test_rows_of_folders_that_cannot_be_listed_are_kept(self):
     images, flags = self._copy()
@@ -227,6 +229,67 @@ class SearchTest(parameterized.TestCase):
       self.assertEqual(
         (path.read_bytes(), sorted(os.listdir(self.root))), before
       )
+
+  @parameterized.parameters(
+    ("DELETE FROM about WHERE name = 'root'", 'does not say its root'),
+    ("DELETE FROM about WHERE name = 'digest'", 'does not say its digest'),
+    ("UPDATE about SET value = x'00ff' WHERE name = 'workdir'", 'not a text'),
+    ("UPDATE pictures SET name = x'ff' WHERE rowid = 1", 'not a text'),
+    ("UPDATE pictures SET embedding = 'text' WHERE rowid = 1", 'float32'),
+    ('UPDATE pictures SET embedding = NULL WHERE rowid = 1', 'float32'),
+    ("UPDATE pictures SET embedding = x'00000000'", 'dimensions'),
+    ("UPDATE pictures SET embedding = x'000000'", 'float32'),
+    ("UPDATE pictures SET embedding = x''", 'float32'),
+    ("UPDATE pictures SET embedding = x'0000c07f'", 'not finite'),
+    ('UPDATE pictures SET embedding = zeroblob(8) WHERE rowid = 1', 'float32'),
+    ('DROP TABLE pictures', 'no such table'),
+    ('ALTER TABLE pictures RENAME COLUMN error TO x', 'no such column'),
+  )
+  def test_a_damaged_index_is_one_line(self, statement, expected):
+    index = os.path.join(self.create_tempdir(), 'index')
+    shutil.copy(self.index, index)
+    with contextlib.closing(sqlite3.connect(index)) as database:
+      database.execute(statement)
+      database.commit()
+    image = self.images / 'class0' / '0.png'
+    commands = {
+      'query': {},
+      'cluster': {'clusters': 2},
+      'duplicates': {'threshold': 1},
+      'export': {'output': f'{index}.npz'},
+    }
+    for command, flags in commands.items():
+      if expected == 'dimensions' and command != 'query':
+        continue  # Without a network, an index of any dimension is complete.
+      given = [image] if command == 'query' else []
+      line = self._error(command, *given, index=index, **flags)
+      self.assertIn(expected, line)
+      self.assertIn('index', line)
+
+  def test_a_file_overwritten_with_equal_size_and_time_is_embedded(self):
+    folder, flags = self._copy()
+    path = folder / 'class0' / '0.png'
+    path.write_bytes(path.read_bytes().ljust(10**4, b'\0'))
+    self._run('index', **flags)
+    status = path.stat()
+    other = (folder / 'class5' / '1.png').read_bytes()
+    path.write_bytes(other.ljust(10**4, b'\0'))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    self.assertIn('0 added, 1 changed', self._run('index', **flags))
+
+  def test_the_counts_of_an_update_add_up(self):
+    folder, flags = self._copy()
+    (folder / 'class0' / 'text.png').write_text('text')
+    line = '32 added, 0 changed, 0 removed, 0 unchanged, 1 unreadable'
+    self.assertIn(line, self._run('index', **flags))
+    (folder / 'class0' / '0.png').write_text('text')
+    shutil.copy(folder / 'class0' / '1.png', folder / 'class1' / '2.png')
+    (folder / 'class2' / '3.png').unlink()
+    line = '0 added, 1 changed, 1 removed, 29 unchanged, 2 unreadable'
+    self.assertIn(line, self._run('index', **flags))
+    shutil.copy(folder / 'class0' / '1.png', folder / 'class0' / 'text.png')
+    line = '0 added, 1 changed, 0 removed, 30 unchanged, 1 unreadable'
+    self.assertIn(line, self._run('index', **flags))
 
   def test_an_index_of_an_unknown_version_is_refused(self):
     index = self.root / 'newer'

@@ -13,7 +13,7 @@ from PIL import Image
 
 from proxy_nca_jax import train
 from proxy_nca_jax.configs import default, image_folder
-from proxy_nca_jax.runtime import metric_writer, remote, workdir
+from proxy_nca_jax.runtime import metric_writer, remote, saved_json, workdir
 
 
 def _config(**fields):
@@ -33,9 +33,9 @@ class WorkdirTest(absltest.TestCase):
 
   def test_json_round_trips(self):
     path = os.path.join(self.create_tempdir(), 'a.json')
-    self.assertIsNone(workdir.read_json(path))
+    self.assertIsNone(saved_json.read(path))
     workdir.write_json(path, {'a': [1, 2]})
-    self.assertEqual(workdir.read_json(path), {'a': [1, 2]})
+    self.assertEqual(saved_json.read(path), {'a': [1, 2]})
 
   def test_a_path_that_orbax_takes_for_a_pattern_is_refused(self):
     root = self.create_tempdir().full_path
@@ -59,7 +59,7 @@ class WorkdirTest(absltest.TestCase):
       with open(path, 'wb') as file:
         file.write(content)
       with self.assertRaisesRegex(ValueError, r'run\.json. is damaged'):
-        workdir.read_json(path)
+        saved_json.read(path)
 
   def test_json_that_cannot_be_written_keeps_the_old_file(self):
     path = os.path.join(self.create_tempdir(), 'results.json')

@@ -116,8 +116,8 @@ def make_read_image(
 ) -> Callable[[int], np.ndarray]:
   """Makes the function that reads a record's image, decoded and resized.
 
-  With `config.cache_size`, images are decoded and resized once and then read
-  from a file; the pixels are the same.
+  With `config.dataset.cache_size`, images are decoded and resized once and then
+  read from a file; the pixels are the same.
 
   Args:
     builder: the prepared dataset.

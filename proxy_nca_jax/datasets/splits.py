@@ -87,10 +87,11 @@ class Datasets:
   Attributes:
     train: records to train on.
     validation: records of classes held out from training, for selecting a
-      checkpoint; None unless `config.validation` asks for them.
+      checkpoint; None unless `config.dataset.validation` asks for them.
     test: records to evaluate on.
-    seen: with `config.long_tail`, records of the train classes: those held out
-      from training as queries, those trained on as their gallery; else None.
+    seen: with `config.dataset.long_tail`, records of the train classes: those
+      held out from training as queries, those trained on as their gallery; else
+      None.
     skipped: (file, reason) of each file that is not part of the dataset.
     num_shared_classes: the number of test classes that training sees too: 0
       unless the user's own train and test folders share names.

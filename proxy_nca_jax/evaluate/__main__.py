@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ _DESCRIPTION = """Scores embeddings by retrieval and by clustering.
 
 Scores are printed in percent, with 95% confidence intervals."""
 
+_MAGIC = b'\x93NUMPY'
 _FILES = {
   'embeddings': 'float [items, dim]; each item queries all others',
   'labels': 'integers or texts [items]',
@@ -126,16 +128,43 @@ def _concatenate(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
       f'--{name} and --query_{name} must both be integers or both be texts; '
       f'got {" and ".join(str(part.dtype) for part in parts)}.'
     )
-  return np.concatenate(parts)
+  widths = {part.shape[1:] for part in parts}
+  if len(widths) > 1 or not all(part.ndim for part in parts):
+    raise ValueError(
+      f'--{name} and --query_{name} must have rows of one shape; got '
+      f'{" and ".join(str(part.shape) for part in parts)}.'
+    )
+  try:
+    return np.concatenate(parts)
+  except TypeError as error:
+    raise ValueError(
+      f'--{name} and --query_{name} must have types that fit; got '
+      f'{" and ".join(str(part.dtype) for part in parts)}.'
+    ) from error
 
 
 def _load(path: str) -> np.ndarray:
-  try:
-    return np.load(path, mmap_mode='r')
-  except (ValueError, EOFError) as error:
-    raise ValueError(
-      f'{path!r} is not an array file written by numpy.save: {error}'
-    ) from error
+  """Maps the array of a .npy file.
+
+  Raises:
+    ValueError: if the file is not one, or holds Python objects; names it.
+    OSError: if it cannot be opened.
+  """
+  problem = 'it is not a regular file'
+  # The check comes first: opening a pipe may never end.
+  if os.path.isfile(path) or not os.path.lexists(path):
+    with open(path, 'rb') as file:
+      begins = file.read(len(_MAGIC))
+    problem = 'it does not begin like one'
+    if begins == _MAGIC:
+      try:
+        return np.load(path, mmap_mode='r')
+      # NumPy evaluates the header, which raises many types of errors.
+      except Exception as error:
+        problem = errors.one_line(error)
+  raise ValueError(
+    f'{path!r} is not an array file written by numpy.save: {problem}.'
+  )
 
 
 def main(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from proxy_nca_jax import clustering, metrics, retrieval
+from proxy_nca_jax import clustering, masks, metrics, retrieval
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.runtime import signals
 
@@ -94,8 +94,10 @@ def score(
     )
   labels = encode_labels(labels)
   _check_shapes(embeddings, labels, is_query=is_query, cameras=cameras)
-  is_query = None if is_query is None else _as_mask(is_query)
-  cameras = None if cameras is None else np.asarray(cameras)
+  if is_query is not None:
+    is_query = np.asarray(masks.as_mask(is_query, name='is_query'))
+  if cameras is not None:
+    cameras = encode_labels(cameras, name='Cameras')
   embeddings, num_zeros = _project_to_sphere(embeddings)
   signals.check()
   if mesh is not None and mesh.size == 1:
@@ -151,11 +153,12 @@ def score(
   return scores
 
 
-def encode_labels(labels: np.ndarray) -> np.ndarray:
+def encode_labels(labels: np.ndarray, *, name: str = 'Labels') -> np.ndarray:
   """Numbers the distinct labels from 0, in ascending order.
 
   Args:
     labels: integers or texts [...]; floats if they hold integers exactly.
+    name: what the labels are, for messages.
 
   Returns:
     int64 [...].
@@ -166,10 +169,10 @@ def encode_labels(labels: np.ndarray) -> np.ndarray:
   """
   labels = np.asarray(labels)
   if labels.dtype.kind not in 'biuUSfO':
-    raise ValueError(f'Labels must be integers or texts; got {labels.dtype}.')
+    raise ValueError(f'{name} must be integers or texts; got {labels.dtype}.')
   if labels.dtype.kind == 'f' and not np.all(np.abs(labels) < 2**53):
     raise ValueError(
-      f'Labels are {labels.dtype} and some are not finite or not below 2^53, '
+      f'{name} are {labels.dtype} and some are not finite or not below 2^53, '
       'where floats merge different integers: give integers of one type.'
     )
   return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
@@ -181,25 +184,20 @@ def _check_shapes(embeddings, labels, **others) -> None:
       'Embeddings must be a matrix of at least one row and one column; got '
       f'shape {np.shape(embeddings)}.'
     )
-  if np.iscomplexobj(embeddings):
+  if not hasattr(embeddings, 'dtype'):
+    embeddings = np.asarray(embeddings)
+  dtype = embeddings.dtype
+  if jnp.issubdtype(dtype, jnp.complexfloating):
     raise ValueError('Embeddings must be real numbers; got complex ones.')
+  # bfloat16 is a number to JAX, but not to NumPy.
+  if dtype.kind != 'b' and not jnp.issubdtype(dtype, jnp.number):
+    raise ValueError(f'Embeddings must be real numbers; got {dtype}.')
   for name, values in {'labels': labels, **others}.items():
     if values is not None and np.shape(values) != (len(embeddings),):
       raise ValueError(
         f'There are {len(embeddings)} embeddings, so {name} must have shape '
         f'({len(embeddings)},); got {np.shape(values)}.'
       )
-
-
-def _as_mask(is_query: np.ndarray) -> np.ndarray:
-  """Returns a mask as bool: `~` of an integer is not its negation."""
-  is_query = np.asarray(is_query)
-  if is_query.dtype != bool and not np.isin(is_query, (0, 1)).all():
-    raise ValueError(
-      f'is_query must be bool, or integers 0 and 1; got {is_query.dtype} with '
-      'other values.'
-    )
-  return is_query.astype(bool)
 
 
 # Rows in float64 at a time.

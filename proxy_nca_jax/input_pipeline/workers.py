@@ -10,6 +10,8 @@ from multiprocessing import resource_tracker
 import grain
 import numpy as np
 
+from proxy_nca_jax.runtime import parent
+
 Batch = dict[str, np.ndarray]
 
 
@@ -43,7 +45,8 @@ def read_in_processes(
       signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)
     )
     try:
-      first = next(batches)
+      with parent.starting_workers():
+        first = next(batches)
     finally:
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
     yield first

@@ -81,11 +81,11 @@ def center_softmax_loss(
     float32 [batch], the loss of each example.
   """
   chex.assert_equal_shape([proxies, centers])
-  center = center_loss(embeddings, labels, centers=centers, where=where)
   num_classes = proxies.shape[0]
   embeddings, where = inputs.validate(
     embeddings, labels, num_classes=num_classes, where=where
   )
+  center = center_loss(embeddings, labels, centers=centers, where=where)
   logits = distances.products(embeddings, proxies)
   is_target = inputs.one_hot(labels, num_classes)
   targets = jnp.sum(logits, axis=1, where=is_target)

@@ -246,10 +246,9 @@ def _center_spread(proxies):
   if num_centers == 1:
     return 0.0
   centers = distances.unit_norm(proxies)
-  cosines = jnp.einsum(
-    'cid,cjd->cij', centers, centers, precision=jax.lax.Precision.HIGHEST
-  )
-  is_pair = jnp.triu(jnp.ones((num_centers, num_centers), bool), k=1)
-  lengths = distances.safe_sqrt(jnp.maximum(2 - 2 * cosines, 0))
-  pairs = jnp.sum(lengths, where=is_pair[None])
-  return pairs / (proxies.shape[0] * num_centers * (num_centers - 1))
+  total = 0.0
+  for index in range(num_centers - 1):
+    # sqrt(2 - 2 cos) from the differences: exact where centers coincide.
+    shifts = centers[:, index + 1 :] - centers[:, index : index + 1]
+    total += jnp.sum(distances.safe_sqrt(jnp.sum(shifts**2, axis=-1)))
+  return total / (proxies.shape[0] * num_centers * (num_centers - 1))

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proxy_nca_jax import masks
+
 
 def validate(
   embeddings: chex.Array,
@@ -19,20 +21,22 @@ def validate(
     embeddings: float [batch, dim].
     labels: int [batch].
     num_classes: if given, labels must be in [0, num_classes).
-    where: bool [batch], examples to include; None includes all.
+    where: bool [batch], or integers 0 and 1, examples to include; None
+      includes all.
 
   Returns:
     (embeddings, where): float32 [batch, dim], 0 for masked examples; and bool
     [batch].
 
   Raises:
-    ValueError: if a concrete label is out of range.
+    ValueError: if a concrete label is out of range, or the mask is neither bool
+      nor 0 and 1.
   """
   chex.assert_rank([embeddings, labels], [2, 1])
   chex.assert_equal_shape_prefix([embeddings, labels], 1)
   chex.assert_type(labels, int)
-  if where is None:
-    where = jnp.ones(labels.shape, bool)
+  where = jnp.ones(labels.shape, bool) if where is None else where
+  where = masks.as_mask(where)
   chex.assert_equal_shape([labels, where])
   if num_classes is not None:
     check_labels(labels, num_classes, where=where)
@@ -50,7 +54,7 @@ def check_labels(
     return
   labels = np.asarray(labels)
   if where is not None:
-    labels = labels[np.asarray(where)]
+    labels = labels[np.asarray(masks.as_mask(where))]
   invalid = labels[(labels < 0) | (labels >= num_proxies)]
   if invalid.size:
     raise ValueError(

@@ -36,12 +36,6 @@ from proxy_nca_jax import distances
 from proxy_nca_jax.losses import inputs, masked
 
 
-def _squared_distances(embeddings):
-  """Returns those of all pairs, float32 [batch, batch]; the diagonal is 0."""
-  squares = distances.squared_distances(embeddings, embeddings)
-  return jnp.where(jnp.eye(embeddings.shape[0], dtype=bool), 0, squares)
-
-
 def contrastive_loss(
   embeddings: chex.Array,
   labels: chex.Array,
@@ -67,10 +61,10 @@ def contrastive_loss(
     float32 [], the loss of the batch.
   """
   embeddings, where = inputs.validate(embeddings, labels, where=where)
-  squares = _squared_distances(embeddings)
-  shortfall = jax.nn.relu(margin - distances.safe_sqrt(squares))
+  lengths = distances.lengths_of_differences(embeddings)
+  shortfall = jax.nn.relu(margin - lengths)
   is_positive, is_negative = inputs.pairs(labels, where)
-  loss = jnp.where(is_positive, squares, shortfall**2) / 2
+  loss = jnp.where(is_positive, lengths**2, shortfall**2) / 2
   return masked.mean(loss, where=is_positive | is_negative)
 
 
@@ -116,7 +110,8 @@ def triplet_loss(
       f'Unknown mining {mining!r}: choose one of {", ".join(sorted(_MINING))}.'
     )
   embeddings, where = inputs.validate(embeddings, labels, where=where)
-  squares = _squared_distances(embeddings)
+  squares = distances.squared_distances(embeddings, embeddings)
+  squares = jnp.where(jnp.eye(labels.shape[0], dtype=bool), 0, squares)
 
   def sum_of_anchor(row):
     hinges, is_selected = _MINING[mining](*row, margin)
@@ -232,7 +227,7 @@ def lifted_structure_loss(
     float32 [], the loss of the batch.
   """
   embeddings, where = inputs.validate(embeddings, labels, where=where)
-  lengths = distances.safe_sqrt(_squared_distances(embeddings))
+  lengths = distances.lengths_of_differences(embeddings)
   is_positive, is_negative = inputs.pairs(labels, where)
   pushes = masked.log_sum_exp(margin - lengths, axis=1, where=is_negative)
   pushes = jnp.logaddexp(pushes[:, None], pushes[None, :])
@@ -334,7 +329,7 @@ def facility_location_loss(
     float32 [], the loss of the batch.
   """
   embeddings, where = inputs.validate(embeddings, labels, where=where)
-  lengths = distances.safe_sqrt(_squared_distances(embeddings))
+  lengths = distances.lengths_of_differences(embeddings)
   is_same_class = (labels[:, None] == labels[None, :]) & where[None, :]
   # A class is represented by the index of its first example.
   classes = jnp.argmax(is_same_class, axis=1)

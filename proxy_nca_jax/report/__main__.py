@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from proxy_nca_jax import configuration
 from proxy_nca_jax.evaluate import scores as scores_lib
 from proxy_nca_jax.report import charts, pages
+from proxy_nca_jax.report import results as results_lib
 from proxy_nca_jax.runtime import errors, files, metric_writer
-from proxy_nca_jax.runtime import workdir as workdir_lib
 
 
 class _Saved(NamedTuple):
@@ -58,10 +58,7 @@ def _names(workdirs: Sequence[str]) -> list[str]:
 
 
 def _read(workdir: str, name: str) -> _Saved:
-  run, results = (
-    workdir_lib.read_json(os.path.join(workdir, name))
-    for name in ('run.json', 'results.json')
-  )
+  run, results = configuration.read_run(workdir), results_lib.read(workdir)
   if not run or not results:
     raise ValueError(
       f'{workdir!r} is not the workdir of a finished run: it has no '

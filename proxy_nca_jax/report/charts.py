@@ -23,7 +23,7 @@ def lines(
   """Draws a line chart; hovering over a point shows its values.
 
   Args:
-    series: {name: (x, y)}, not empty.
+    series: {name: (x, y)}, not empty; points that are not finite are ignored.
     title: description for screen readers.
     x_label: label of the horizontal axis.
     y_label: label of the vertical axis.
@@ -31,6 +31,15 @@ def lines(
   Returns:
     HTML.
   """
+  series = {
+    name: np.array([point for point in zip(*pair) if np.isfinite(point).all()])
+    .reshape(-1, 2)
+    .T
+    for name, pair in series.items()
+  }
+  series = {name: pair for name, pair in series.items() if pair.size}
+  if not series:
+    return ''
   xs, ys = (np.concatenate([s[i] for s in series.values()]) for i in (0, 1))
   x_position, x_ticks = _scale(xs.min(), xs.max(), _LEFT, _WIDTH - _RIGHT)
   y_position, y_ticks = _scale(ys.min(), ys.max(), _HEIGHT - _BOTTOM, _TOP)

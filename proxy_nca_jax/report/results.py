@@ -3,8 +3,10 @@
 import logging
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from proxy_nca_jax import evaluate
+from proxy_nca_jax.runtime import saved_json
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 _DESCRIPTIONS = {
@@ -17,6 +19,54 @@ _BASELINES = tuple(_DESCRIPTIONS)
 _COLUMNS = ('selected', 'trained', 'seen_classes', *_BASELINES)
 
 _logger = logging.getLogger(__name__)
+
+
+def _is_scores(value: Any) -> bool:
+  """Whether a value holds scores, counts, and perhaps their intervals."""
+  if not isinstance(value, dict):
+    return False
+  scores = {name: each for name, each in value.items() if name != 'intervals'}
+  intervals = value.get('intervals', {})
+  return (
+    all(map(saved_json.is_number, scores.values()))
+    and all(
+      saved_json.is_count(scores.get(name))
+      for name in ('num_queries', 'queries_without_match')
+    )
+    and isinstance(intervals, dict)
+    and all(
+      isinstance(bounds, list)
+      and len(bounds) == 2
+      and all(map(saved_json.is_number, bounds))
+      for bounds in intervals.values()
+    )
+  )
+
+
+_SCORES = saved_json.Kind(
+  'an object of finite scores, num_queries and queries_without_match',
+  _is_scores,
+)
+_FIELDS = {
+  'step': saved_json.COUNT,
+  'versions': saved_json.OBJECT,
+  'dataset': saved_json.OBJECT,
+  'dataset.digest': saved_json.TEXT,
+  'dataset.shared_classes': saved_json.optional(saved_json.COUNT),
+  'dataset.test': saved_json.OBJECT,
+  'dataset.test.classes': saved_json.COUNT,
+  **{name: saved_json.optional(_SCORES) for name in _COLUMNS},
+  'trained': _SCORES,
+}
+
+
+def read(workdir: str) -> dict | None:
+  """Returns the content of results.json; None if it does not exist.
+
+  Raises:
+    ValueError: if it is damaged; names the file and the field.
+  """
+  return saved_json.read(os.path.join(workdir, 'results.json'), _FIELDS)
 
 
 def write(name: str, results: Mapping, workdir: str) -> None:
@@ -42,8 +92,8 @@ def log_step(
 
 def log_table(results: Mapping) -> None:
   """Logs the scores in percent, a column for each network or baseline."""
-  rows = {title: results[title] for title in _COLUMNS if title in results}
-  num_shared = results.get('dataset', {}).get('shared_classes', 0)
+  rows = {title: results[title] for title in _COLUMNS if results.get(title)}
+  num_shared = results.get('dataset', {}).get('shared_classes') or 0
   _logger.info(
     'Scores on %s, percent:',
     f'test classes, of which training saw {num_shared}'

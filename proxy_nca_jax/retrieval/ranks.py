@@ -140,6 +140,8 @@ def positive_ranks(
   queries = _sort(embeddings, query_classes, layout)
   items = queries if is_self else _sort(gallery[0], item_classes, layout)
   if cameras is not None:
+    # Ids of any size and type are compared as int32 below.
+    cameras = _number_by_size(*cameras)
     cameras = tuple(
       np.append(ids, 0)[rows.order]
       for ids, rows in zip(cameras, (queries, items))
@@ -184,7 +186,7 @@ def positive_ranks(
 def _number_by_size(
   query_labels: np.ndarray, item_labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Renumbers the classes by their number of items, the smallest first."""
+  """Renumbers the labels by their number of items, the rarest first."""
   query_labels, item_labels = np.asarray(query_labels), np.asarray(item_labels)
   names, labels = np.unique(
     np.concatenate([query_labels, item_labels]), return_inverse=True

@@ -5,11 +5,14 @@ processes must not write the same path at the same time.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from typing import IO
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -52,6 +55,13 @@ def write_atomically(path: str, mode: str = 'w', **options) -> Iterator[IO]:
   except BaseException as error:
     with contextlib.suppress(OSError):
       os.remove(temporary)
+    is_forbidden = getattr(error, 'errno', None) in _FORBIDDEN
+    if is_forbidden and os.access(path, os.W_OK):
+      raise OSError(
+        f'{path!r} is writable, but its folder is not, in which the new file '
+        'is written before it replaces the old one: make the folder writable, '
+        'or name a file in another one.'
+      ) from error
     # An error without a number is a text that a file name would replace.
     if getattr(error, 'errno', None) and error.filename in (None, temporary):
       error.filename = path

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from proxy_nca_jax.runtime import files, processes
+from proxy_nca_jax.runtime import files, processes, saved_json
 
 _FLUSH_SECONDS = 30  # Flushing waits for the disk.
 
@@ -22,8 +22,10 @@ def read_metrics(workdir: str) -> list[dict]:
     ValueError: if another line is damaged; names the file and the line.
   """
   path = os.path.join(workdir, 'metrics.jsonl')
-  if not os.path.exists(path):
+  if not os.path.lexists(path):
     return []
+  if not os.path.isfile(path):
+    raise ValueError(f'{path!r} is not a regular file: use another workdir.')
   rows = []
   with open(path, encoding='utf-8', errors='replace') as file:
     for number, line in enumerate(file, 1):
@@ -37,10 +39,22 @@ def _parse_row(path: str, number: int, line: str) -> dict:
     row = json.loads(line)
   except (ValueError, RecursionError):
     row = None
-  if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+  problem = None
+  if not isinstance(row, dict):
+    problem = 'it is no JSON object with a step'
+  elif not saved_json.is_count(row.get('step')):
+    step = saved_json.describe(row.get('step'))
+    problem = f'its step is {step}; it must be {saved_json.COUNT.text}'
+  else:
+    for name, value in row.items():
+      # The loss of a step that was skipped is not finite.
+      if not saved_json.is_number(value, finite=False):
+        shown = saved_json.describe(value)
+        problem = f'its {name} is {shown}; it must be a number'
+  if problem:
     raise ValueError(
-      f'Line {number} of {path!r} is damaged: it is no JSON object with a '
-      'step. Restore the file, or use another workdir.'
+      f'Line {number} of {path!r} is damaged: {problem}. Restore the file, or '
+      'use another workdir.'
     )
   return row
 

@@ -115,21 +115,24 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
   them consistent where each could read a file in a different state.
 
   Args:
-    fn: returns a value that JSON preserves; may raise ValueError or OSError.
+    fn: returns a value that JSON preserves.
 
   Raises:
-    ValueError, OSError: whatever fn raises, on the primary process; on the
-      others a ValueError with the same text.
+    BaseException: whatever fn raises, on the primary process; on the others a
+      ValueError with the same text, since they would wait forever otherwise.
   """
   if jax.process_count() == 1:
     return fn()
-  outcome, error = {}, None
+  content, error = b'', None
   if is_primary():
     try:
-      outcome = {'value': fn()}
-    except (ValueError, OSError) as raised:
-      error, outcome = raised, {'error': str(raised)}
-  outcome = json.loads(_broadcast(json.dumps(outcome).encode()))
+      content = json.dumps({'value': fn()}).encode()
+    except BaseException as raised:
+      error, text = raised, str(raised)
+      if not isinstance(raised, ValueError | OSError):
+        text = f'Process 0 has failed: {type(raised).__name__}: {text}'
+      content = json.dumps({'error': text}).encode()
+  outcome = json.loads(_broadcast(content))
   if error is not None:
     raise error
   if 'error' in outcome:

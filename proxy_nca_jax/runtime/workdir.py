@@ -11,7 +11,6 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from proxy_nca_jax.runtime import (
-  errors,
   files,
   folders,
   lock,
@@ -151,32 +150,11 @@ def _compilations_cached(folder: str) -> Iterator[None]:
     configure(before)
 
 
-def read_json(path: str) -> dict | None:
-  """Reads a file written by `write_json`; None if it does not exist.
-
-  Raises:
-    ValueError: if the file is damaged; names it.
-  """
-  if not os.path.exists(path):
-    return None
-  with open(path, encoding='utf-8') as file:
-    try:
-      content = json.load(file)
-    except (ValueError, RecursionError) as error:
-      raise ValueError(
-        f'{path!r} is damaged: {errors.one_line(error)}. Restore it, or use '
-        'another folder.'
-      ) from error
-  if not isinstance(content, dict):
-    raise ValueError(
-      f'{path!r} is damaged: it holds {type(content).__name__} instead of an '
-      'object. Restore it, or use another folder.'
-    )
-  return content
-
-
 def write_json(path: str, content: Mapping) -> None:
-  """Writes a JSON file atomically, on the primary process only."""
+  """Writes a JSON file atomically, on the primary process only.
+
+  `saved_json.read` reads it.
+  """
   if not processes.is_primary():
     return
   with files.write_atomically(path) as file:

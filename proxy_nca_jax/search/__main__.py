@@ -53,6 +53,11 @@ def _load_embedder(
       'the index: it has other weights or another preprocessing. Name the '
       'right one with --workdir, or create a new index.'
     )
+  if embedder.dim != content.embeddings.shape[1]:
+    raise ValueError(
+      f'The index holds embeddings of {content.embeddings.shape[1]} '
+      f'dimensions, and its network has {embedder.dim}: create a new index.'
+    )
   return embedder
 
 

@@ -2,17 +2,18 @@
 
 It is an SQLite database, recognized by its application id. Each batch of images
 is one transaction, so that a killed update resumes where it stopped. An image
-is embedded again only if its file size or modification time has changed. The
-index records the digest of its network and rejects embeddings of any other.
-File names are escaped, as by `folders.escape`.
+is embedded again only if its file size or change time has changed: the kernel
+sets that time at each write, even where a program restores the modification
+time. The index records the digest of its network and rejects embeddings of any
+other. File names are escaped, as by `folders.escape`.
 """
 
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from urllib import parse
 
 import numpy as np
@@ -37,10 +38,15 @@ _TABLES = f"""
 # https://www.sqlite.org/fileformat.html#the_database_header
 _HEADER, _HEADER_SIZE, _ID_OFFSET = b'SQLite format 3\0', 100, 68
 _BATCH_SIZE = 256  # Images per transaction.
+_MAX_BYTES = 2**20  # Of an embedding; the largest networks have 8 KiB.
 
 
 class Counts(NamedTuple):
-  """Numbers of images in an update, by what happened to them."""
+  """Numbers of images in an update, by what happened to them.
+
+  All but `removed` add up to the number of files in the folder: a file that
+  cannot be embedded counts as unreadable only, whether it is new or not.
+  """
 
   added: int
   changed: int
@@ -120,7 +126,7 @@ def update(
   if not listing.files and not missing:
     raise ValueError(f'The folder {root!r} (--images) has no files.')
   files = {
-    folders.escape(name): (status.st_size, status.st_mtime_ns)
+    folders.escape(name): (status.st_size, status.st_ctime_ns)
     for name, status in listing.files.items()
   }
   if not os.path.exists(path):
@@ -142,6 +148,7 @@ def update(
         'SELECT name, size, time FROM pictures'
       )
     }
+    _check_texts(path, 'pictures', dict.fromkeys(known, ''))
     kept = {folders.escape(name) for name in missing}
     removed = [
       (name,)
@@ -151,7 +158,13 @@ def update(
     database.executemany('DELETE FROM pictures WHERE name = ?', removed)
     database.commit()
     due = [name for name in files if known.get(name) != files[name]]
-    num_unreadable = 0
+    unreadable = {
+      name
+      for (name,) in database.execute(
+        'SELECT name FROM pictures WHERE error IS NOT NULL'
+      )
+    }
+    unreadable = (unreadable & files.keys()) - set(due)
     with tqdm.tqdm(total=len(due), unit=' images', disable=None) as bar:
       for begin in range(0, len(due), _BATCH_SIZE):
         names = due[begin : begin + _BATCH_SIZE]
@@ -164,15 +177,17 @@ def update(
           ],
         )
         database.commit()
-        num_unreadable += sum(error is not None for _, error in rows)
+        unreadable |= {
+          name for name, (_, error) in zip(names, rows) if error is not None
+        }
         bar.update(len(names))
-    num_added = len(files.keys() - known.keys())
+    added, unchanged = files.keys() - known.keys(), files.keys() - set(due)
     counts = Counts(
-      added=num_added,
-      changed=len(due) - num_added,
+      added=len(added - unreadable),
+      changed=len(set(due) - added - unreadable),
       removed=len(removed),
-      unchanged=len(files) - len(due),
-      unreadable=num_unreadable,
+      unchanged=len(unchanged - unreadable),
+      unreadable=len(unreadable),
     )
   reasons = listing.skipped | {
     name: f'{reason}; its images are kept in the index'
@@ -225,8 +240,18 @@ def read(path: str) -> Content:
     raise ValueError(
       f'The index {path!r} has no images: update it with `index`.'
     )
+  _check_texts(path, 'about', about)
+  for field in ('root', 'workdir', 'digest'):
+    if field not in about:
+      _fail_damaged(path, f'it does not say its {field}')
   names, blobs = zip(*rows)
+  _check_texts(path, 'pictures', dict.fromkeys(names, ''))
+  sizes = {len(blob) if isinstance(blob, bytes) else -1 for blob in blobs}
+  if len(sizes) > 1 or not sizes <= set(range(4, _MAX_BYTES, 4)):
+    _fail_damaged(path, 'its embeddings are not float32 vectors of one length')
   embeddings = np.frombuffer(b''.join(blobs), '<f4').reshape(len(names), -1)
+  if not np.isfinite(embeddings).all():
+    _fail_damaged(path, 'some of its embeddings are not finite')
   return Content(
     root=folders.unescape(about['root']),
     workdir=folders.unescape(about['workdir']),
@@ -236,12 +261,28 @@ def read(path: str) -> Content:
   )
 
 
+def _check_texts(path: str, table: str, texts: Mapping[str, str]) -> None:
+  """Raises ValueError if keys or values are of another type of SQLite."""
+  for pair in texts.items():
+    if not all(isinstance(text, str) for text in pair):
+      _fail_damaged(path, f'its table {table} has {pair[0]!r:.40}, not a text')
+
+
+def _fail_damaged(path: str, problem: str) -> NoReturn:
+  raise ValueError(
+    f'The index {path!r} is damaged: {problem}. Delete it, and create it again '
+    'with `index`.'
+  )
+
+
 def read_errors(path: str) -> list[tuple[str, str]]:
   """Returns (name, reason) of each file that could not be embedded."""
   with _open(path) as database:
-    return database.execute(
+    rows = database.execute(
       'SELECT name, error FROM pictures WHERE error IS NOT NULL ORDER BY name'
     ).fetchall()
+  _check_texts(path, 'pictures', dict(rows))
+  return rows
 
 
 def _create(path: str) -> None:
@@ -304,6 +345,7 @@ def _open(path: str, *, mode: str = 'ro') -> Iterator[sqlite3.Connection]:
 def _check_about(database, path: str, about: dict[str, str]) -> None:
   """Records what an index belongs to; ValueError if to something else."""
   saved = dict(database.execute('SELECT name, value FROM about'))
+  _check_texts(path, 'about', saved)
   meanings = {
     'digest': 'another network',
     'root': f'another folder, {saved.get("root")!r}',
