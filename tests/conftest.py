@@ -25,6 +25,9 @@ for _name in ('JAX_COMPILATION_CACHE_DIR', 'TFDS_DATA_DIR'):
     os.environ[_name] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ[_name], ignore_errors=True)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+# Threads that wait for each other by spinning take the time of other tests.
+for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
+  os.environ[_name] = '1'
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax

@@ -7,7 +7,7 @@ import shutil
 import signal
 from unittest import mock
 
-import matplotlib
+import made_fonts
 import numpy as np
 from absl.testing import absltest
 from PIL import Image
@@ -17,8 +17,6 @@ from proxy_nca_jax.configs import glyphs as glyphs_config
 from proxy_nca_jax.configs import image_folder as image_folder_config
 from proxy_nca_jax.datasets import glyphs
 from proxy_nca_jax.runtime import lock, signals
-
-_FONTS = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf')
 
 
 def _encode(image, suffix='png', **options):
@@ -41,8 +39,8 @@ class GlyphsTest(absltest.TestCase):
     self.config.dataset.fonts_dir = str(self.root / 'fonts')
     self.config.dataset.min_styles = 2
     os.makedirs(self.root / 'fonts' / 'more')
-    shutil.copy(_FONTS / 'STIXGeneral.ttf', self.root / 'fonts')
-    shutil.copy(_FONTS / 'STIXGeneralBol.ttf', self.root / 'fonts' / 'more')
+    for path in ('STIXGeneral.ttf', 'more/STIXGeneralBol.ttf'):
+      made_fonts.write(self.root / 'fonts' / path, path.split('/')[-1])
 
   def test_each_drawing_occurs_once_and_in_one_class(self):
     data = datasets.load(self.config)
@@ -76,7 +74,7 @@ class GlyphsTest(absltest.TestCase):
     self.assertNotEqual(datasets.load(self.config).digest, first.digest)
 
   def test_files_that_are_not_fonts_are_skipped(self):
-    content = (_FONTS / 'cmr10.ttf').read_bytes()
+    content = (made_fonts.FONTS / 'cmr10.ttf').read_bytes()
     (self.root / 'fonts' / 'torn.ttf').write_bytes(content[:1000])
     (self.root / 'fonts' / 'words.otf').write_text('no font')
     data = datasets.load(self.config)
@@ -117,8 +115,19 @@ class GlyphsTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, '99 distinct drawings'):
       datasets.load(self.config)
 
+  def test_without_a_folder_it_draws_the_text_fonts_of_matplotlib(self):
+    builder, skipped = glyphs.make_builder(
+      data_dir=self.config.dataset.data_dir, fonts_dir='', min_styles=8
+    )
+    self.assertEmpty(skipped)
+    names = {face.name for face in builder.builder_config.faces}
+    self.assertContainsSubset(
+      ['DejaVuSans.ttf', 'DejaVuSerif-Bold.ttf', 'STIXGeneralItalic.ttf'], names
+    )
+    self.assertFalse([name for name in names if 'Display' in name])
+
   def test_drawings_are_centered_and_fit(self):
-    face = glyphs.Face(str(_FONTS / 'DejaVuSans.ttf'), 0)
+    face = glyphs.Face(str(made_fonts.FONTS / 'DejaVuSans.ttf'), 0)
     for character in map(ord, '.Wj\ufdfd'):  # Small, wide, low, far too wide.
       drawing = face.draw(character)
       self.assertEqual(drawing.shape, (32, 32))

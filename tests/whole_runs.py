@@ -11,6 +11,7 @@ import threading
 from unittest import mock
 
 import jax
+import made_fonts
 import numpy as np
 
 from proxy_nca_jax import state as state_lib
@@ -23,6 +24,8 @@ _TIMINGS = ('images_per_second', 'steps_per_second', 'input_wait')
 
 def command(config: str, workdir, *flags: str, **fields) -> list[str]:
   """Returns main.py with a config of configs/, as a user writes it."""
+  if config.startswith('glyphs'):
+    fields = {'dataset.fonts_dir': made_fonts.folder()} | fields
   return [
     sys.executable,
     str(ROOT / 'main.py'),
