@@ -531,10 +531,17 @@ def _train(
     scores = score(embed(state, split), split)
     results_lib.log_step(step, config.num_steps, title, scores)
     selection.check_select_by(config, scores)
-    record(step, {title: scores})
+    if not _has_scores(history, title, step):
+      record(step, {title: scores})
     if data.validation and selection.select(config, history)[0] == step:
       selected.save(step, state)
     progress.restart_clock()
+
+  def is_scored(step):
+    # A run that was killed before its first checkpoint starts again from step
+    # 0, whose scores it may have without the state that they select.
+    is_saved = step or not data.validation or step in selected.steps
+    return is_saved and _has_scores(history, title, step)
 
   def check_finite(done):
     with watchdog.waiting_for(loop.DEVICE, step=done):
@@ -563,7 +570,7 @@ def _train(
     score_step=score_step,
     save=save,
     check_finite=check_finite,
-    is_scored=functools.partial(_has_scores, history, title),
+    is_scored=is_scored,
     lr_scale=functools.partial(selection.lr_scale, config, history),
     stop_signals=stop_signals,
   )

@@ -155,6 +155,50 @@ class RunTest(absltest.TestCase):
     results = self._train(workdir, bad=(3, 9, 10), **fields)
     self.assertEqual(results['skipped_steps'], 3)
 
+  def test_the_state_before_training_is_a_candidate_also_after_a_kill(self):
+    workdir = self.root / 'selected'
+    fields = {
+      'dataset.validation': '2/2',
+      'eval_every': 14,
+      'optimizer.backbone.learning_rate': 0.0,
+      'optimizer.head.learning_rate': 0.0,
+    }
+    save = state_lib.Checkpoints.save
+
+    def save_or_kill(checkpoints, step, state):
+      if checkpoints.directory.endswith('selected'):
+        raise _Killed
+      save(checkpoints, step, state)
+
+    with mock.patch.object(state_lib.Checkpoints, 'save', save_or_kill):
+      with self.assertRaises(_Killed):
+        self._train(workdir, **fields)
+    # Nothing changes the embeddings: the first of equal scores is selected.
+    results = self._train(workdir, **fields)
+    self.assertEqual(results['selected_step'], 0)
+    self.assertEqual(
+      results['selected']['recall@1'], results['trained']['recall@1']
+    )
+    scored = [
+      row['step']
+      for row in metric_writer.read_metrics(str(workdir))
+      if 'validation.recall@1' in row
+    ]
+    self.assertEqual(scored, [0, 14])
+
+  def test_a_run_of_no_steps_saves_and_scores_the_initial_state(self):
+    workdir = self.root / 'none'
+    fields = {
+      'num_steps': 0,
+      'model.head_init': 'lda',
+      'proxies.init': 'class_means',
+      'evaluation.baselines': True,
+    }
+    results = self._train(workdir, **fields)
+    self.assertEqual(results['trained'], results['untrained'])
+    self.assertEqual(self._steps_saved(workdir), [0])
+    self.assertEqual(self._train(workdir, **fields), results)
+
   def test_by_default_the_first_stops_the_run(self):
     workdir = self.root / 'stopped'
     with self.assertRaisesRegex(ValueError, 'is not finite at step 6'):
