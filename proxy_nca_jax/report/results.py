@@ -24,7 +24,7 @@ def _is_scores(value: Any) -> bool:
   return (
     all(map(saved_json.is_number, scores.values()))
     and all(
-      saved_json.is_count(scores.get(name))
+      saved_json.is_count(scores.get(name, 0))
       for name in ('num_queries', 'queries_without_match')
     )
     and isinstance(intervals, dict)
@@ -38,7 +38,7 @@ def _is_scores(value: Any) -> bool:
 
 
 _SCORES = saved_json.Kind(
-  'an object of finite scores, num_queries and queries_without_match',
+  'an object of finite scores and counts',
   _is_scores,
 )
 _FIELDS = {
@@ -97,9 +97,9 @@ def log_table(results: Mapping) -> None:
   for line in evaluate.format_table(rows).splitlines():
     _logger.info('%s', line)
   scores = results['trained']
-  if scores['queries_without_match']:
+  if scores.get('queries_without_match'):
     _logger.info(
       '%d of %d queries have no match and are left out of every mean.',
       scores['queries_without_match'],
-      scores['queries_without_match'] + scores['num_queries'],
+      scores['queries_without_match'] + scores.get('num_queries', 0),
     )
