@@ -70,7 +70,7 @@ _WRONG = (
   ('results.json', 'trained.recall@1', '1' + '0' * 400, 'trained'),
   ('results.json', 'trained.intervals', '{"recall@1": [0.1]}', 'trained'),
   ('results.json', 'trained.num_queries', '0.5', 'trained'),
-  ('results.json', 'raw_pixels', '{}', 'raw_pixels'),
+  ('results.json', 'raw_pixels', '[]', 'raw_pixels'),
   ('results.json', 'dataset', '"x"', 'dataset'),
   ('results.json', 'dataset.test', None, 'dataset.test is missing'),
   ('results.json', 'dataset.test.classes', '"3"', 'dataset.test.classes'),
