@@ -18,7 +18,7 @@ from jax import export as jax_export
 from PIL import Image
 from safetensors import numpy as safetensors
 
-from proxy_nca_jax import configuration, models
+from proxy_nca_jax import configuration, losses, models
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
@@ -286,7 +286,7 @@ def load(path: str | os.PathLike) -> Embedder:
       raise ValueError(f'The bytes of {path!r} have changed: save it again.')
     tree = configuration.unflatten(safetensors.load(arrays))
     return _make_embedder(
-      description, tree['params'], tree.get('model_state', {})
+      saved, description, tree['params'], tree.get('model_state', {})
     )
   description = configuration.read_run(path)
   if not description:
@@ -302,22 +302,65 @@ def load(path: str | os.PathLike) -> Embedder:
       folder, step = 'selected', selected[0]
   workdir_lib.check_path(path)
   state = state_lib.read(os.path.join(path, folder), step=step)
-  return _make_embedder(description, state.params, state.model_state)
+  return _make_embedder(
+    os.path.join(path, 'run.json'),
+    description,
+    state.params,
+    state.model_state,
+  )
 
 
-def _make_embedder(description, params, model_state) -> Embedder:
+def _make_embedder(path, description, params, model_state) -> Embedder:
   config = configuration.from_json(description['config'])
   class_names = tuple(description.get('class_names') or ())
   params = {'proxies': {}, **params}
   if config.proxies.sharded and class_names:
     # Sharded proxies end with rows of padding.
     params['proxies'] = params['proxies'][: len(class_names)]
+  _check_arrays(path, config, params, model_state, len(class_names))
   return Embedder(
     config=config,
     params=jax.tree.map(np.asarray, params),
     model_state=jax.tree.map(np.asarray, model_state),
     class_names=class_names,
   )
+
+
+def _check_arrays(path, config, params, model_state, num_classes) -> None:
+  """Raises ValueError if the saved arrays are not those of the saved config.
+
+  Args:
+    path: the file with the config, for the message.
+    config: the config.
+    params: the saved parameters.
+    model_state: the saved batch statistics.
+    num_classes: number of saved class names; 0 if there are none.
+  """
+  size = config.dataset.image_size
+  variables = jax.eval_shape(
+    functools.partial(models.create_model(config).init, train=False),
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
+  )
+  given = {name: params.get(name, {}) for name in ('backbone', 'head')}
+  wanted, given = (
+    {name: np.shape(x) for name, x in configuration.flatten(tree).items()}
+    for tree in (variables, {'params': given, **model_state})
+  )
+  for name in sorted(wanted.keys() | given.keys()):
+    if wanted.get(name) != given.get(name):
+      saved_json.fail(
+        path,
+        f'its config has {name} of shape {wanted.get(name)}, and the saved '
+        f'network {given.get(name)}',
+      )
+  has_classes = losses.LOSSES[config.loss.name].has_class_proxies
+  if has_classes and num_classes and num_classes != len(params['proxies']):
+    saved_json.fail(
+      path,
+      f'it has {num_classes} class_names, and the saved network '
+      f'{len(params["proxies"])} proxies',
+    )
 
 
 def _decode(image: ImageLike) -> Image.Image:

@@ -1,4 +1,6 @@
+import functools
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -17,9 +19,10 @@ from proxy_nca_jax import (
   evaluate,
   images,
   inference,
+  models,
   train,
 )
-from proxy_nca_jax.configs import image_folder
+from proxy_nca_jax.configs import default, image_folder
 
 
 def _write_pictures(root: pathlib.Path) -> list[pathlib.Path]:
@@ -197,6 +200,47 @@ class InferenceTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, 'There is no checkpoint in'):
       proxy_nca_jax.load(self.root / 'begun')
+
+
+class SavedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('config.model.embedding_dim', 16, 'head.embedding.bias of shape'),
+    ('config.model.width', 8, 'of shape'),
+    ('config.model.name', 'resnet18', 'of shape'),
+    ('class_names', ['a'], 'it has 1 class_names, .* 2 proxies'),
+  )
+  def test_a_config_of_another_network_is_damaged(self, field, value, message):
+    config = default.get_config()
+    config.update_from_flattened_dict(
+      {
+        'dataset.name': 'glyphs',
+        'dataset.image_size': 16,
+        'model.name': 'small_cnn',
+        'model.width': 4,
+        'model.embedding_dim': 8,
+      }
+    )
+    model = models.create_model(config)
+    shapes = jax.eval_shape(
+      functools.partial(model.init, train=False),
+      jax.random.key(0),
+      jax.ShapeDtypeStruct((1, 16, 16, 3), np.uint8),
+    )
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    params = variables.pop('params') | {'proxies': np.zeros((2, 8), np.float32)}
+    folder = self.create_tempdir().full_path
+    embedder = inference.Embedder(config, params, variables, ('a', 'b'))
+    embedder.save(folder)
+    self.assertEqual(inference.load(folder).digest, embedder.digest)
+    path = pathlib.Path(folder, 'embedder.json')
+    content = json.loads(path.read_text())
+    *groups, last = field.split('.')
+    functools.reduce(dict.get, groups, content)[last] = value
+    path.write_text(json.dumps(content))
+    with self.assertRaisesRegex(
+      ValueError, rf'embedder.json. is damaged: .*{message}'
+    ):
+      inference.load(folder)
 
 
 if __name__ == '__main__':

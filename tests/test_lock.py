@@ -169,10 +169,19 @@ class LeaseTest(absltest.TestCase):
       self.assertGreater(self._content()['renewed'], begun)
 
   def test_another_file_in_its_place_is_named(self):
-    self.storage.pipe_file(self.path, b'?')
-    with self.assertRaisesRegex(ValueError, 'is not a lease: delete it'):
-      with self._lease():
-        pass
+    for content in (
+      b'?',
+      b'[]',
+      b'{}',
+      b'\xff',
+      b'{"owner": 1, "renewed": 1, "seconds": 1}',
+      b'{"owner": "a", "renewed": "1", "seconds": 1}',
+      b'{"owner": "a", "renewed": 1, "seconds": NaN}',
+    ):
+      self.storage.pipe_file(self.path, content)
+      with self.assertRaisesRegex(ValueError, 'is not a lease: delete it'):
+        with self._lease():
+          pass
 
 
 if __name__ == '__main__':

@@ -166,6 +166,13 @@ class MirrorTest(absltest.TestCase):
       self._read(os.path.join(self.copies, copy)), {'log.txt': 'x'}
     )
 
+  def test_a_damaged_manifest_is_named(self):
+    for content in (b'?', b'{}', b'[1]', b'["a/../../b"]', b'["/a"]', b'\xff'):
+      self.storage.pipe_file(f'{self.url}/manifest.json', content)
+      with self.assertRaisesRegex(ValueError, 'manifest.json. is damaged'):
+        with self._mirrored():
+          self.fail('It was opened.')
+
   def test_a_folder_without_a_manifest_is_downloaded_whole(self):
     for name in ('run.json', 'checkpoints/1/a'):
       self.storage.pipe_file(f'{self.url}/{name}', b'y')

@@ -30,7 +30,7 @@ def _is_scores(value: Any) -> bool:
   return (
     all(map(saved_json.is_number, scores.values()))
     and all(
-      saved_json.is_count(scores.get(name))
+      saved_json.is_count(scores.get(name, 0))
       for name in ('num_queries', 'queries_without_match')
     )
     and isinstance(intervals, dict)
@@ -44,7 +44,7 @@ def _is_scores(value: Any) -> bool:
 
 
 _SCORES = saved_json.Kind(
-  'an object of finite scores, num_queries and queries_without_match',
+  'an object of finite scores and counts',
   _is_scores,
 )
 _FIELDS = {
@@ -104,11 +104,11 @@ def log_table(results: Mapping) -> None:
     _logger.info('%s', line)
   _compare_with_baselines(results)
   scores = results['trained']
-  if scores['queries_without_match']:
+  if scores.get('queries_without_match'):
     _logger.info(
       '%d of %d queries have no match and are left out of every mean.',
       scores['queries_without_match'],
-      scores['queries_without_match'] + scores['num_queries'],
+      scores['queries_without_match'] + scores.get('num_queries', 0),
     )
 
 

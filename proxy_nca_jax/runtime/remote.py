@@ -23,7 +23,7 @@ from concurrent import futures
 import fsspec
 from fsspec.implementations import local
 
-from proxy_nca_jax.runtime import errors, files
+from proxy_nca_jax.runtime import errors, files, saved_json
 
 # How long a killed run blocks the workdir. A run that cannot reach the storage
 # for as long may lose its lease.
@@ -140,8 +140,14 @@ class Lease:
     except FileNotFoundError:
       return None
     try:
-      return json.loads(content)
-    except ValueError:
+      held = json.loads(content)
+      fields = (held['owner'], held['renewed'], held['seconds'])
+      if not isinstance(held['owner'], str) or not all(
+        map(saved_json.is_number, fields[1:])
+      ):
+        raise ValueError
+      return held
+    except (ValueError, KeyError, TypeError, RecursionError):
       raise ValueError(
         f'{self._path!r} is not a lease: delete it if no run uses its folder.'
       ) from None
@@ -153,6 +159,30 @@ class Lease:
       'seconds': self._seconds,
     }
     self._storage.pipe_file(self._path, json.dumps(content).encode())
+
+
+def _parse_manifest(path: str, content: bytes) -> list[str]:
+  """Returns the names in a manifest.
+
+  Raises:
+    ValueError: if it is damaged, or names a file outside of the workdir.
+  """
+  try:
+    names = json.loads(content)
+  except (ValueError, RecursionError):
+    names = None
+  if not isinstance(names, list) or not all(
+    isinstance(name, str)
+    and name
+    and '..' not in name.split('/')
+    and not name.startswith('/')
+    for name in names
+  ):
+    raise ValueError(
+      f'{path!r} is damaged: it must be a list of names of files. Delete it to '
+      'use all files of its folder.'
+    )
+  return names
 
 
 @contextlib.contextmanager
@@ -257,7 +287,8 @@ class _Mirror:
     """Downloads the files in the manifest."""
     present = self._list_remote()
     try:
-      names = json.loads(self._storage.cat_file(self._path(_MANIFEST)))
+      content = self._storage.cat_file(self._path(_MANIFEST))
+      names = _parse_manifest(f'{self._url}/{_MANIFEST}', content)
     except FileNotFoundError:
       # A folder without a manifest is a copy of a local workdir.
       names = present
