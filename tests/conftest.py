@@ -19,8 +19,8 @@ os.environ['XLA_FLAGS'] = (
 # The former emitters compile in half the time; jaxlib 0.11 has none.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
-# Tests and their processes share compiled programs and prepared datasets.
-for _name in ('JAX_COMPILATION_CACHE_DIR', 'TFDS_DATA_DIR'):
+# Tests and their processes share compiled programs, prepared datasets, fonts.
+for _name in ('JAX_COMPILATION_CACHE_DIR', 'TFDS_DATA_DIR', 'MADE_FONTS_DIR'):
   if _name not in os.environ:
     os.environ[_name] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ[_name], ignore_errors=True)

@@ -34,9 +34,10 @@ def write(path: pathlib.Path, font: str) -> None:
 
 def folder() -> str:
   """Returns a folder of all text fonts, which tests and processes share."""
-  path = os.path.join(os.environ['TFDS_DATA_DIR'], 'made_fonts')
+  root = os.environ['MADE_FONTS_DIR']
+  path = os.path.join(root, 'fonts')
   if not os.path.exists(path):
-    written = pathlib.Path(tempfile.mkdtemp(dir=os.environ['TFDS_DATA_DIR']))
+    written = pathlib.Path(tempfile.mkdtemp(dir=root))
     for name in ('DejaVuSans', 'DejaVuSerif', 'STIXGeneral'):
       for font in FONTS.glob(f'{name}*.ttf'):
         write(written / font.name, font.name)

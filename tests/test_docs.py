@@ -10,21 +10,27 @@ import shlex
 import shutil
 import sys
 import tempfile
+from unittest import mock
 
 import jax
+import made_fonts
 import numpy as np
+import one_convolution
 import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
 from proxy_nca_jax import train
 from proxy_nca_jax.configs import image_folder
+from proxy_nca_jax.datasets import glyphs
+from proxy_nca_jax.models import backbones
 from proxy_nca_jax.report import literature
 from proxy_nca_jax.runtime import command_line
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PAGES = ('README.md', 'docs/search.md', 'docs/pytorch_metric_learning.md')
 _COMMANDS = ('evaluate', 'search', 'report', 'datasets')
+_SMALL_CNN = backbones.BACKBONES['small_cnn']
 _ALL_PAGES = (*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md'))
 
 
@@ -59,6 +65,7 @@ class DocsTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    cls.enterClassContext(one_convolution.replaced())
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     rng = np.random.default_rng(0)
@@ -211,6 +218,13 @@ class DocsTest(parameterized.TestCase):
 
     matplotlib.use('agg')
     notebook = json.loads((_ROOT / 'docs' / 'tour.ipynb').read_text())
+    self.enter_context(
+      mock.patch.dict(backbones.BACKBONES, small_cnn=_SMALL_CNN)
+    )
+    fonts = glyphs._fonts_in(made_fonts.folder())
+    self.enter_context(
+      mock.patch.object(glyphs, '_text_fonts', return_value=fonts)
+    )
     names = {}
     for cell in notebook['cells']:
       if cell['cell_type'] == 'code':

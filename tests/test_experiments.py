@@ -6,6 +6,7 @@ import types
 from unittest import mock
 
 import numpy as np
+import one_convolution
 from absl.testing import absltest, flagsaver, parameterized
 from PIL import Image
 
@@ -146,6 +147,7 @@ class ExperimentsTest(parameterized.TestCase):
       self.assertEqual(other.loss.name, 'proxy_nca')
 
   def test_a_real_experiment_resumes_where_it_stopped(self):
+    self.enter_context(one_convolution.replaced())
     config = image_folder_config.get_config('scratch')
     config.dataset.root = self._make_images()
     config.dataset.data_dir = self.create_tempdir().full_path

@@ -24,6 +24,8 @@ _FIELDS = {
   'log_every': 1,
   'save_every': 10,
   'evaluation.baselines': False,
+  'evaluation.kmeans_iterations': 0,
+  'evaluation.nearest_only': True,
   'report': False,
   'dataset.resize': 64,
   'dataset.image_size': 32,
@@ -71,9 +73,7 @@ class FaultsTest(absltest.TestCase):
       'dataset.root': cls.root / 'images',
       'dataset.data_dir': cls.data_dir,
     }
-    return whole_runs.command(
-      'image_folder.py:scratch', workdir, **fields, **_FIELDS
-    )
+    return whole_runs.command('image_folder', workdir, **fields, **_FIELDS)
 
   @classmethod
   def _run(cls, workdir):

@@ -10,6 +10,7 @@ import tempfile
 
 import jax
 import numpy as np
+import one_convolution
 from absl.testing import absltest, parameterized
 from PIL import Image
 
@@ -44,6 +45,7 @@ class InferenceTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    cls.enterClassContext(one_convolution.replaced())
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.paths = _write_pictures(cls.root / 'pictures')

@@ -32,7 +32,7 @@ _FIELDS = {
 
 
 def _start(workdir):
-  return whole_runs.Fork(whole_runs.command('glyphs.py', workdir, **_FIELDS))
+  return whole_runs.Fork(whole_runs.command('glyphs', workdir, **_FIELDS))
 
 
 def _is_saving(workdir) -> bool:

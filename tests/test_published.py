@@ -10,6 +10,7 @@ from http import server
 
 import made_archives
 import numpy as np
+import one_convolution
 from absl.testing import absltest, parameterized
 from PIL import Image
 
@@ -181,6 +182,7 @@ class LayoutsTest(_Test):
     ('market1501', 'cmc@1'),
   )
   def test_from_the_archive_to_the_metrics(self, name, score):
+    self.enter_context(one_convolution.replaced())
     _write(name, self.manual_dir)
     config = self._config(name, image_size=16, num_classes=0)
     config.update(num_steps=2, batch_size=8, log_every=1, report=False)

@@ -16,6 +16,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import one_convolution
 from absl.testing import absltest, parameterized
 from PIL import Image
 
@@ -42,6 +43,7 @@ class SearchTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    cls.enterClassContext(one_convolution.replaced())
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.images = cls.root / 'images'
@@ -54,7 +56,7 @@ class SearchTest(parameterized.TestCase):
         'dataset.root': str(cls.images),
         'dataset.resize': 16,
         'dataset.image_size': 16,
-        'model.width': 4,
+        'model.width': 32,
         'model.embedding_dim': 8,
         'evaluation.batch_size': 8,
         'evaluation.kmeans_iterations': 0,

@@ -21,6 +21,15 @@ with errors.in_one_line(stopped='Nothing was lost.'):
 
 
 class StopSignalsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    # Under nohup, or in the background of a script, they are ignored.
+    for number, handler in (
+      (signal.SIGINT, signal.default_int_handler),
+      (signal.SIGHUP, signal.SIG_DFL),
+    ):
+      self.addCleanup(signal.signal, number, signal.signal(number, handler))
+
   @parameterized.parameters(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
   def test_a_signal_is_raised_by_the_next_check(self, number):
     done = []

@@ -7,6 +7,7 @@ import time
 from unittest import mock
 
 import numpy as np
+import one_convolution
 import test_train_step
 import whole_runs
 from absl.testing import absltest
@@ -28,6 +29,7 @@ class RunTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    cls.enterClassContext(one_convolution.replaced())
     cls.root = pathlib.Path(cls.enter_context(tempfile.TemporaryDirectory()))
     rng = np.random.default_rng(0)
     for name in 'abcdefgh':

@@ -2,10 +2,12 @@
 
 import itertools
 import types
+import unittest
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_convolution
 import optax
 from absl.testing import absltest, parameterized
 
@@ -22,6 +24,10 @@ from proxy_nca_jax.configs import default
 from proxy_nca_jax.evaluate import embed as embed_lib
 
 _NUM_CLASSES = 6
+
+
+def setUpModule():
+  unittest.enterModuleContext(one_convolution.replaced())
 
 
 def _config(**fields):

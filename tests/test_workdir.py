@@ -7,6 +7,7 @@ from unittest import mock
 import fsspec
 import jax
 import numpy as np
+import one_convolution
 import whole_runs
 from absl.testing import absltest
 from PIL import Image
@@ -133,6 +134,7 @@ class RemoteTest(absltest.TestCase):
 
 class RemoteRunTest(absltest.TestCase):
   def test_a_run_in_parts_on_storage_equals_a_straight_one_on_disk(self):
+    self.enter_context(one_convolution.replaced())
     storage = fsspec.filesystem('memory')
     self.addCleanup(storage.store.clear)
     # Acquiring a lease pauses for a sixtieth of its duration.

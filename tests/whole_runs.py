@@ -23,13 +23,24 @@ _TIMINGS = ('images_per_second', 'steps_per_second', 'input_wait')
 
 
 def command(config: str, workdir, *flags: str, **fields) -> list[str]:
-  """Returns main.py with a config of configs/, as a user writes it."""
-  if config.startswith('glyphs'):
+  """Returns main.py with a config, as a user writes it.
+
+  Args:
+    config: a file of configs/, or glyphs or image_folder with a network that
+      compiles soon.
+    workdir: the value of --workdir.
+    *flags: further flags.
+    **fields: values of fields of the config.
+  """
+  path = f'{ROOT}/configs/{config}'
+  if '.' not in config:
+    path = f'{ROOT}/tests/one_convolution.py:{config}'
+  if config == 'glyphs':
     fields = {'dataset.fonts_dir': made_fonts.folder()} | fields
   return [
     sys.executable,
     str(ROOT / 'main.py'),
-    f'--config={ROOT}/configs/{config}',
+    f'--config={path}',
     f'--workdir={workdir}',
     *(f'--config.{name}={value}' for name, value in fields.items()),
     *flags,
