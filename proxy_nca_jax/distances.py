@@ -94,20 +94,34 @@ def squared_distances(x: chex.Array, y: chex.Array) -> jax.Array:
   return jnp.maximum(norms - 2 * products(x, y), 0)
 
 
+# Below this squared distance, relative to the squared norms, `lengths_of_
+# differences` computes differences: at it, rounding changes a length by 1e-5.
+_NEAR = 1e-4
+
+
 def lengths_of_differences(x: chex.Array) -> jax.Array:
   """Returns ||x_i - x_j|| of all pairs of rows, float32 [n, n].
 
   Rows that coincide are at a distance of exactly 0, and near ones lose no
   digits: the square root would turn the rounding of `squared_distances`, 1e-7
-  of the squared norms, into 3e-4. The rows are compared one by one, in both
-  passes, since all differences at a time would take n^2 dim.
+  of the squared norms, into 3e-4. If some rows are that near, all rows are
+  compared one by one, in both passes, since all differences at a time would
+  take n^2 dim; this takes up to fifteen times as long.
   """
   x = x.astype(jnp.float32)
+  itself = jnp.eye(len(x), dtype=bool)
+  squares = jnp.where(itself, 0, squared_distances(x, x))
+  norms = jnp.sum(x**2, axis=1)
+  is_near = squares < _NEAR * jnp.maximum(norms[:, None], norms[None, :])
 
   def lengths_of_row(row):
     return safe_sqrt(jnp.sum((row[None, :] - x) ** 2, axis=1))
 
-  return jax.lax.map(jax.checkpoint(lengths_of_row), x)
+  return jax.lax.cond(
+    jnp.any(is_near & ~itself),
+    lambda: jax.lax.map(jax.checkpoint(lengths_of_row), x),
+    lambda: safe_sqrt(squares),
+  )
 
 
 def safe_sqrt(x: chex.Array) -> jax.Array:

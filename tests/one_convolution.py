@@ -12,7 +12,6 @@ from flax import linen as nn
 
 from proxy_nca_jax.models import backbones, small_cnn
 
-
 _RECIPES = {'image_folder': ('scratch',)}
 
 
