@@ -199,7 +199,7 @@ class ScoreTest(parameterized.TestCase):
 class InputsTest(parameterized.TestCase):
   _EMBEDDINGS = np.eye(4, dtype=np.float32)[[0, 1, 0, 1]]
 
-  @parameterized.parameters(bool, np.int64, np.uint8, np.float32)
+  @parameterized.parameters(bool, np.int64, np.uint8)
   def test_a_mask_of_zeros_and_ones_is_that_mask(self, dtype):
     # The queries are equal to each other and differ from their gallery.
     embeddings = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
@@ -211,7 +211,12 @@ class InputsTest(parameterized.TestCase):
     self.assertEqual(scores['num_queries'], 2)
 
   def test_any_other_mask_is_refused(self):
-    for is_query in ([0, 1, 2, 0], [0, 1, np.nan, 0], list('abcd')):
+    for is_query in (
+      [0, 1, 2, 0],
+      [0.0, 1.0, 1.0, 0.0],
+      [0, 1, np.nan, 0],
+      list('abcd'),
+    ):
       with self.assertRaisesRegex(ValueError, 'is_query must be bool, or'):
         evaluate.score(self._EMBEDDINGS, [0, 0, 1, 1], is_query=is_query)
 

@@ -69,7 +69,7 @@ class FeaturesTest(absltest.TestCase):
     split = self._split([7, 2, 9, 2])
     embed_fn = embed.make_embed_fn(self.model, self.mesh, method='features')
     expected = embed.embed_split(embed_fn, self.config, self.state, split)
-    self.assertEqual(expected.shape, (4, 16))
+    self.assertLen(expected, 4)
     np.testing.assert_array_equal(self._extract(split), expected)
 
   def test_second_run_reads_no_image(self):
@@ -90,7 +90,7 @@ class FeaturesTest(absltest.TestCase):
     path = self._files()[1]
     path.write_bytes(path.read_bytes()[:-10])
     np.testing.assert_array_equal(self._extract(self._split()), first)
-    self.assertEqual(np.load(path).shape, (4, 16))
+    self.assertEqual(np.load(path).shape, (4, first.shape[1]))
 
   def test_features_of_others_are_not_mixed(self):
     self._extract(self._split())
@@ -110,7 +110,7 @@ class FeaturesTest(absltest.TestCase):
     (self.folder / 'features').write_text('')
     with self.assertLogs('proxy_nca_jax', 'WARNING') as logs:
       rows = self._extract(self._split())
-    self.assertEqual(rows.shape, (_NUM_RECORDS, 16))
+    self.assertLen(rows, _NUM_RECORDS)
     self.assertIn('not stored', logs.output[0])
     self.assertTrue(os.path.isfile(self.folder / 'features'))
 

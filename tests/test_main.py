@@ -102,7 +102,7 @@ class MainTest(parameterized.TestCase):
       for row in metric_writer.read_metrics(self.straight)
       if 'validation.nmi' in row
     }
-    self.assertEqual(list(rows), [5, 10, 15, 20])
+    self.assertEqual(list(rows), [0, 5, 10, 15, 20])
     results = whole_runs.results(self.straight)
     best = max(rows, key=lambda step: (rows[step], -step))
     self.assertEqual(results['selected_step'], best)

@@ -29,7 +29,7 @@ if __name__ == '__main__':
     multiprocessing.get_context('spawn').Process(target=print).start()
   time.sleep(600)
 else:
-  import proxy_nca_jax
+  import proxy_nca_jax.losses
 """
 
 

@@ -586,7 +586,7 @@ class BundledWeightsTest(absltest.TestCase):
       with self.assertRaisesRegex(ValueError, r'\.pth.*damaged.*SHA-256.*pip'):
         pretrained.find_weights('bundled', 'efficientnet_lite0')
     with mock.patch.object(pretrained, '_BUNDLED_PACKAGE', 'no_such_package'):
-      with self.assertRaisesRegex(ValueError, 'which is missing: run: pip'):
+      with self.assertRaisesRegex(ValueError, 'which is missing: install'):
         pretrained.find_weights('bundled', 'efficientnet_lite0')
 
 

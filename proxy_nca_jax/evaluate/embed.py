@@ -33,6 +33,9 @@ def make_embed_fn(
     method: of the model, such as 'features'; by default its embeddings.
   """
 
+  # Any model has `apply`; only one with other methods takes their name.
+  kwargs = {'method': method} if method else {}
+
   @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
   def forward(params, model_state, batch):
     batch = dict(batch)
@@ -41,7 +44,7 @@ def make_embed_fn(
       {'params': params, **model_state},
       batch.pop('image'),
       train=False,
-      method=method,
+      **kwargs,
     )
     return batch | {'embedding': embeddings}
 

