@@ -7,6 +7,7 @@ from typing import Any
 
 from proxy_nca_jax import evaluate
 from proxy_nca_jax.runtime import saved_json
+from proxy_nca_jax.runtime import processes
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 _DESCRIPTIONS = {
@@ -122,7 +123,8 @@ def _compare_with_baselines(results: Mapping) -> None:
     for baseline in _BASELINES
     if results.get(baseline, {}).get(name, -1) > value
   ]
-  if better:
+  # Processes other than the primary one log warnings, but no table.
+  if better and processes.is_primary():
     _logger.warning(
       'Training did not pay: %s is %.2f%% after it, but %s. Start from '
       'pretrained weights (config.model.init_from), lower the learning rates '
