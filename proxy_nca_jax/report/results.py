@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proxy_nca_jax import evaluate
-from proxy_nca_jax.runtime import saved_json
-from proxy_nca_jax.runtime import processes
+from proxy_nca_jax.runtime import processes, saved_json
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
 _DESCRIPTIONS = {
