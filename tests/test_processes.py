@@ -71,11 +71,12 @@ class RunTest(parameterized.TestCase):
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.one = str(cls.root / 'one')
     cls.two = str(cls.root / 'two')
-    started = (
-      _start(cls.one, 1, num_steps=32),
-      _start(cls.two, 2, **{'proxies.sharded': True}),
-    )
-    for codes, outputs in map(_finish, started):
+    # In turn: none of them waits long for another.
+    for workdir, number, fields in (
+      (cls.one, 1, {'num_steps': 32}),
+      (cls.two, 2, {'proxies.sharded': True}),
+    ):
+      codes, outputs = _finish(_start(workdir, number, **fields))
       assert set(codes) == {0}, outputs
     cls.outputs = outputs
 
