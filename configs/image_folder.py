@@ -6,7 +6,7 @@ python main.py --config=configs/image_folder.py --config.dataset.root=DIR \
 fine-tunes an EfficientNet-Lite0 that was trained on ImageNet and is installed
 with this package. Head and proxies start from the features of the train images
 and the whole network is trained at low learning rates. docs/photographs.md has
-the reasons for each number and what it reaches.
+the reasons for each number, and the scores.
 
 A colon and a name after the config's name choose another recipe:
 

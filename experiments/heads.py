@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from experiments import runs
-from proxy_nca_jax import evaluate, features, models, train, warm_start, weights
+from proxy_nca_jax import evaluate, models, train, warm_start, weights
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
@@ -42,16 +42,7 @@ def _extract(config, data) -> np.ndarray:
     class_sizes=data.train.class_sizes,
     mesh=mesh,
   )
-  if config.model.init_from:
-    state = weights.load(config, state, digest)
-  extract = features.make_extract(
-    config,
-    model,
-    state,
-    mesh,
-    records_digest=data.records_digest,
-    weights_digest=digest,
-  )
+  _, extract = train.load_backbone(config, model, state, data, digest, mesh)
   return extract(data.train)
 
 

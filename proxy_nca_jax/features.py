@@ -4,7 +4,7 @@ A backbone that is not trained gives the same features in every run. They are
 stored below `config.dataset.data_dir`, in one folder for each combination of
 records, weights and preprocessing. A file holds the features of a range of
 records and appears when it is complete, so that a run which is stopped keeps
-what it has computed.
+the features computed so far.
 """
 
 import dataclasses

@@ -136,17 +136,19 @@ def _make_evaluation(config, model, mesh) -> tuple[_Embed, _Score]:
   )
 
 
-def _initialize(
-  config,
+def load_backbone(
+  config: ml_collections.ConfigDict,
   model,
   state: state_lib.TrainState,
   data: datasets.Datasets,
   weights_digest: str | None,
   mesh: jax.sharding.Mesh,
 ) -> tuple[state_lib.TrainState, features.Extract]:
-  """Returns the state before step 1, and a function to extract features.
+  """Loads pretrained weights, if configured.
 
-  The features are those of the backbone before it is trained.
+  Returns:
+    The state with the weights, and a function from splits to the features of
+    the backbone as it is now.
   """
   if config.model.init_from:
     state = weights.load(config, state, weights_digest)
@@ -158,23 +160,28 @@ def _initialize(
     records_digest=data.records_digest,
     weights_digest=weights_digest,
   )
-  if warm_start.is_configured(config):
-    # Training images as the test images are: resized, not augmented.
-    train = dataclasses.replace(data.train, images=data.test.images)
-    state = warm_start.apply(
-      config,
-      model,
-      make_loss(config, train),
-      state,
-      extract(train),
-      train.labels,
-      mesh,
-    )
   return state, extract
 
 
+def _warm_start(config, model, state, data, extract: features.Extract, mesh):
+  """Returns the state before step 1."""
+  if not warm_start.is_configured(config):
+    return state
+  # Training images as the test images are: resized, not augmented.
+  train = dataclasses.replace(data.train, images=data.test.images)
+  return warm_start.apply(
+    config,
+    model,
+    make_loss(config, train),
+    state,
+    extract(train),
+    train.labels,
+    mesh,
+  )
+
+
 def _score_baselines(
-  config, state, test, extract: features.Extract, embed: _Embed, score: _Score
+  config, model, state, test, extract: features.Extract, score: _Score
 ) -> dict:
   """Scores the network before training, and raw pixels, if configured.
 
@@ -183,9 +190,11 @@ def _score_baselines(
   if not config.evaluation.baselines:
     return {}
   _logger.info('Scoring the network before training, and raw pixels')
-  baselines = {'untrained': score(embed(state, test), test)}
+  rows = extract(test)
+  embeddings = warm_start.project(model, state.params['head'], rows)
+  baselines = {'untrained': score(embeddings, test)}
   if config.model.init_from:
-    baselines['pretrained'] = score(extract(test), test)
+    baselines['pretrained'] = score(rows, test)
   pixels = input_pipeline.raw_pixels(test)
   return baselines | {'raw_pixels': score(pixels, test)}
 
@@ -363,7 +372,6 @@ def _start(
   weights_digest: str | None,
   mesh: jax.sharding.Mesh,
   *,
-  embed: _Embed,
   score: _Score,
   workdir: str,
 ) -> tuple[state_lib.TrainState, list[dict], dict]:
@@ -378,14 +386,15 @@ def _start(
   )
   extract = None
   if not (history and checkpoints.steps):
-    state, extract = _initialize(
+    state, extract = load_backbone(
       config, model, state, data, weights_digest, mesh
     )
+    state = _warm_start(config, model, state, data, extract, mesh)
   if history:
     baselines = _read_baselines(history)
   else:
     baselines = _score_baselines(
-      config, state, data.test, extract, embed, score
+      config, model, state, data.test, extract, score
     )
   if baselines:
     selection.check_select_by(config, baselines['untrained'])
@@ -477,7 +486,6 @@ def _train(
     checkpoints,
     weights_digest,
     mesh,
-    embed=embed,
     score=score,
     workdir=folder.path,
   )

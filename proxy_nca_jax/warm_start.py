@@ -1,10 +1,9 @@
 """Head and proxies from the features of the train images, before step 1.
 
-A head from random weights makes a pretrained network forget much of what it
-knows. Here the head starts as a projection that statistics of the features
-give, each proxy as the mean embedding of its class, and both may be trained for
-some steps while the backbone stays as it is, which needs no more than stored
-features: linear probing, then fine-tuning (Kumar et al., ICLR 2022,
+Fine-tuning with a random head destroys many of the pretrained features. Here
+the head is computed from the features, and each proxy is the mean embedding of
+its class. Both can then be trained on the stored features for some steps, with
+a frozen backbone: linear probing before fine-tuning (Kumar et al., ICLR 2022,
 https://arxiv.org/abs/2202.10054).
 """
 
@@ -68,10 +67,8 @@ def apply(
       seed=config.seed,
     )
     params['head'] = _put(params['head'] | head, params['head'])
-  project = jax.jit(functools.partial(_project, model))
   if config.proxies.init == 'class_means':
-    embeddings = project(params['head'], features)
-    proxies = class_means(np.asarray(embeddings), labels)
+    proxies = class_means(project(model, params['head'], features), labels)
     if config.proxies.sharded:
       proxies = jax.jit(functools.partial(mesh_lib.pad_rows, mesh=mesh))(
         proxies
@@ -208,7 +205,12 @@ def class_means(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
   return (means / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
-def _project(model, head: _Group, features: jax.Array) -> jax.Array:
+def project(model, head: _Group, features: np.ndarray) -> np.ndarray:
+  """Returns the embeddings of features, float32 [num_images, dim]."""
+  return np.asarray(jax.jit(functools.partial(_project, model))(head, features))
+
+
+def _project(model, head, features):
   return model.apply({'params': {'head': head}}, features, method='project')
 
 
@@ -229,33 +231,37 @@ def _train(config, model, loss, state, params, features, labels) -> dict:
     for group in optimizer_lib.GROUPS:
       config.optimizer[group].freeze_steps = 0
   optimizer = optimizer_lib.make_optimizer(config)
-  features, labels = jnp.asarray(features), jnp.asarray(labels)
   num_rows = min(config.batch_size, len(labels))
 
-  def mean_loss(trained, rows):
+  def mean_loss(trained, features, labels):
     proxies = {'proxies': trained['proxies']} if loss.proxies else {}
     values = loss.fn(
-      embeddings=_project(model, trained['head'], features[rows]),
-      labels=labels[rows],
+      embeddings=_project(model, trained['head'], features),
+      labels=labels,
       **proxies,
       **state.loss_state,
     )
     return jnp.mean(values)
 
-  def step(carry, key):
+  def step(features, labels, carry, key):
     params, opt_state = carry
     rows = jax.random.choice(key, len(labels), (num_rows,), replace=False)
-    gradients = jax.grad(mean_loss)(params, rows)
+    gradients = jax.grad(mean_loss)(params, features[rows], labels[rows])
     updates, opt_state = optimizer.update(gradients, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), None
 
   @jax.jit
-  def train(trained):
+  def train(trained, features, labels):
     params = {'backbone': {}, **trained}
     keys = jax.random.split(
       jax.random.fold_in(jax.random.key(config.seed), 1), config.head_steps
     )
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+    (params, _), _ = jax.lax.scan(
+      functools.partial(step, features, labels),
+      (params, optimizer.init(params)),
+      keys,
+    )
     return {name: params[name] for name in trained}
 
-  return train({name: params[name] for name in ('head', 'proxies')})
+  trained = {name: params[name] for name in ('head', 'proxies')}
+  return train(trained, features, labels)

@@ -1,4 +1,4 @@
-"""Weights and pictures that a name and a shape determine, on any machine.
+"""Weights and images that a name and a shape determine, on any machine.
 
 The tests give them to our networks, `benchmarks/parity.py originals` gave them
 to the torch originals and stored what came out.

@@ -26,8 +26,8 @@ from proxy_nca_jax import (
 from proxy_nca_jax.configs import default, image_folder
 
 
-def _write_pictures(root: pathlib.Path) -> list[pathlib.Path]:
-  """Eight classes of four pictures of several sizes."""
+def _write_images(root: pathlib.Path) -> list[pathlib.Path]:
+  """Eight classes of four images of several sizes."""
   rng = np.random.default_rng(0)
   paths = []
   for label in range(8):
@@ -48,7 +48,7 @@ class InferenceTest(parameterized.TestCase):
     cls.enterClassContext(one_convolution.replaced())
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
-    cls.paths = _write_pictures(cls.root / 'pictures')
+    cls.paths = _write_images(cls.root / 'pixels')
     cls.config = image_folder.get_config('scratch')
     cls.config.update_from_flattened_dict(
       {
@@ -56,7 +56,7 @@ class InferenceTest(parameterized.TestCase):
         'batch_size': 8,
         'save_every': 2,
         'eval_every': 2,
-        'dataset.root': str(cls.root / 'pictures'),
+        'dataset.root': str(cls.root / 'pixels'),
         'dataset.validation': '2/2',
         'evaluation.baselines': False,
         'report': False,
@@ -77,7 +77,7 @@ class InferenceTest(parameterized.TestCase):
     test = datasets.load(self.config).test
     records = [test[i] for i in range(len(test))]
     embeddings = self.embedder(
-      [self.root / 'pictures' / record['name'] for record in records]
+      [self.root / 'pixels' / record['name'] for record in records]
     )
     scores = evaluate.score(embeddings, test.labels, kmeans_iterations=0)
     # The state that the validation classes selected.
@@ -85,7 +85,7 @@ class InferenceTest(parameterized.TestCase):
     for name in ('recall@1', 'recall@4', 'map@r', 'mrr'):
       self.assertAlmostEqual(scores[name], expected[name])
 
-  def test_every_kind_of_picture_is_embedded_alike(self):
+  def test_every_kind_of_image_is_embedded_alike(self):
     path = self.paths[1]
     image = Image.open(path)
     embeddings = self.embedder(
@@ -96,7 +96,7 @@ class InferenceTest(parameterized.TestCase):
     np.testing.assert_array_equal(embeddings, np.tile(embeddings[0], (5, 1)))
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-6)
 
-  def test_gray_arrays_and_turned_pictures_are_seen_as_they_look(self):
+  def test_gray_arrays_and_turned_images_are_seen_as_they_look(self):
     gray = np.asarray(Image.open(self.paths[0]).convert('L'))
     buffer = io.BytesIO()
     exif = Image.Exif()
@@ -105,7 +105,7 @@ class InferenceTest(parameterized.TestCase):
     plain, turned = self.embedder([gray, buffer.getvalue()])
     np.testing.assert_array_equal(plain, turned)
 
-  def test_the_number_of_pictures_does_not_matter(self):
+  def test_the_number_of_images_does_not_matter(self):
     together = self.embedder(self.paths * 3)  # Of 96, three batches.
     self.assertLen(together, 96)
     few = self.embedder(iter(self.paths[:3]))
@@ -115,7 +115,7 @@ class InferenceTest(parameterized.TestCase):
   def test_what_cannot_be_read_is_named(self):
     broken = self.root / 'broken.png'
     broken.write_bytes(self.paths[0].read_bytes()[:60])
-    for picture, message in (
+    for image, message in (
       (broken, f'Image .{broken}. cannot be read: '),
       ('/nowhere.png', 'Image ./nowhere.png. cannot be read: .*No such file'),
       (b'text', 'Image number 1 cannot be read: not an image'),
@@ -123,7 +123,7 @@ class InferenceTest(parameterized.TestCase):
       (np.zeros((4, 4, 4), np.uint8), r'uint8 \(4, 4, 4\)'),
     ):
       with self.assertRaisesRegex(ValueError, message):
-        self.embedder([self.paths[0], picture])
+        self.embedder([self.paths[0], image])
     with self.assertRaisesRegex(ValueError, 'Give a list'):
       self.embedder(str(self.paths[0]))
 
@@ -139,7 +139,7 @@ class InferenceTest(parameterized.TestCase):
       np.testing.assert_array_equal, loaded.params, self.embedder.params
     )
     with self.assertRaisesRegex(ValueError, 'holds other files'):
-      self.embedder.save(self.root / 'pictures')
+      self.embedder.save(self.root / 'pixels')
 
   def test_a_changed_byte_is_noticed(self):
     folder = self.root / 'changed'
@@ -155,14 +155,14 @@ class InferenceTest(parameterized.TestCase):
     exported = self.root / 'network.stablehlo'
     exported.write_bytes(self.embedder.export())
     for number, shape in enumerate(((3, 16, 16, 3), (7, 18, 25, 3))):
-      pictures = np.random.default_rng(number).integers(0, 256, shape, np.uint8)
-      np.save(self.root / 'pictures.npy', pictures)
+      pixels = np.random.default_rng(number).integers(0, 256, shape, np.uint8)
+      np.save(self.root / 'pixels.npy', pixels)
       program = (
         'import sys, numpy as np\n'
         'from jax import export\n'
         'data = open("network.stablehlo", "rb").read()\n'
         'network = export.deserialize(bytearray(data))\n'
-        'embeddings = network.call(np.load("pictures.npy"))\n'
+        'embeddings = network.call(np.load("pixels.npy"))\n'
         'np.save("embeddings.npy", embeddings)\n'
         'assert "proxy_nca_jax" not in sys.modules\n'
         'assert "flax" not in sys.modules\n'
@@ -170,7 +170,7 @@ class InferenceTest(parameterized.TestCase):
       subprocess.run(
         [sys.executable, '-I', '-c', program], cwd=self.root, check=True
       )
-      cropped = [images.center_crop(x, 16) for x in pictures]
+      cropped = [images.center_crop(x, 16) for x in pixels]
       np.testing.assert_allclose(
         np.load(self.root / 'embeddings.npy'),
         self.embedder.embed(np.stack(cropped)),

@@ -48,7 +48,7 @@ def _source(size=12):
   return records
 
 
-def _picture(source, row):
+def _image(source, row):
   return np.asarray(images.decode(source[row]['image']))
 
 
@@ -56,7 +56,7 @@ def _split(**kwargs):
   source = _source(**kwargs)
   return datasets.Split(
     source=source,
-    images=functools.partial(_picture, source),
+    images=functools.partial(_image, source),
     rows=np.arange(_NUM_RECORDS),
     labels=np.arange(_NUM_RECORDS, dtype=np.int32) // 2,
     class_names=tuple('abcdefg'),
@@ -307,7 +307,7 @@ class AugmentationTest(absltest.TestCase):
     batches.close()
     self.assertLen(seen, 9)
 
-  def test_a_crop_beyond_the_picture_is_an_error(self):
+  def test_a_crop_beyond_the_image_is_an_error(self):
     split = _split()
     with self.assertRaisesRegex(ValueError, r'image_size \(13\).*12'):
       input_pipeline.check_splits(_config(image_size=13), split, split)

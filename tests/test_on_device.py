@@ -17,7 +17,7 @@ from proxy_nca_jax.input_pipeline import on_device
 
 
 def make_split(num_records=13, height=12, width=10):
-  """Pictures of noise, two of a class."""
+  """Images of noise, two of a class."""
   rng = np.random.default_rng(0)
   pixels = rng.integers(1, 256, (num_records, height, width, 3), dtype=np.uint8)
   labels = np.arange(num_records, dtype=np.int32) // 2
@@ -112,16 +112,16 @@ class DeviceDataTest(parameterized.TestCase):
 
   def test_a_device_holds_its_part_and_never_more(self):
     split, mesh = make_split(num_records=1999), mesh_lib.make_mesh()
-    pictures = on_device.put_images(split, mesh)
+    stored = on_device.put_images(split, mesh)
     size = 12 * 10 * 3
-    self.assertEqual(pictures.shape, (2000, size))
-    for shard in pictures.addressable_shards:
+    self.assertEqual(stored.shape, (2000, size))
+    for shard in stored.addressable_shards:
       self.assertEqual(shard.data.shape, (250, size))
     (places,) = take(split, make_config(), 1, on_device=True)
     places = mesh_lib.shard_batch(places, mesh)
     cut = on_device.make_cut(mesh, height=12, width=10, image_size=8, padding=0)
     place = {name: places[name] for name in ('top', 'left', 'flip', 'id')}
-    compiled = cut.lower(pictures, place).compile()
+    compiled = cut.lower(stored, place).compile()
     memory = compiled.memory_analysis()
     # A device is given its part, and works in less than a tenth of the whole.
     self.assertLess(memory.argument_size_in_bytes, 251 * size)
@@ -177,7 +177,7 @@ def read(row):
   return split.images(row)
 
 prepare = here.make_prepare(dataclasses.replace(split, images=read), config)
-# 13 pictures on 4 devices: 4 on each. The first tells the size.
+# 13 stored on 4 devices: 4 on each. The first tells the size.
 assert reads == {0} | set(range(13)[8 * process[0] :][:8]), reads
 take = lambda on_device: here.take(
   split, config, 4, on_device=on_device, process=process

@@ -24,7 +24,7 @@ class _Killed(Exception):
 
 
 class RunTest(absltest.TestCase):
-  """Whole runs, on pictures of eight classes."""
+  """Whole runs, on images of eight classes."""
 
   @classmethod
   def setUpClass(cls):
@@ -33,7 +33,7 @@ class RunTest(absltest.TestCase):
     cls.root = pathlib.Path(cls.enter_context(tempfile.TemporaryDirectory()))
     rng = np.random.default_rng(0)
     for name in 'abcdefgh':
-      folder = cls.root / 'pictures' / name
+      folder = cls.root / 'images' / name
       folder.mkdir(parents=True)
       pattern = rng.integers(0, 200, (16, 16, 3))
       for number in range(6):
@@ -46,7 +46,7 @@ class RunTest(absltest.TestCase):
     config = image_folder.get_config('scratch')
     config.update_from_flattened_dict(
       {
-        'dataset.root': str(self.root / 'pictures'),
+        'dataset.root': str(self.root / 'images'),
         'dataset.data_dir': str(self.root / 'data'),
         'dataset.resize': 16,
         'dataset.image_size': 16,

@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 def _is_scores(value: Any) -> bool:
   """Whether a value holds scores, counts, and perhaps their intervals."""
-  if not isinstance(value, dict):
+  if not isinstance(value, dict) or not value:
     return False
   scores = {name: each for name, each in value.items() if name != 'intervals'}
   intervals = value.get('intervals', {})
@@ -114,13 +114,12 @@ def log_table(results: Mapping) -> None:
 
 def _compare_with_baselines(results: Mapping) -> None:
   """Warns of baselines that are better than the trained network."""
-  title = 'selected' if 'selected' in results else 'trained'
-  name = next(iter(results[title]))
-  value = results[title][name]
+  scores = results.get('selected') or results['trained']
+  name = next(iter(scores))
   better = [
     f'{100 * results[baseline][name]:.2f}% from {_DESCRIPTIONS[baseline]}'
     for baseline in _BASELINES
-    if results.get(baseline, {}).get(name, -1) > value
+    if (results.get(baseline) or {}).get(name, -1) > scores[name]
   ]
   # Processes other than the primary one log warnings, but no table.
   if better and processes.is_primary():
@@ -130,6 +129,6 @@ def _compare_with_baselines(results: Mapping) -> None:
       'or the number of steps, add images, or let validation classes select '
       'the step (config.dataset.validation).',
       name,
-      100 * value,
+      100 * scores[name],
       ' and '.join(better),
     )

@@ -66,7 +66,7 @@ def read(path: str, fields: Mapping[str, Kind] | None = None) -> dict | None:
 
   Args:
     path: the file.
-    fields: {'group.field': what it must hold}, groups before their fields.
+    fields: {'group.field': its kind}, groups before their fields.
 
   Raises:
     ValueError: if the file is damaged, or a field is missing or wrong; names
