@@ -135,6 +135,8 @@ def create(
 ) -> TrainState:
   """Initializes everything from `config.seed`, on the devices of a mesh.
 
+  A backbone that gets pretrained weights (`config.model.init_from`) is 0.
+
   Arrays are replicated. With `config.proxies.sharded` the rows of the proxies,
   and of their optimizer state, are divided among the devices, with rows of 0 as
   padding.
@@ -153,6 +155,9 @@ def _make_init(config, model, optimizer, class_sizes, mesh):
     images = jnp.zeros((1, size, size, 3), jnp.uint8)
     variables = model.init(model_key, images, train=False)
     params = variables.pop('params')
+    if config.model.init_from:
+      # Random weights would be replaced, after seconds to compile them.
+      params['backbone'] = jax.tree.map(jnp.zeros_like, params['backbone'])
     loss_state = create_loss_arrays(config, loss_keys, class_sizes=class_sizes)
     params['proxies'] = loss_state.pop('proxies', {})
     if config.proxies.sharded:

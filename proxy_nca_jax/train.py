@@ -180,6 +180,13 @@ def _warm_start(config, model, state, data, extract: features.Extract, mesh):
   )
 
 
+def _embed_features(
+  model, extract: features.Extract, state, split: datasets.Split
+) -> np.ndarray:
+  """Embeds a split by its features; the state must have their backbone."""
+  return warm_start.project(model, state.params['head'], extract(split))
+
+
 def _score_baselines(
   config, model, state, test, extract: features.Extract, score: _Score
 ) -> dict:
@@ -374,12 +381,13 @@ def _start(
   *,
   score: _Score,
   workdir: str,
-) -> tuple[state_lib.TrainState, list[dict], dict]:
+) -> tuple[state_lib.TrainState, list[dict], dict, features.Extract | None]:
   """Restores the newest checkpoint, or initializes and scores the baselines.
 
   Returns:
-    The state to train from; the rows of the metrics up to its step; and the
-    scores of the baselines, to be recorded if there are no rows.
+    The state to train from; the rows of the metrics up to its step; the scores
+    of the baselines, to be recorded if there are no rows; and the features of
+    the initial backbone, if the state has it.
   """
   history = processes.run_on_primary(
     lambda: metric_writer.read_metrics(workdir)
@@ -402,7 +410,8 @@ def _start(
   step = int(state.step)
   if step:
     _logger.info('Resuming after step %d', step)
-  return state, [row for row in history if row['step'] <= step], baselines
+  history = [row for row in history if row['step'] <= step]
+  return state, history, baselines, None if step else extract
 
 
 def _score_last(
@@ -478,7 +487,7 @@ def _train(
   selected = state_lib.Checkpoints(folder.path, keep=2, folder='selected')
   stack.callback(selected.close)
   prepare = make_prepare(config, data.train, mesh)
-  state, history, baselines = _start(
+  state, history, baselines, extract = _start(
     config,
     model,
     state,
@@ -489,6 +498,9 @@ def _train(
     score=score,
     workdir=folder.path,
   )
+  if extract and not config.num_steps:
+    # The backbone is not trained: its features are stored.
+    embed = functools.partial(_embed_features, model, extract)
   first_step = int(state.step)
   writer = metric_writer.MetricWriter(folder.path, first_step=first_step)
   stack.callback(writer.close)
