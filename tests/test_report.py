@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 from proxy_nca_jax import datasets, report
 from proxy_nca_jax.report import __main__ as comparison
 from proxy_nca_jax.report import charts
+from proxy_nca_jax.report import results as results_lib
 from proxy_nca_jax.report import run as report_of_run
 
 _CHROMIUM = shutil.which('chromium')
@@ -185,6 +186,33 @@ class ReportTest(parameterized.TestCase):
     page = _write(path, _embedded(), results=results)
     self.assertIn('test classes, of which training saw 3', page)
     self.assertNotIn('not seen in training', page)
+
+  def test_pretrained_features_have_no_head(self):
+    results = _RESULTS | {'pretrained': _SCORES}
+    path = self.create_tempfile().full_path
+    page = _write(path, _embedded(), results=results)
+    self.assertRegex(page, 'this run, pretrained<.*>resnet50, without a head<')
+
+
+class TableTest(absltest.TestCase):
+  def _log(self, **scores):
+    with self.assertLogs('proxy_nca_jax', 'INFO') as logs:
+      results_lib.log_table(_RESULTS | scores)
+    return '\n'.join(logs.output)
+
+  def test_a_baseline_above_the_trained_network_is_named(self):
+    better = _SCORES | {'recall@1': 0.625}
+    log = self._log(pretrained=better)
+    self.assertIn('recall@1 is 50.00% after it, but 62.50% from the pre', log)
+    self.assertNotIn('raw pixels.', log)
+
+  def test_no_baseline_above_it_is_no_warning(self):
+    self.assertNotIn('did not pay', self._log(pretrained=_SCORES))
+    self.assertNotIn('did not pay', self._log(pretrained=None))
+
+  def test_the_selected_network_is_the_one_compared(self):
+    log = self._log(selected=_SCORES | {'recall@1': 0.15})
+    self.assertIn('15.00% after it, but 20.00% from raw pixels', log)
 
 
 class CompareTest(absltest.TestCase):

@@ -16,7 +16,7 @@ _DESCRIPTIONS = {
 }
 _BASELINES = tuple(_DESCRIPTIONS)
 # The columns of the table, in this order.
-_COLUMNS = ('selected', 'trained', 'seen_classes', *_BASELINES)
+COLUMNS = ('selected', 'trained', 'seen_classes', *_BASELINES)
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ _FIELDS = {
   'dataset.shared_classes': saved_json.optional(saved_json.COUNT),
   'dataset.test': saved_json.OBJECT,
   'dataset.test.classes': saved_json.COUNT,
-  **{name: saved_json.optional(_SCORES) for name in _COLUMNS},
+  **{name: saved_json.optional(_SCORES) for name in COLUMNS},
   'trained': _SCORES,
 }
 
@@ -92,7 +92,7 @@ def log_step(
 
 def log_table(results: Mapping) -> None:
   """Logs the scores in percent, a column for each network or baseline."""
-  rows = {title: results[title] for title in _COLUMNS if results.get(title)}
+  rows = {title: results[title] for title in COLUMNS if results.get(title)}
   num_shared = results.get('dataset', {}).get('shared_classes') or 0
   _logger.info(
     'Scores on %s, percent:',

@@ -13,6 +13,7 @@ from PIL import Image
 from proxy_nca_jax import datasets, distances, retrieval
 from proxy_nca_jax.evaluate import scores as scores_lib
 from proxy_nca_jax.report import charts, literature, pages
+from proxy_nca_jax.report import results as results_lib
 from proxy_nca_jax.runtime import files
 
 # How many items of each kind the report shows.
@@ -140,24 +141,15 @@ def _find_neighbors(test: Embedded) -> _Neighbors:
 
 def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
   """Returns a table of the run's scores, followed by published ones."""
-  network = f'{config["model"]["name"]}, {config["model"]["embedding_dim"]}'
-  titles = [
-    title
-    for title in (
-      'selected',
-      'trained',
-      'seen_classes',
-      'untrained',
-      'pretrained',
-      'raw_pixels',
-    )
-    if title in results
-  ]
+  name = config['model']['name']
+  network = f'{name}, {config["model"]["embedding_dim"]}'
+  networks = {'pretrained': f'{name}, without a head', 'raw_pixels': ''}
+  titles = [title for title in results_lib.COLUMNS if title in results]
   names = scores_lib.score_names(results['trained'])
   ours = [
     [
       f'this run, {title.replace("_", " ")}',
-      '' if title == 'raw_pixels' else network,
+      networks.get(title, network),
       *map(results[title].get, names),
       'measured here',
     ]
