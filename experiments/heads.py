@@ -5,8 +5,10 @@ python experiments/heads.py --config=configs/image_folder.py:frozen \
 
 A head is made from the features of half of the classes and scored on the other
 half, for --num_seeds random halves, and for fewer classes and fewer images of
-each. Test classes are not used: the scores may choose a head. Prints Recall@1
-and MAP@R in percent, the mean over the halves, and writes WORKDIR/heads.csv.
+each. Test classes are not used: the scores may choose a head. 'lda, random' has
+random directions in place of those of the pretraining's classifier. Prints
+Recall@1 and MAP@R in percent, the mean over the halves, and writes
+WORKDIR/heads.csv.
 """
 
 import csv
@@ -27,7 +29,7 @@ from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.runtime import files
 
-_SHRINKAGES = (0.9, 0.8, 0.6, 0.3)
+_SHRINKAGES = (0.9, 0.8, 0.7, 0.6, 0.3)
 _CLASSES, _IMAGES = (10, 20, 40), (5, 10, 16)
 
 
@@ -46,8 +48,13 @@ def _extract(config, data) -> np.ndarray:
   return extract(data.train)
 
 
-def _heads(dim: int) -> dict[str, Callable]:
-  """Returns {title: function from features and labels to a projection}."""
+def _heads(dim: int, classifier: np.ndarray | None) -> dict[str, Callable]:
+  """Returns {title: function from features and labels to a projection}.
+
+  Args:
+    dim: dimension of the embeddings.
+    classifier: as of `warm_start.make_head`.
+  """
 
   def make(**kwargs):
     def fit(rows, labels):
@@ -61,8 +68,12 @@ def _heads(dim: int) -> dict[str, Callable]:
   return {
     'features': lambda rows, labels: lambda new: new,
     'centered': lambda rows, labels: lambda new: new - rows.mean(axis=0),
-    'pca': make(init='pca'),
-    **{f'lda {a}': make(init='lda', shrinkage=a) for a in _SHRINKAGES},
+    'pca': make(init='pca', classifier=classifier),
+    **{
+      f'lda {a}': make(init='lda', classifier=classifier, shrinkage=a)
+      for a in _SHRINKAGES
+    },
+    'lda, random': make(init='lda'),
   }
 
 
@@ -76,6 +87,7 @@ def _choose(labels, classes, num_images: int) -> np.ndarray:
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   data = train.load_data(config)
   rows, labels = _extract(config, data), data.train.labels
+  heads = _heads(config.model.embedding_dim, weights.classifier(config))
   os.makedirs(workdir, exist_ok=True)
   table = []
   for num_classes in (n for n in _CLASSES if n <= data.train.num_classes):
@@ -87,7 +99,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
         halves = np.split(classes, [num_classes // 2])
         known, new = (_choose(labels, half, num_images) for half in halves)
         _, known_labels = np.unique(labels[known], return_inverse=True)
-        for title, fit in _heads(config.model.embedding_dim).items():
+        for title, fit in heads.items():
           result = evaluate.score(
             fit(rows[known], known_labels)(rows[new]),
             labels[new],
@@ -100,7 +112,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
         recall, precision = 100 * np.mean(values, axis=0)
         table.append((num_classes, num_images, title, recall, precision))
         print(
-          f'{num_classes:3} classes of {num_images:2}  {title:10}'
+          f'{num_classes:3} classes of {num_images:2}  {title:12}'
           f'{recall:7.1f}{precision:7.1f}',
           flush=True,
         )

@@ -177,6 +177,7 @@ def _warm_start(config, model, state, data, extract: features.Extract, mesh):
     extract(train),
     train.labels,
     mesh,
+    classifier=weights.classifier(config),
   )
 
 

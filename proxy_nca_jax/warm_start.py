@@ -23,7 +23,7 @@ from proxy_nca_jax import state as state_lib
 
 # Fraction of the covariance within classes that is replaced by its mean
 # variance; experiments/heads.py compares others.
-SHRINKAGE = 0.6
+SHRINKAGE = 0.7
 
 _Group = dict[str, jax.Array]
 
@@ -45,6 +45,8 @@ def apply(
   features: np.ndarray,
   labels: np.ndarray,
   mesh: jax.sharding.Mesh,
+  *,
+  classifier: np.ndarray | None = None,
 ) -> state_lib.TrainState:
   """Returns the state with head and proxies made from features.
 
@@ -56,6 +58,7 @@ def apply(
     features: float32 [num_images, width], of the train images.
     labels: int32 [num_images].
     mesh: the devices.
+    classifier: of the pretrained weights, as of `make_head`.
   """
   params = dict(state.params)
   if config.model.head_init != 'random':
@@ -64,6 +67,7 @@ def apply(
       labels,
       config.model.embedding_dim,
       init=config.model.head_init,
+      classifier=classifier,
       seed=config.seed,
     )
     params['head'] = _put(params['head'] | head, params['head'])
@@ -88,6 +92,7 @@ def make_head(
   dim: int,
   *,
   init: str,
+  classifier: np.ndarray | None = None,
   seed: int,
   shrinkage: float = SHRINKAGE,
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -98,12 +103,19 @@ def make_head(
   images of one class differ: the regularized discriminant analysis of Friedman
   (1989), as a projection.
 
+  Few images span fewer than `dim` dimensions. The others keep what these images
+  do not show and new classes may need: first the principal components of a
+  classifier's weights, in which the classes of pretraining differ, then random
+  directions.
+
   Args:
     features: float32 [num_images, width].
     labels: int32 [num_images], in [0, num_classes).
     dim: dimension of the embeddings.
     init: 'pca' or 'lda'.
-    seed: of directions that the features do not determine.
+    classifier: float [num_pretraining_classes, width], the weights of the
+      classifier that the backbone was trained with; None if there is none.
+    seed: of the random directions.
     shrinkage: for 'lda', the fraction of the covariance within classes that is
       replaced by its mean variance, in (0, 1].
 
@@ -113,14 +125,20 @@ def make_head(
   features = features.astype(np.float64)
   mean = features.mean(axis=0)
   centered = features - mean
+  width = len(mean)
+  others = [np.random.default_rng(seed).normal(size=(width, width))]
+  if classifier is not None:
+    others.insert(0, classifier - classifier.mean(axis=0))
   if init == 'pca':
-    kernel = _orthonormal_columns([centered], dim, seed=seed)
+    kernel = _orthonormal_columns([centered, *others], dim)
   else:
     # Directions between the classes first, then those within.
     whitening = _within_class_whitening(features, labels, shrinkage)
-    whitened = centered @ whitening
-    means = _class_means(whitened, labels)[labels]
-    kernel = whitening @ _orthonormal_columns([means, whitened], dim, seed=seed)
+    means = (_class_means(features, labels) - mean)[labels]
+    rows = (means, centered, *others)
+    kernel = whitening @ _orthonormal_columns(
+      [x @ whitening for x in rows], dim
+    )
   # Unit norm on average, as that of principal components.
   kernel /= np.mean(np.linalg.norm(kernel, axis=0))
   # Outputs beyond the width of the features are 0.
@@ -151,26 +169,20 @@ def _within_class_whitening(
 
 
 def _orthonormal_columns(
-  matrices: Sequence[np.ndarray], dim: int, *, seed: int
+  matrices: Sequence[np.ndarray], dim: int
 ) -> np.ndarray:
   """Returns the principal components of matrices, those of the first one first.
-
-  Few images span fewer than `dim` dimensions. Random directions orthogonal to
-  all components follow, which keep what the train images do not show and new
-  classes may need.
 
   Args:
     matrices: float64 [num_rows, width], with rows around 0.
     dim: number of components.
-    seed: of the random directions.
 
   Returns:
     float64 [width, min(dim, width)], orthonormal.
   """
   width = matrices[0].shape[1]
-  random = np.random.default_rng(seed).normal(size=(width, width))
   columns = np.zeros((width, 0))
-  for matrix in (*matrices, random):
+  for matrix in matrices:
     if columns.shape[1] == min(dim, width):
       break
     rest = matrix - (matrix @ columns) @ columns.T

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 
 import ml_collections
+import numpy as np
 
 from proxy_nca_jax import models
 from proxy_nca_jax import state as state_lib
@@ -60,3 +61,18 @@ def load(
   )
   _logger.info('Starting from the weights of %s', path)
   return dataclasses.replace(state, params=params, model_state=model_state)
+
+
+def classifier(config: ml_collections.ConfigDict) -> np.ndarray | None:
+  """Returns the classifier of the pretrained weights, if they have one.
+
+  Args:
+    config: the run's config.
+
+  Returns:
+    float32 [num_classes, width of the features].
+  """
+  if not config.model.init_from:
+    return None
+  path = models.find_weights(config.model.init_from, config.model.name)
+  return models.read_classifier(path, config.model.name)

@@ -2,7 +2,12 @@
 
 from proxy_nca_jax.models.backbones import BACKBONES
 from proxy_nca_jax.models.embedding import POOLINGS, create_model, normalize
-from proxy_nca_jax.models.pretrained import BUNDLED, find_weights, load_weights
+from proxy_nca_jax.models.pretrained import (
+  BUNDLED,
+  find_weights,
+  load_weights,
+  read_classifier,
+)
 
 __all__ = [
   'BACKBONES',
@@ -12,4 +17,5 @@ __all__ = [
   'find_weights',
   'load_weights',
   'normalize',
+  'read_classifier',
 ]

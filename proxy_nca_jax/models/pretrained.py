@@ -106,6 +106,25 @@ def load_weights(
   return params | {'backbone': filled['params']}, model_state
 
 
+def read_classifier(path: str, name: str) -> np.ndarray | None:
+  """Reads the classifier that a backbone was trained with.
+
+  Args:
+    path: of the file, as of `load_weights`, which ignores the classifier.
+    name: of the backbone.
+
+  Returns:
+    float32 [num_classes, width]; None if the file has none.
+  """
+  tensors, backbone = read_weights(path), BACKBONES[name]
+  if backbone.rename:
+    tensors = backbone.rename(tensors)
+  for key in backbone.unused:
+    if key.endswith('.weight') and np.ndim(tensors.get(key)) == 2:
+      return np.asarray(tensors[key], np.float32)
+  return None
+
+
 def find_weights(init_from: str, name: str) -> str:
   """Returns the path of a weights file, downloading it if necessary.
 
