@@ -116,6 +116,7 @@ def make_state(model, optimizer, size, *, num_proxies, dim):
       params=params,
       loss_state={},
       model_state=variables,
+      averages={},
       skipped_steps=jnp.int32(0),
       skipped_in_row=jnp.int32(0),
       opt_state=optimizer.init(params),

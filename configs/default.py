@@ -137,6 +137,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.batch_norm_momentum = 0.9
   # Freeze batch norm for the first steps; -1 freezes it for all.
   config.model.freeze_batch_norm_steps = 0
+  # Freeze the first layers of the backbone: 1 is its stem or patch embedding, 2
+  # also its first stage or block, and so on.
+  config.model.freeze_layers = 0
+  # Freeze the backbone and add products of matrices of this rank to the kernels
+  # of dense layers of a transformer (LoRA); 0 trains the backbone itself.
+  config.model.lora_rank = 0
+  # Which: attn.qkv, attn.proj, mlp.fc1 and mlp.fc2.
+  config.model.lora_layers = ('attn.qkv', 'attn.proj')
   # Compute dtype of the backbone: float32 or bfloat16.
   config.model.dtype = 'float32'
   # Recompute each block in the backward pass, to save memory.
@@ -188,6 +196,12 @@ def get_config() -> ml_collections.ConfigDict:
   # consecutive validation scores fail to improve on the best; 1 disables.
   config.optimizer.plateau_factor = 1.0
   config.optimizer.plateau_patience = 4  # ProxyNCA++'s, with a factor of 0.1.
+  # Multiply the learning rate of each layer of the backbone by this factor once
+  # for each layer that follows it; 1 gives all layers the same.
+  config.optimizer.layer_decay = 1.0
+  # Evaluate an exponential moving average of the weights, of which each step
+  # keeps this fraction; 0 evaluates the weights themselves.
+  config.optimizer.ema_decay = 0.0
   for group in ('backbone', 'head', 'proxies'):
     config.optimizer[group] = ml_collections.ConfigDict(
       dict(

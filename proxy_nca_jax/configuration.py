@@ -277,6 +277,9 @@ FIELDS = {
   'model.embedding_stddev': _real(0, 100),
   'model.batch_norm_momentum': _FRACTION,
   'model.freeze_batch_norm_steps': _count(-1),
+  'model.freeze_layers': _count(0, 1024),
+  'model.lora_rank': _count(0, 1024),
+  'model.lora_layers': Sequence(_TEXT),
   'model.dtype': Choice(('float32', 'bfloat16')),
   'model.remat': _BOOL,
   'loss.name': Choice(losses.LOSSES),
@@ -292,6 +295,8 @@ FIELDS = {
   'optimizer.eps': _real(0, 10, '(]'),
   'optimizer.momentum': _FRACTION,
   'optimizer.rms_decay': _FRACTION,
+  'optimizer.layer_decay': _real(0, 1, '(]'),
+  'optimizer.ema_decay': _real(0, 1, '[)'),
   'optimizer.clip_norm': _real(0, 1e9),
   'optimizer.decay_vectors': _BOOL,
   'optimizer.on_nonfinite': Choice(('stop', 'skip')),
@@ -476,6 +481,41 @@ def _check_model(config) -> Iterator[str]:
       f'{fields.name} has no batch statistics to freeze '
       '(config.model.freeze_batch_norm_steps): set it to 0.'
     )
+  num_layers = len(backbone.layers)
+  if fields.freeze_layers >= num_layers:
+    yield (
+      f'config.model.freeze_layers ({fields.freeze_layers}) must be below '
+      f'{num_layers}, the number of layers of {fields.name}.'
+    )
+  is_trained = fields.freeze_batch_norm_steps >= 0
+  if fields.freeze_layers and backbone.has_batch_norm and is_trained:
+    yield (
+      'Batch statistics would change in the layers that '
+      'config.model.freeze_layers freezes: set '
+      'config.model.freeze_batch_norm_steps to -1.'
+    )
+  yield from _check_lora(fields, backbone)
+
+
+def _check_lora(fields, backbone) -> Iterator[str]:
+  if not fields.lora_rank:
+    return
+  if fields.freeze_layers:
+    yield (
+      'config.model.lora_rank freezes the whole backbone: set '
+      'config.model.freeze_layers to 0.'
+    )
+  names = set(fields.lora_layers)
+  if not backbone.dense:
+    yield (
+      f'{fields.name} is no transformer: config.model.lora_rank is for '
+      f'{", ".join(n for n, b in models.BACKBONES.items() if b.dense)}.'
+    )
+  elif not names or names - set(backbone.dense):
+    yield (
+      f'config.model.lora_layers {tuple(fields.lora_layers)} must name some of '
+      f'{", ".join(backbone.dense)}.'
+    )
 
 
 def _check_loss(config) -> Iterator[str]:
@@ -544,7 +584,9 @@ def _check_schedules(config) -> Iterator[str]:
   for group in optimizer_lib.GROUPS:
     fields = config.optimizer[group]
     first = fields.freeze_steps + fields.warmup_steps
-    if fields.schedule == 'cosine' and first >= config.num_steps:
+    # With num_epochs a run of few images may end within its warm-up.
+    is_short = first >= config.num_steps and not config.num_epochs
+    if fields.schedule == 'cosine' and is_short:
       yield (
         f'config.optimizer.{group}: freeze_steps + warmup_steps ({first}) must '
         f'be below config.num_steps ({config.num_steps}), so that the cosine '

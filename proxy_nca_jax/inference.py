@@ -18,7 +18,7 @@ from jax import export as jax_export
 from PIL import Image
 from safetensors import numpy as safetensors
 
-from proxy_nca_jax import configuration, losses, models
+from proxy_nca_jax import configuration, fine_tuning, losses, models
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
@@ -305,8 +305,8 @@ def load(path: str | os.PathLike) -> Embedder:
   return _make_embedder(
     os.path.join(path, 'run.json'),
     description,
-    state.params,
-    state.model_state,
+    fine_tuning.merge(state.evaluated['params']),
+    state.evaluated['model_state'],
   )
 
 

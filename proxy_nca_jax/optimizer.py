@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import optax
+
+from proxy_nca_jax import fine_tuning
 
 if TYPE_CHECKING:
   # benchmarks/train_step.py runs without ml_collections.
@@ -36,11 +39,11 @@ def make_optimizer(
   the other groups are kept. In both, batch statistics are updated meanwhile
   unless they are frozen too.
   """
-  groups = {
-    name: _make_group(config.optimizer, name, config.num_steps)
-    for name in GROUPS
-  }
-  optimizer = optax.partition(groups, {name: name for name in GROUPS})
+  groups = {name: _make_group(config, name) for name in GROUPS}
+  optimizer = optax.partition(
+    groups | {fine_tuning.FROZEN: optax.set_to_zero()},
+    functools.partial(fine_tuning.labels, config.model),
+  )
   if config.optimizer.clip_norm:
     # Outside of the groups: the norm is over the gradients of all of them.
     clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
@@ -48,8 +51,8 @@ def make_optimizer(
   return optimizer
 
 
-def _make_group(config, name, num_steps):
-  group = config[name]
+def _make_group(run, name):
+  config, group = run.optimizer, run.optimizer[name]
   steps = _make_rule(config)
   decay = optax.add_decayed_weights(
     group.weight_decay, mask=None if config.decay_vectors else _are_matrices
@@ -57,8 +60,11 @@ def _make_group(config, name, num_steps):
   steps = [*steps, decay] if config.name == 'adamw' else [decay, *steps]
   if group.clip_value:
     steps = [optax.clip(group.clip_value), *steps]
-  schedule = make_schedule(config, name, num_steps)
-  rule = optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+  schedule = make_schedule(config, name, run.num_steps)
+  steps.append(optax.scale_by_learning_rate(schedule))
+  if name == 'backbone' and config.layer_decay != 1:
+    steps.append(fine_tuning.scale_by_layer(run.model.name, config.layer_decay))
+  rule = optax.chain(*steps)
   if not group.freeze_steps:
     return rule
   return optax.conditionally_mask(rule, lambda step: step >= group.freeze_steps)

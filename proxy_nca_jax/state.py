@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from proxy_nca_jax import losses, proxies
+from proxy_nca_jax import fine_tuning, losses, proxies
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.runtime import errors, processes, signals
 
@@ -38,6 +38,8 @@ class TrainState:
     loss_state: arrays of the loss that are not trained: `centers`, which follow
       the embeddings, or the `assignment` of classes to proxies.
     model_state: untrained variables of the network: batch statistics.
+    averages: {'params', 'model_state'}, exponential moving averages of both
+      over the steps; {} without `config.optimizer.ema_decay`.
     skipped_steps: int32 [], steps skipped because they were not finite.
     skipped_in_row: int32 [], how many of them were the most recent steps.
     opt_state: the state of the optimizer; the last field, so that the checksums
@@ -48,9 +50,23 @@ class TrainState:
   params: dict[str, Any]
   loss_state: dict[str, jax.Array]
   model_state: dict[str, Any]
+  averages: dict[str, Any]
   skipped_steps: jax.Array
   skipped_in_row: jax.Array
   opt_state: optax.OptState
+
+  @property
+  def evaluated(self) -> dict[str, Any]:
+    """{'params', 'model_state'} to evaluate: the averages, if there are any."""
+    return self.averages or _without_averages(self)
+
+  def restart_averages(self) -> TrainState:
+    """Returns the state; its averages, if it has any, are its values."""
+    if not self.averages:
+      return self
+    # A training step donates its arguments: no array may be there twice.
+    copies = jax.tree.map(jnp.copy, _without_averages(self))
+    return dataclasses.replace(self, averages=copies)
 
   def skip_step(self) -> TrainState:
     """Returns the state after a step that is counted and changes nothing."""
@@ -60,6 +76,10 @@ class TrainState:
       skipped_steps=self.skipped_steps + 1,
       skipped_in_row=self.skipped_in_row + 1,
     )
+
+
+def _without_averages(state: TrainState) -> dict[str, Any]:
+  return {'params': state.params, 'model_state': state.model_state}
 
 
 def create_loss_arrays(
@@ -158,15 +178,26 @@ def _make_init(config, model, optimizer, class_sizes, mesh):
     if config.model.init_from:
       # Random weights would be replaced, after seconds to compile them.
       params['backbone'] = jax.tree.map(jnp.zeros_like, params['backbone'])
+    if config.model.lora_rank:
+      params['adapters'] = fine_tuning.make_adapters(
+        jax.random.fold_in(model_key, 1),
+        params['backbone'],
+        rank=config.model.lora_rank,
+        layers=config.model.lora_layers,
+      )
     loss_state = create_loss_arrays(config, loss_keys, class_sizes=class_sizes)
     params['proxies'] = loss_state.pop('proxies', {})
     if config.proxies.sharded:
       params['proxies'] = mesh_lib.pad_rows(params['proxies'], mesh)
+    averages = {}
+    if config.optimizer.ema_decay:
+      averages = {'params': params, 'model_state': variables}
     return TrainState(
       step=jnp.int32(0),
       params=params,
       loss_state=loss_state,
       model_state=variables,
+      averages=averages,
       skipped_steps=jnp.int32(0),
       skipped_in_row=jnp.int32(0),
       opt_state=optimizer.init(params),

@@ -21,6 +21,7 @@ from proxy_nca_jax import (
   datasets,
   dry_run,
   features,
+  fine_tuning,
   input_pipeline,
   loop,
   losses,
@@ -237,6 +238,8 @@ def make_train_step(
     reshard=train_step_lib.make_reshard(config, train.num_classes, mesh),
     learning_rates=optimizer_lib.make_learning_rates(config),
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
+    stop_frozen=functools.partial(fine_tuning.stop_frozen, config.model),
+    ema_decay=config.optimizer.ema_decay,
   )
 
 
@@ -316,7 +319,8 @@ def _write_report(
   trained = embed(state, some)
   proxies = None
   if losses.LOSSES[config.loss.name].has_class_proxies:
-    proxies = mesh_lib.fetch(state.params['proxies'])[: data.train.num_classes]
+    points = state.evaluated['params']['proxies']
+    proxies = mesh_lib.fetch(points)[: data.train.num_classes]
   if not processes.is_primary():
     return
   path = os.path.join(workdir, _REPORT)
@@ -399,6 +403,7 @@ def _start(
       config, model, state, data, weights_digest, mesh
     )
     state = _warm_start(config, model, state, data, extract, mesh)
+    state = state.restart_averages()
   if history:
     baselines = _read_baselines(history)
   else:

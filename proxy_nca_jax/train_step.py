@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from proxy_nca_jax import losses, proxies
+from proxy_nca_jax import fine_tuning, losses, proxies
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
@@ -84,6 +84,8 @@ def make_train_step(
   reshard: Callable[..., tuple] = lambda *arrays: arrays,
   learning_rates: Callable[[jax.Array], dict] = lambda num_updates: {},
   skip_nonfinite: bool = False,
+  stop_frozen: Callable[[dict], dict] = lambda params: params,
+  ema_decay: float = 0.0,
 ) -> _Step:
   """Returns the jitted step: (state, batch, lr_scale) -> (state, metrics).
 
@@ -101,9 +103,13 @@ def make_train_step(
       for the metrics.
     skip_nonfinite: whether a step whose loss or gradient norm is not finite
       changes nothing but the step and the counters of skipped steps.
+    stop_frozen: maps the parameters to the same without gradients of frozen
+      ones.
+    ema_decay: the fraction of the averages that a step keeps, if the state has
+      averages.
   """
   loss_and_gradients = jax.value_and_grad(
-    _make_mean_loss(model, loss, reshard), has_aux=True
+    _make_mean_loss(model, loss, reshard, stop_frozen), has_aux=True
   )
 
   def train_step(state, batch, lr_scale=1.0, *, freeze_batch_norm=False):
@@ -128,13 +134,20 @@ def make_train_step(
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )
+    params = optax.apply_updates(
+      state.params, optax.tree.scale(lr_scale, updates)
+    )
+    averages = state.averages
+    if averages:
+      averages = optax.incremental_update(
+        {'params': params, 'model_state': model_state}, averages, 1 - ema_decay
+      )
     new = state_lib.TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(
-        state.params, optax.tree.scale(lr_scale, updates)
-      ),
+      params=params,
       loss_state=loss_state,
       model_state=model_state,
+      averages=averages,
       opt_state=opt_state,
       skipped_steps=state.skipped_steps,
       skipped_in_row=jnp.int32(0),
@@ -157,7 +170,7 @@ def make_train_step(
   )
 
 
-def _make_mean_loss(model, loss, reshard) -> Callable[..., tuple]:
+def _make_mean_loss(model, loss, reshard, stop_frozen) -> Callable[..., tuple]:
   """Returns the function that a step differentiates: a batch's mean loss.
 
   It maps (params, state, batch, train) to (loss, (embeddings, metrics, model
@@ -165,7 +178,7 @@ def _make_mean_loss(model, loss, reshard) -> Callable[..., tuple]:
   """
 
   def mean_loss(params, state, batch, *, train):
-    params = dict(params)
+    params = fine_tuning.merge(stop_frozen(params))
     points = params.pop('proxies')
     embeddings, model_state = model.apply(
       {'params': params, **state.model_state},
@@ -227,7 +240,10 @@ def _group_metrics(params, gradients, rates, lr_scale) -> dict[str, jax.Array]:
   for group in optimizer_lib.GROUPS:
     if not jax.tree.leaves(params[group]):  # The loss has no proxies.
       continue
-    metrics[f'gradient_norm.{group}'] = optax.tree.norm(gradients[group])
+    parts = [gradients[group]]
+    if group == 'backbone':
+      parts.append(gradients.get('adapters', {}))
+    metrics[f'gradient_norm.{group}'] = optax.tree.norm(parts)
     if group in rates:
       metrics[f'learning_rate.{group}'] = lr_scale * rates[group]
   return metrics

@@ -334,7 +334,9 @@ for first in range(50 * jax.process_index(), 400, 100):
   })
 model = types.SimpleNamespace(apply=lambda variables, x, train: x)
 params = {name: np.zeros(1, np.float32) for name in ('backbone', 'head')}
-state = types.SimpleNamespace(params=params, model_state={})
+state = types.SimpleNamespace(
+  evaluated={'params': params, 'model_state': {}}
+)
 embed_fn = embed_lib.make_embed_fn(model, mesh)
 embedded = embed_lib.embed_batches(
   lambda batch: embed_fn(state, batch), batches

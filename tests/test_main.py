@@ -179,6 +179,7 @@ class MainTest(parameterized.TestCase):
     fields = {
       'num_steps': 12,
       'steps_per_dispatch': 2,
+      'optimizer.ema_decay': 0.9,
       'log_every': 2,
       'save_every': 6,
       'eval_every': 6,

@@ -2,7 +2,6 @@
 
 import itertools
 import types
-import unittest
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,16 @@ from proxy_nca_jax.evaluate import embed as embed_lib
 _NUM_CLASSES = 6
 
 
+# pytest does not call the cleanups of unittest.enterModuleContext.
+_replaced = one_convolution.replaced()
+
+
 def setUpModule():
-  unittest.enterModuleContext(one_convolution.replaced())
+  _replaced.start()
+
+
+def tearDownModule():
+  _replaced.stop()
 
 
 def _config(**fields):
@@ -177,6 +184,7 @@ class TrainStepTest(parameterized.TestCase):
         params=jax.tree.map(jnp.array, params),
         loss_state={},
         model_state={},
+        averages={},
         skipped_steps=jnp.int32(0),
         skipped_in_row=jnp.int32(0),
         opt_state=optimizer.init(params),

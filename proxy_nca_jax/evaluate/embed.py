@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from proxy_nca_jax import datasets, input_pipeline
+from proxy_nca_jax import datasets, fine_tuning, input_pipeline
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.evaluate import scores as scores_lib
@@ -38,7 +38,7 @@ def make_embed_fn(
 
   @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
   def forward(params, model_state, batch):
-    batch = dict(batch)
+    batch, params = dict(batch), fine_tuning.merge(params)
     params = {name: params[name] for name in ('backbone', 'head')}
     embeddings = model.apply(
       {'params': params, **model_state},
@@ -50,7 +50,7 @@ def make_embed_fn(
 
   def embed_fn(state, batch):
     batch = mesh_lib.shard_batch(batch, mesh)
-    return forward(state.params, state.model_state, batch)
+    return forward(**state.evaluated, batch=batch)
 
   return embed_fn
 

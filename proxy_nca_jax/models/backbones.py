@@ -20,6 +20,8 @@ from proxy_nca_jax.models.vit import ViT
 _IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 _IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
+_INCEPTION_BLOCKS = ('3a', '3b', '3c', '4a', '4b', '4c', '4d', '4e', '5a', '5b')
+
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
@@ -33,6 +35,9 @@ class Backbone:
     has_batch_norm: whether `make` takes `make_norm`.
     has_blocks: whether `make` takes `remat`.
     patch_size: divisor of the image's height and width; 1 for convolutions.
+    layers: a pattern for each layer, from the input on, of the names of its
+      modules and parameters.
+    dense: names of the dense layers of a block, for LoRA.
     unused: tensors in the published files that an embedding does not need: the
       classifier, and those used only by their own training.
     resampling: method of `pretrained.resample` for position embeddings; None
@@ -49,6 +54,8 @@ class Backbone:
   has_batch_norm: bool = False
   has_blocks: bool = True
   patch_size: int = 1
+  layers: tuple[str, ...] = ()
+  dense: tuple[str, ...] = ()
   unused: tuple[str, ...] = ()
   resampling: str | None = None
   rename: Callable[[Mapping], dict] | None = None
@@ -59,6 +66,7 @@ def _resnet(name, stages, is_bottleneck):
   return Backbone(
     functools.partial(ResNet, stages, is_bottleneck),
     has_batch_norm=True,
+    layers=(r'(conv|bn)1', *(rf'layer{i}\.\d+' for i in range(1, 5))),
     unused=('fc.weight', 'fc.bias'),
     weights=(
       f"torchvision's {name}, a .pth from https://download.pytorch.org/models, "
@@ -73,6 +81,12 @@ def _vit(dim, *, published, patch_size=16, layer_scale=False, **kwargs):
       ViT, patch_size, dim, num_heads=dim // 64, layer_scale=layer_scale
     ),
     patch_size=patch_size,
+    layers=(
+      r'cls_token|pos_embed|patch_embed\.proj',
+      *(rf'blocks\.{i}' for i in range(12)),
+      'norm',
+    ),
+    dense=('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'),
     # DINOv2's mask token replaces patches only in its own training.
     unused=(
       'head.weight',
@@ -133,6 +147,7 @@ BACKBONES = {
     std=(127.5,) * 3,
     has_batch_norm=True,
     has_blocks=False,
+    layers=tuple(f'(Conv|BatchNorm)_{i}' for i in range(6)),
   ),
   'bn_inception': Backbone(
     BNInception,
@@ -140,6 +155,11 @@ BACKBONES = {
     std=(1.0, 1.0, 1.0),
     is_bgr=True,
     has_batch_norm=True,
+    layers=(
+      'conv1_.*',
+      'conv2_.*',
+      *(f'inception_{i}_.*' for i in _INCEPTION_BLOCKS),
+    ),
     unused=('last_linear.weight', 'last_linear.bias'),
     weights=(
       'bn_inception-52deb4733.pth from '
@@ -153,6 +173,11 @@ BACKBONES = {
     mean=(127.0,) * 3,
     std=(128.0,) * 3,
     has_batch_norm=True,
+    layers=(
+      'conv_stem|bn1',
+      *(rf'blocks\.{i}\.\d+' for i in range(7)),
+      'conv_head|bn2',
+    ),
     unused=('classifier.weight', 'classifier.bias'),
     rename=rename_tensors,
     weights=(
