@@ -48,7 +48,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
   builder, skipped = datasets.prepare(vars(arguments))
   if skipped:
     kinds = errors.count_kinds(reason for _, reason in skipped)
-    print(f'skipped: {kinds}')
+    print(f'problems: {kinds}')
   if skipped and os.path.exists(builder.problems_path):
     print(f'All of them are listed in {builder.problems_path}')
   for split, info in builder.info.splits.items():

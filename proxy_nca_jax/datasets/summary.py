@@ -31,7 +31,7 @@ def log(data: splits.Datasets) -> None:
       data.num_shared_classes,
     )
   if data.skipped:
-    _logger.warning('Skipped %d files:', len(data.skipped))
+    _logger.warning('Left out, or not as expected (%d):', len(data.skipped))
     for name, reason in data.skipped[: errors.MAX_NAMED]:
       _logger.warning('  %s: %s', name, reason)
     if len(data.skipped) > errors.MAX_NAMED:

@@ -186,13 +186,14 @@ def main(
       **{name: getattr(arguments, name) for name in names},
       mesh=mesh_lib.make_mesh(),
     )
+    # First, since printing ends early if the reader of a pipe does.
+    if arguments.json:
+      with files.write_atomically(arguments.json) as file:
+        json.dump(scores, file, indent=2)
     print(scores_lib.format_table({'percent': scores}))
     for name, value in scores.items():
       if isinstance(value, int):
         print(f'{name.replace("_", " ")}: {value:,}')
-    if arguments.json:
-      with files.write_atomically(arguments.json) as file:
-        json.dump(scores, file, indent=2)
 
 
 if __name__ == '__main__':
