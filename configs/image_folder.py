@@ -67,6 +67,7 @@ def _finetune(config):
     ('proxies', 3e-3),
   ):
     config.optimizer[group].learning_rate = learning_rate
+    config.optimizer[group].warmup_steps = 40
     config.optimizer[group].schedule = 'cosine'
   config.optimizer.backbone.weight_decay = 1e-4
   config.optimizer.head.weight_decay = 1e-4

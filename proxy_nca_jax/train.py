@@ -366,6 +366,17 @@ def _score_checkpoint(config, saved: Mapping | None, workdir: str) -> dict:
   if state is None:
     raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
   embed, score = _make_evaluation(config, model, mesh)
+  if not config.num_steps:
+    # The backbone was not trained: its features are stored.
+    extract = features.make_extract(
+      config,
+      model,
+      state,
+      mesh,
+      records_digest=data.records_digest,
+      weights_digest=saved['weights_digest'],
+    )
+    embed = functools.partial(_embed_features, model, extract)
   results = {
     'trained': score(embed(state, data.test), data.test, num_resamples=1000),
     'step': int(state.step),
