@@ -58,6 +58,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Folder of prepared datasets; '' is TFDS's default, ~/tensorflow_datasets.
   config.dataset.data_dir = ''
   config.dataset.root = ''  # image_folder: the folder of images.
+  # image_folder: a table of images with the columns path and label, in a .csv,
+  # .tsv or .parquet file; '' takes the sub-folders of `root` as classes.
+  config.dataset.table = ''
   # Folder of downloaded archives or of their extracted folders; '' downloads.
   config.dataset.manual_dir = ''
   # Accept archives with missing, duplicate or unreadable images.
@@ -75,7 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.long_tail = 0.0
   # Train classes to hold out for selecting a checkpoint: i/n is the i-th of n
   # equal parts, such as 2/2 for the second half; '' holds out none. 'folder'
-  # takes the classes of the folder val, valid or validation of image_folder.
+  # takes the classes of the folder val, valid or validation of image_folder, or
+  # of that split of its table.
   config.dataset.validation = ''
   # Seeds the split by class, so that runs with other `seed`s share one split.
   config.dataset.split_seed = 0

@@ -44,6 +44,7 @@ _FREE_FIELDS = frozenset(
     'dataset.num_workers',
     'dataset.on_device',
     'dataset.root',
+    'dataset.table',
     'dry_run',
     'evaluation.baselines',
     'evaluation.batch_size',
@@ -240,6 +241,7 @@ FIELDS = {
   'dataset.name': Choice(datasets.DATASETS),
   'dataset.data_dir': _TEXT,
   'dataset.root': _TEXT,
+  'dataset.table': _TEXT,
   'dataset.manual_dir': _TEXT,
   'dataset.allow_incomplete': _BOOL,
   'dataset.fonts_dir': _TEXT,
@@ -405,6 +407,11 @@ def _check_dataset(config) -> Iterator[str]:
     yield (
       "config.dataset.validation='folder' takes the classes of the folder val "
       f'of image_folder; {fields.name} has none: set i/n, as 2/2.'
+    )
+  if fields.table and fields.name != 'image_folder':
+    yield (
+      f'config.dataset.table ({_show(fields.table)}) is for image_folder; '
+      f'config.dataset.name is {fields.name!r}.'
     )
   if not fields.resize and fields.name != 'glyphs':
     yield (

@@ -86,7 +86,7 @@ def prepare(
 
 def _expand(field: str, value: str | int) -> str | int:
   """Expands ~ in the fields that are paths."""
-  is_path = field in ('root', 'manual_dir', 'fonts_dir')
+  is_path = field in ('root', 'table', 'manual_dir', 'fonts_dir')
   return os.path.expanduser(value) if is_path else value
 
 
