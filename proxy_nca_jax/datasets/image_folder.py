@@ -45,7 +45,10 @@ class ImageFolderConfig(tfds.core.BuilderConfig):
 
   source: str = ''
   read: Callable[[tables.Image], bytes] | None = None
-  classes: Sequence[tuple[str, Sequence[tables.Image]]] = ()
+  # Without its text of up to gigabytes, which TFDS logs.
+  classes: Sequence[tuple[str, Sequence[tables.Image]]] = dataclasses.field(
+    default=(), repr=False
+  )
   num_train_classes: int | None = None
   num_validation_classes: int = 0
   resize: int = 0
@@ -219,40 +222,43 @@ def make_builder(
   # Datasets made before interpolation was configurable are bilinear, and valid.
   if interpolation != 'bilinear':
     inputs.append(interpolation)
+  ordered = [item for members in classes.values() for item in members.items()]
+  members = [image for _, class_images in ordered for image in class_images]
+  config = ImageFolderConfig(
+    name=_hash(inputs, classes, is_table=bool(table)),
+    source=table or f'{root!r} (config.dataset.root)',
+    read=lambda image: folders.read_file(os.path.join(root, image.path)),
+    classes=ordered,
+    num_train_classes=len(classes['train']) if 'train' in classes else None,
+    num_validation_classes=len(classes.get('validation', ())),
+    resize=resize,
+    resize_mode=resize_mode,
+    interpolation=interpolation,
+    has_queries=any(image.is_query for image in members),
+    has_cameras=any(image.camera for image in members),
+  )
+  builder = ImageFolder(
+    data_dir=data_dir, config=config, file_format='array_record'
+  )
+  return builder, skipped
+
+
+def _hash(
+  inputs: Sequence[str | int], classes: tables.Classes, *, is_table: bool
+) -> str:
+  """Returns the name of a dataset: a hash of all that it is made from."""
   contents = hashlib.sha256(json.dumps(inputs).encode())
   for split, members in classes.items():
     for class_name, class_images in members.items():
       contents.update(json.dumps(class_name).encode())
       for image in class_images:
         row = [folders.escape(image.path), *image.version]
-        if table:
+        if is_table:
           row += [split, image.is_query, image.camera, image.box]
         contents.update(json.dumps(row).encode())
-  is_split = 'train' in classes
-  contents.update(json.dumps(list(classes)).encode() if is_split else b'')
-  everything = [
-    image
-    for members in classes.values()
-    for class_images in members.values()
-    for image in class_images
-  ]
-  config = ImageFolderConfig(
-    name=contents.hexdigest()[:16],
-    source=table or f'{root!r} (config.dataset.root)',
-    read=lambda image: folders.read_file(os.path.join(root, image.path)),
-    classes=[item for members in classes.values() for item in members.items()],
-    num_train_classes=len(classes['train']) if is_split else None,
-    num_validation_classes=len(classes.get('validation', ())),
-    resize=resize,
-    resize_mode=resize_mode,
-    interpolation=interpolation,
-    has_queries=any(image.is_query for image in everything),
-    has_cameras=any(image.camera for image in everything),
-  )
-  builder = ImageFolder(
-    data_dir=data_dir, config=config, file_format='array_record'
-  )
-  return builder, skipped
+  if 'train' in classes:
+    contents.update(json.dumps(list(classes)).encode())
+  return contents.hexdigest()[:16]
 
 
 def _list_classes(root: str) -> tuple[tables.Classes, list[list[str]]]:

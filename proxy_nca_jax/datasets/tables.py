@@ -120,9 +120,7 @@ def _read_images(table: str, root: str) -> Iterator[tuple[str, str, Image]]:
         versions[path] = _find_version(name, root)
       image = Image(name, versions[path], where, bool(is_query), camera, box)
     except ValueError as error:
-      raise ValueError(
-        f'{table}, {where}: {errors.one_line(error, max_length=None)}.'
-      ) from error
+      raise ValueError(f'{table}, {where}: {error}.') from error
     yield split, row['label'], image
   _check_complete(table, roles)
 
