@@ -48,6 +48,10 @@ def get_config() -> ml_collections.ConfigDict:
   # Number of passes over the train images, which then determine num_steps; 0
   # leaves it as it is.
   config.num_epochs = 0.0
+  # Unit of eval_every and of the optimizer's freeze_steps, warmup_steps,
+  # decay_every and decay_at: step, or epoch. With epoch, each epoch, also those
+  # of num_epochs, is rounded down to num_images // batch_size steps.
+  config.period_unit = 'step'
   # Steps that train only head and proxies on the features of the train images,
   # before step 1.
   config.head_steps = 0
@@ -166,9 +170,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss[name] = ml_collections.ConfigDict(arguments)
 
   config.proxies = ml_collections.ConfigDict()
-  # How proxies start: random, or class_means, the mean embeddings of classes.
+  # How proxies start: random; kaiming or xavier, random with the norm that a
+  # layer would have; or class_means, the mean embeddings of classes.
   config.proxies.init = 'random'
-  config.proxies.init_norm = 1.0  # Expected norm of the initial proxies.
+  # random and class_means: expected norm of the initial proxies.
+  config.proxies.init_norm = 1.0
   # fractional_proxy_nca: give larger classes more proxies.
   config.proxies.by_size = False
   # Divide the proxies among the devices instead of replicating them.

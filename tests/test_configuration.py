@@ -169,6 +169,36 @@ class FieldsTest(parameterized.TestCase):
     configuration.set_num_steps(config, num_images=656)
     self.assertEqual(config.num_steps, 7)
 
+  def test_periods_in_epochs_are_multiples_of_whole_epochs(self):
+    config = _config(
+      **{
+        'num_epochs': 4.5,
+        'period_unit': 'epoch',
+        'batch_size': 32,
+        'steps_per_dispatch': 5,
+        'num_steps': 1000,
+        'log_every': 5,
+        'eval_every': 2,
+        'optimizer.head.freeze_steps': 1,
+        'optimizer.head.warmup_steps': 2,
+        'optimizer.head.decay_every': 3,
+        'optimizer.head.decay_at': (3, 4),
+      }
+    )
+    configuration.check(config)
+    configuration.set_num_steps(config, num_images=656)
+    # 20.5 batches are an epoch of 4 dispatches of 5 steps.
+    self.assertEqual(config.num_steps, 90)
+    steps = configuration.in_steps(config, num_images=656)
+    configuration.check(steps)
+    head = steps.optimizer.head
+    self.assertEqual(steps.eval_every, 40)
+    self.assertEqual((head.freeze_steps, head.warmup_steps), (20, 40))
+    self.assertEqual((head.decay_every, head.decay_at), (60, (60, 80)))
+    self.assertEqual(config.eval_every, 2)
+    self.assertEqual(configuration.in_steps(steps, 656), steps)
+    self.assertEqual(configuration.in_steps(config, 1).eval_every, 10)
+
   def test_a_run_of_epochs_resumes_with_its_number_of_steps(self):
     config = _config(num_epochs=2.0)
     saved = configuration.as_json(_config(num_epochs=2.0, num_steps=41))
