@@ -65,6 +65,12 @@ def get_config() -> ml_collections.ConfigDict:
   # image_folder: a table of images with the columns path and label, in a .csv,
   # .tsv or .parquet file; '' takes the sub-folders of `root` as classes.
   config.dataset.table = ''
+  # image_folder: a Hugging Face dataset: a folder that save_to_disk wrote or
+  # load_dataset reads, or a name on the Hub or in the local cache.
+  config.dataset.huggingface = ''
+  # huggingface: columns of images and labels; '' finds them by their types.
+  config.dataset.image_column = ''
+  config.dataset.label_column = ''
   # Folder of downloaded archives or of their extracted folders; '' downloads.
   config.dataset.manual_dir = ''
   # Accept archives with missing, duplicate or unreadable images.

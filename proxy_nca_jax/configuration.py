@@ -40,6 +40,7 @@ _FREE_FIELDS = frozenset(
   {
     'dataset.data_dir',
     'dataset.fonts_dir',
+    'dataset.huggingface',
     'dataset.manual_dir',
     'dataset.num_workers',
     'dataset.on_device',
@@ -243,6 +244,9 @@ FIELDS = {
   'dataset.data_dir': _TEXT,
   'dataset.root': _TEXT,
   'dataset.table': _TEXT,
+  'dataset.huggingface': _TEXT,
+  'dataset.image_column': _TEXT,
+  'dataset.label_column': _TEXT,
   'dataset.manual_dir': _TEXT,
   'dataset.allow_incomplete': _BOOL,
   'dataset.fonts_dir': _TEXT,
@@ -409,10 +413,16 @@ def _check_dataset(config) -> Iterator[str]:
       "config.dataset.validation='folder' takes the classes of the folder val "
       f'of image_folder; {fields.name} has none: set i/n, as 2/2.'
     )
-  if fields.table and fields.name != 'image_folder':
+  sources = [x for x in ('table', 'huggingface') if fields[x]]
+  if sources and fields.name != 'image_folder':
     yield (
-      f'config.dataset.table ({_show(fields.table)}) is for image_folder; '
-      f'config.dataset.name is {fields.name!r}.'
+      f'config.dataset.{sources[0]} ({_show(fields[sources[0]])}) is for '
+      f'image_folder; config.dataset.name is {fields.name!r}.'
+    )
+  if fields.huggingface and (fields.table or fields.root):
+    yield (
+      f'config.dataset.huggingface ({_show(fields.huggingface)}) has its own '
+      'images: leave config.dataset.table and config.dataset.root empty.'
     )
   if not fields.resize and fields.name != 'glyphs':
     yield (

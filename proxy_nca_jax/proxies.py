@@ -1,7 +1,6 @@
 """Proxies: initialization, assignment, and how well they approximate points."""
 
 import heapq
-import math
 
 import chex
 import jax
@@ -45,7 +44,7 @@ def initial_norm(init: str, num_classes: int, dim: int) -> float:
     dim: columns of the layer.
   """
   fans = {'kaiming': num_classes, 'xavier': num_classes + dim}
-  return math.sqrt(2 * dim / fans[init])
+  return (2 * dim / fans[init]) ** 0.5
 
 
 def random_assignment(

@@ -1,6 +1,7 @@
-"""The user's own images: one sub-folder per class, or a table of files."""
+"""The user's own images: a folder, a table, or a Hugging Face dataset."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from proxy_nca_jax import images
+from proxy_nca_jax.datasets import huggingface as huggingface_lib
 from proxy_nca_jax.datasets import records, tables
 from proxy_nca_jax.runtime import folders
 
@@ -31,7 +33,7 @@ class ImageFolderConfig(tfds.core.BuilderConfig):
   """The images of each class, and how they are resized.
 
   Attributes:
-    source: the folder or table, for messages.
+    source: the folder, table or dataset, for messages.
     read: returns the bytes of an image.
     classes: (name, images) of each class.
     num_train_classes: the first classes are for training; None splits later.
@@ -167,6 +169,9 @@ def make_builder(
   data_dir: str,
   root: str,
   table: str,
+  huggingface: str,
+  image_column: str,
+  label_column: str,
   resize: int,
   resize_mode: str,
   interpolation: str,
@@ -183,6 +188,10 @@ def make_builder(
     data_dir: the folder of prepared datasets.
     root: the folder of the images; '' is the folder of the table.
     table: the table of the images, as of `tables.read`; '' lists the folder.
+    huggingface: the dataset to read instead, as of `huggingface.read`; '' reads
+      files.
+    image_column: its column of images, as of `huggingface.read`.
+    label_column: its column of labels, as of `huggingface.read`.
     resize: side of the stored images in pixels, as of `images.resize`.
     resize_mode: 'square' or 'shorter', as of `images.resize`.
     interpolation: 'bilinear' or 'bicubic', as of `images.resize`.
@@ -192,33 +201,30 @@ def make_builder(
 
   Raises:
     ValueError: if the folder is missing or has no sub-folder with a file, if a
-      folder cannot be listed, if the split is unclear, or if the table is
-      wrong.
+      folder cannot be listed, if the split is unclear, or if the table or the
+      dataset is wrong.
   """
-  if table and not root:
-    root = os.path.dirname(table) or os.curdir
-  if not root:
-    raise ValueError(
-      'config.dataset.root is empty: set --config.dataset.root=DIR to a folder '
-      'with one sub-folder of images per class, or --config.dataset.table=FILE '
-      'to a table of images.'
-    )
-  if not os.path.isdir(root):
-    raise ValueError(
-      f'No folder {root!r} (config.dataset.root): name a folder '
-      f'{"of images" if table else "with one sub-folder of images per class"}.'
-    )
   if resize < 1:
     raise ValueError(
       f'config.dataset.resize ({resize}) must be at least 1 pixel.'
     )
-  root = os.path.abspath(root)
-  if table:
-    classes, skipped = tables.read(table, root), []
-    _log_table(table, classes)
+  skipped = []
+  if huggingface:
+    source = f'{huggingface!r} (config.dataset.huggingface)'
+    classes, read, origin = huggingface_lib.read(
+      huggingface, image_column=image_column, label_column=label_column
+    )
   else:
-    classes, skipped = _list_classes(root)
-  inputs = [root, resize, resize_mode]
+    root = origin = _find_root(root, table)
+    source = table or f'{root!r} (config.dataset.root)'
+    read = functools.partial(_read_file, root)
+    if table:
+      classes = tables.read(table, root)
+    else:
+      classes, skipped = _list_classes(root)
+  if huggingface or table:
+    _log_splits(source, classes)
+  inputs = [origin, resize, resize_mode]
   # Datasets made before interpolation was configurable are bilinear, and valid.
   if interpolation != 'bilinear':
     inputs.append(interpolation)
@@ -226,8 +232,8 @@ def make_builder(
   members = [image for _, class_images in ordered for image in class_images]
   config = ImageFolderConfig(
     name=_hash(inputs, classes, is_table=bool(table)),
-    source=table or f'{root!r} (config.dataset.root)',
-    read=lambda image: folders.read_file(os.path.join(root, image.path)),
+    source=source,
+    read=read,
     classes=ordered,
     num_train_classes=len(classes['train']) if 'train' in classes else None,
     num_validation_classes=len(classes.get('validation', ())),
@@ -243,9 +249,33 @@ def make_builder(
   return builder, skipped
 
 
-def _hash(
-  inputs: Sequence[str | int], classes: tables.Classes, *, is_table: bool
-) -> str:
+def _find_root(root: str, table: str) -> str:
+  """Returns the absolute path of the folder of the images.
+
+  Raises:
+    ValueError: if it is missing.
+  """
+  if table and not root:
+    root = os.path.dirname(table) or os.curdir
+  if not root:
+    raise ValueError(
+      'config.dataset.root is empty: set --config.dataset.root=DIR to a folder '
+      'with one sub-folder of images per class, or --config.dataset.table=FILE '
+      'to a table of images.'
+    )
+  if not os.path.isdir(root):
+    raise ValueError(
+      f'No folder {root!r} (config.dataset.root): name a folder '
+      f'{"of images" if table else "with one sub-folder of images per class"}.'
+    )
+  return os.path.abspath(root)
+
+
+def _read_file(root: str, image: tables.Image) -> bytes:
+  return folders.read_file(os.path.join(root, image.path))
+
+
+def _hash(inputs: Sequence, classes: tables.Classes, *, is_table: bool) -> str:
   """Returns the name of a dataset: a hash of all that it is made from."""
   contents = hashlib.sha256(json.dumps(inputs).encode())
   for split, members in classes.items():
@@ -413,12 +443,12 @@ def _find_other_folders(root: str, parts: Mapping[str, str]) -> list[list[str]]:
     )
 
 
-def _log_table(table: str, classes: tables.Classes) -> None:
-  """Logs the numbers of images and classes of a table."""
+def _log_splits(source: str, classes: tables.Classes) -> None:
+  """Logs the numbers of images and classes."""
   for split, members in classes.items():
     _logger.info(
       '%s: %d images of %d classes%s',
-      table,
+      source,
       sum(map(len, members.values())),
       len(members),
       f' in the {split} split' if split else '',

@@ -282,8 +282,8 @@ def _split_long_tail(
 def _count_shared_names(
   train: splits.Split, test: splits.Split, config: ml_collections.ConfigDict
 ) -> int:
-  # The labels of a table are names; in a folder, train/a and test/a share one.
-  name = str if config.table else os.path.basename
+  # In a folder, train/a and test/a share a name; elsewhere, a label is one.
+  name = str if config.table or config.huggingface else os.path.basename
   return len(
     set(map(name, train.class_names)) & set(map(name, test.class_names))
   )

@@ -21,7 +21,7 @@ from proxy_nca_jax.runtime import errors
 _SIDES = ('left', 'top', 'right', 'bottom')
 _COLUMNS = ('path', 'label', 'split', 'query', 'camera', 'box', *_SIDES)
 # The split of each word in the column `split`, and whether it is a query.
-_SPLITS = {
+SPLITS = {
   'train': ('train', None),
   'validation': ('validation', None),
   'valid': ('validation', None),
@@ -83,6 +83,12 @@ def read(table: str, root: str) -> Classes:
   classes = {}
   for split, label, image in _read_images(table, root):
     classes.setdefault(split, {}).setdefault(label, []).append(image)
+  return arrange(classes)
+
+
+def arrange(classes: Classes) -> Classes:
+  """Sorts splits, labels and images; validation is test if there is no test."""
+  classes = dict(classes)
   if 'train' in classes and 'test' not in classes:
     classes['test'] = classes.pop('validation')
   return {
@@ -271,11 +277,11 @@ def _parse(row: Mapping[str, str]) -> tuple[str, bool | None, str, Box | None]:
       raise ValueError(f'the {name} is empty')
   split, is_query = '', None
   if 'split' in row:
-    if row['split'].lower() not in _SPLITS:
+    if row['split'].lower() not in SPLITS:
       raise ValueError(
-        f'split is {row["split"]!r}, expected one of {", ".join(_SPLITS)}'
+        f'split is {row["split"]!r}, expected one of {", ".join(SPLITS)}'
       )
-    split, is_query = _SPLITS[row['split'].lower()]
+    split, is_query = SPLITS[row['split'].lower()]
   if 'query' in row and (row['query'] or split in ('', 'test')):
     if is_query is not None:
       raise ValueError(
