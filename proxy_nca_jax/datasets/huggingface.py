@@ -52,7 +52,10 @@ def read(
     images[part] = _undecoded(parts[part], image_column)
     members = classes.setdefault(split, {})
     width = len(str(len(parts[part])))
-    for row, label in enumerate(_read_labels(name, part, parts, label_column)):
+    labels = _read_labels(
+      parts[part], label_column, where=f'{name!r}, split {part!r}'
+    )
+    for row, label in enumerate(labels):
       image = tables.Image(f'{part}/{row:0{width}}', ())
       members.setdefault(label, []).append(image)
     for file in parts[part].cache_files:
@@ -158,13 +161,13 @@ def _undecoded(dataset, column: str):
     ) from error
 
 
-def _read_labels(name: str, part: str, parts, column: str) -> list[str]:
+def _read_labels(dataset, column: str, *, where: str) -> list[str]:
   """Returns the label of each row as text.
 
   Raises:
-    ValueError: if a row has none; names the row.
+    ValueError: if a row has none; names the row, and `where` it is.
   """
-  dataset = parts[part].select_columns([column]).with_format(None)
+  dataset = dataset.select_columns([column]).with_format(None)
   values, feature = dataset[:][column], dataset.features[column]
   names = getattr(feature, 'names', None)
   labels = []
@@ -173,8 +176,6 @@ def _read_labels(name: str, part: str, parts, column: str) -> list[str]:
       value = names[value] if 0 <= value < len(names) else None
     label = '' if value is None else str(value).strip()
     if not label:
-      raise ValueError(
-        f'{name!r}, split {part!r}, row {row}: the label ({column}) is empty.'
-      )
+      raise ValueError(f'{where}, row {row}: the label ({column}) is empty.')
     labels.append(label)
   return labels
