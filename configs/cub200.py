@@ -30,4 +30,4 @@ from proxy_nca_jax.configs import default, recipes
 def get_config(recipe: str = 'paper') -> ml_collections.ConfigDict:
   config = default.get_config()
   config.dataset.name = 'cub200'
-  return recipes.apply(recipe, config, num_images=5_864, num_classes=100)
+  return recipes.apply(recipe, config, num_images=5_864)

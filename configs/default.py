@@ -48,6 +48,10 @@ def get_config() -> ml_collections.ConfigDict:
   # Number of passes over the train images, which then determine num_steps; 0
   # leaves it as it is.
   config.num_epochs = 0.0
+  # Unit of eval_every and of the optimizer's freeze_steps, warmup_steps,
+  # decay_every and decay_at: step, or epoch. With epoch, each epoch, also those
+  # of num_epochs, is rounded down to num_images // batch_size steps.
+  config.period_unit = 'step'
   # Steps that train only head and proxies on the features of the train images,
   # before step 1.
   config.head_steps = 0
@@ -58,6 +62,15 @@ def get_config() -> ml_collections.ConfigDict:
   # Folder of prepared datasets; '' is TFDS's default, ~/tensorflow_datasets.
   config.dataset.data_dir = ''
   config.dataset.root = ''  # image_folder: the folder of images.
+  # image_folder: a table of images with the columns path and label, in a .csv,
+  # .tsv or .parquet file; '' takes the sub-folders of `root` as classes.
+  config.dataset.table = ''
+  # image_folder: a Hugging Face dataset: a folder that save_to_disk wrote or
+  # load_dataset reads, or a name on the Hub or in the local cache.
+  config.dataset.huggingface = ''
+  # huggingface: columns of images and labels; '' finds them by their types.
+  config.dataset.image_column = ''
+  config.dataset.label_column = ''
   # Folder of downloaded archives or of their extracted folders; '' downloads.
   config.dataset.manual_dir = ''
   # Accept archives with missing, duplicate or unreadable images.
@@ -75,7 +88,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.long_tail = 0.0
   # Train classes to hold out for selecting a checkpoint: i/n is the i-th of n
   # equal parts, such as 2/2 for the second half; '' holds out none. 'folder'
-  # takes the classes of the folder val, valid or validation of image_folder.
+  # takes the classes of the folder val, valid or validation of image_folder, or
+  # of that split of its table.
   config.dataset.validation = ''
   # Seeds the split by class, so that runs with other `seed`s share one split.
   config.dataset.split_seed = 0
@@ -170,9 +184,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss[name] = ml_collections.ConfigDict(arguments)
 
   config.proxies = ml_collections.ConfigDict()
-  # How proxies start: random, or class_means, the mean embeddings of classes.
+  # How proxies start: random; kaiming or xavier, random with the norm that a
+  # layer would have; or class_means, the mean embeddings of classes.
   config.proxies.init = 'random'
-  config.proxies.init_norm = 1.0  # Expected norm of the initial proxies.
+  # random and class_means: expected norm of the initial proxies.
+  config.proxies.init_norm = 1.0
   # fractional_proxy_nca: give larger classes more proxies.
   config.proxies.by_size = False
   # Divide the proxies among the devices instead of replicating them.

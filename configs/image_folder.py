@@ -12,22 +12,29 @@ A colon and a name after the config's name choose another recipe:
 
   image_folder:frozen   only head and proxies, in about a minute
   image_folder:scratch  a small network from random weights, 64 x 64 pixels
+
+or a published recipe, such as image_folder:proxy_anchor, with the numbers of
+CUB-200-2011 for the learning rates and epochs: see configs/recipes.py.
 """
 
 import ml_collections
 
-from proxy_nca_jax.configs import default
+from proxy_nca_jax.configs import default, recipes
 
 
 def get_config(recipe: str = 'finetune') -> ml_collections.ConfigDict:
-  if recipe not in _RECIPES:
+  if recipe not in _RECIPES | recipes.RECIPES:
     raise ValueError(
       f'Unknown recipe {recipe!r} (--config=image_folder:RECIPE): choose one '
-      f'of {", ".join(_RECIPES)}.'
+      f'of {", ".join(_RECIPES | recipes.RECIPES)}.'
     )
   config = default.get_config()
+  config.dataset.name = 'image_folder'
+  if recipe in recipes.RECIPES:
+    # Crops are taken from the stored images, which are resized.
+    config.dataset.allow_resized_source = True
+    return recipes.apply(recipe, config, num_images=None)
   with config.unlocked():
-    config.dataset.name = 'image_folder'
     _RECIPES[recipe](config)
   return config
 

@@ -30,4 +30,4 @@ def get_config(recipe: str = 'paper') -> ml_collections.ConfigDict:
   config = default.get_config()
   config.dataset.name = 'inshop'
   config.evaluation.recall_at = (1, 10, 20, 30, 40, 50)
-  return recipes.apply(recipe, config, num_images=25_882, num_classes=3_997)
+  return recipes.apply(recipe, config, num_images=25_882)

@@ -4,7 +4,8 @@ The suffix of a dataset's config selects one:
 `--config=configs/cub200.py:proxynca_pp`. Flags such as `--config.num_steps`
 override its fields. Each docstring gives the source of every number and says
 which numbers have none. An epoch is `num_images // batch_size` steps, and each
-run is evaluated about ten times.
+run is evaluated about ten times. The user's own images, whose number is not
+known yet, get the numbers of CUB, and periods in epochs.
 """
 
 import math
@@ -22,16 +23,15 @@ def apply(
   recipe: str,
   config: ml_collections.ConfigDict,
   *,
-  num_images: int,
-  num_classes: int,
+  num_images: int | None,
 ) -> ml_collections.ConfigDict:
   """Applies a recipe to a config in place.
 
   Args:
     recipe: a key of `RECIPES`.
     config: the config to change; its `dataset.name` must be set.
-    num_images: number of train images.
-    num_classes: number of train classes.
+    num_images: number of train images; None if it is known only once the
+      data is loaded.
 
   Returns:
     The same config, locked.
@@ -44,11 +44,11 @@ def apply(
       f'Unknown recipe {recipe!r} (--config=configs/{config.dataset.name}.py:'
       f'RECIPE): choose one of {", ".join(RECIPES)}.'
     )
-  RECIPES[recipe](config, num_images=num_images, num_classes=num_classes)
+  RECIPES[recipe](config, num_images=num_images)
   return config.lock()
 
 
-def paper(config, *, num_images, num_classes):
+def paper(config, *, num_images):
   """Proxy-NCA, https://arxiv.org/abs/1703.07464.
 
   From the paper, partly as quoted by others: BN-Inception, 64 dimensions,
@@ -68,8 +68,7 @@ def paper(config, *, num_images, num_classes):
   config.dataset.image_size = 227
   config.model.name, config.model.init_from = _BN_INCEPTION
   config.model.embedding_dim = 64
-  # Xavier's variance is 2 / (dimensions + classes).
-  config.proxies.init_norm = math.sqrt(2 * 64 / (64 + num_classes))
+  config.proxies.init = 'xavier'
   config.optimizer.name = 'rmsprop'
   config.optimizer.momentum = 0.0
   config.optimizer.rms_decay = 0.9
@@ -77,7 +76,7 @@ def paper(config, *, num_images, num_classes):
   _set_dichotomies_learning_rates(config, steps)
 
 
-def dichotomies(config, *, num_images, num_classes):
+def dichotomies(config, *, num_images):
   """The established reimplementation, dichotomies/proxy-nca at ad9880a.
 
   Numbers come from its README and config.json. It does not train on In-Shop,
@@ -86,7 +85,6 @@ def dichotomies(config, *, num_images, num_classes):
   normal variates divided by 8, whose norm is about 1, and the new layer is
   initialized with a standard deviation of 0.001.
   """
-  del num_classes
   is_large = config.dataset.name in ('sop', 'inshop')
   config.batch_size = 32
   _crop_originals(config, resize=256, image_size=227)
@@ -98,7 +96,7 @@ def dichotomies(config, *, num_images, num_classes):
   config.loss.proxy_nca.positive_in_denominator = True
   config.loss.proxy_nca.label_smoothing = 0.1
   config.optimizer.name = 'adam'
-  epochs = 20 if config.dataset.name == 'cub200' else 50
+  epochs = 20 if _numbers_of(config) == 'cub200' else 50
   steps = _set_epochs(config, epochs, num_images=num_images)
   _set_dichotomies_learning_rates(config, steps)
 
@@ -119,7 +117,7 @@ def _set_dichotomies_learning_rates(config, steps):
     group.decay_every = steps
 
 
-def proxynca_pp(config, *, num_images, num_classes, embedding_dim=2048):
+def proxynca_pp(config, *, num_images, embedding_dim=2048):
   """ProxyNCA++, https://arxiv.org/abs/2004.01113, from euwern/proxynca_pp.
 
   Numbers come from its config/*.json and train.py: the softmax form at a
@@ -138,13 +136,12 @@ def proxynca_pp(config, *, num_images, num_classes, embedding_dim=2048):
   and those epochs in `decay_at`. The epochs are not published, so the learning
   rates are constant here, as in the author's recipe for In-Shop (issue 10).
   """
-  del num_classes
   epochs, batch_size, images_per_class, learning_rate, proxies_learning_rate = {
     'cub200': (40, 32, 4, 4e-3, 4e2),
     'cars196': (40, 32, 4, 4e-3, 4e2),
     'sop': (80, 192, 3, 2.4e-2, 2.4e2),
     'inshop': (80, 192, 3, 2.4e-2, 2.4e3),
-  }[config.dataset.name]
+  }[_numbers_of(config)]
   config.batch_size = batch_size
   config.dataset.images_per_class = images_per_class
   _crop_originals(config, resize=288, image_size=256)
@@ -165,18 +162,16 @@ def proxynca_pp(config, *, num_images, num_classes, embedding_dim=2048):
   config.optimizer.head.clip_value = 10.0
 
 
-def proxynca_pp_512(config, *, num_images, num_classes):
+def proxynca_pp_512(config, *, num_images):
   """ProxyNCA++ with 512 dimensions.
 
   The paper also reports results for 512 dimensions, but no recipe for them is
   published. The other numbers are those for 2,048 dimensions, without a source.
   """
-  proxynca_pp(
-    config, num_images=num_images, num_classes=num_classes, embedding_dim=512
-  )
+  proxynca_pp(config, num_images=num_images, embedding_dim=512)
 
 
-def proxy_anchor(config, *, num_images, num_classes):
+def proxy_anchor(config, *, num_images):
   """Proxy-Anchor, https://arxiv.org/abs/2003.13911, from its code.
 
   Numbers come from tjddus9597/Proxy-Anchor-CVPR2020: the commands for
@@ -189,7 +184,7 @@ def proxy_anchor(config, *, num_images, num_classes):
     'cars196': (1e-4, True, 20, 0.5),
     'sop': (6e-4, False, 20, 0.25),
     'inshop': (6e-4, False, 20, 0.25),
-  }[config.dataset.name]
+  }[_numbers_of(config)]
   config.batch_size = 180
   _crop_originals(config, resize=256, image_size=224)
   config.model.name, config.model.init_from = _BN_INCEPTION
@@ -200,7 +195,7 @@ def proxy_anchor(config, *, num_images, num_classes):
   config.loss.name = 'proxy_anchor'
   config.loss.proxy_anchor.alpha = 32.0
   config.loss.proxy_anchor.margin = 0.1
-  config.proxies.init_norm = _kaiming_norm(config, num_classes)
+  config.proxies.init = 'kaiming'  # By fan_out.
   config.optimizer.name = 'adamw'
   config.optimizer.decay_vectors = True
   steps = _set_epochs(config, 60, num_images=num_images)
@@ -224,7 +219,7 @@ def proxy_anchor(config, *, num_images, num_classes):
     )
 
 
-def vit(config, *, num_images, num_classes):
+def vit(config, *, num_images):
   """A vision transformer (DINO's ViT-S/16) with the softmax form.
 
   No paper publishes this combination. Images, network, batches and optimizer
@@ -255,7 +250,7 @@ def vit(config, *, num_images, num_classes):
   config.model.layer_norm = True
   config.model.embedding_dim = 384
   config.loss.proxy_nca.positive_in_denominator = True
-  config.proxies.init_norm = _kaiming_norm(config, num_classes)
+  config.proxies.init = 'kaiming'  # By fan_out.
   config.optimizer.name = 'adamw'
   config.optimizer.decay_vectors = True
   steps = _set_epochs(config, 150 if is_large else 100, num_images=num_images)
@@ -273,6 +268,12 @@ def vit(config, *, num_images, num_classes):
     group.clip_value = 10.0
 
 
+def _numbers_of(config) -> str:
+  """Returns the dataset whose numbers a recipe takes."""
+  name = config.dataset.name
+  return 'cub200' if name == 'image_folder' else name
+
+
 def _crop_originals(config, *, resize, image_size):
   """Trains on random crops of the originals; tests on resized center crops."""
   config.dataset.crop = 'random_resized'
@@ -281,13 +282,13 @@ def _crop_originals(config, *, resize, image_size):
   config.dataset.image_size = image_size
 
 
-def _kaiming_norm(config, num_classes) -> float:
-  """Returns the proxies' norm under PyTorch's kaiming_normal_(fan_out)."""
-  return math.sqrt(2 * config.model.embedding_dim / num_classes)
-
-
 def _set_epochs(config, epochs, *, num_images) -> int:
-  """Sets num_steps and eval_every; returns the number of steps per epoch."""
+  """Sets the length and eval_every; returns an epoch in the unit of periods."""
+  if num_images is None:
+    config.num_epochs = float(epochs)
+    config.period_unit = 'epoch'
+    config.eval_every = epochs // 10
+    return 1
   steps = num_images // config.batch_size
   config.num_steps = epochs * steps
   config.eval_every = epochs // 10 * steps

@@ -31,4 +31,4 @@ def get_config(recipe: str = 'paper') -> ml_collections.ConfigDict:
   config = default.get_config()
   config.dataset.name = 'sop'
   config.evaluation.recall_at = (1, 10, 100, 1000)
-  return recipes.apply(recipe, config, num_images=59_551, num_classes=11_318)
+  return recipes.apply(recipe, config, num_images=59_551)

@@ -40,10 +40,12 @@ _FREE_FIELDS = frozenset(
   {
     'dataset.data_dir',
     'dataset.fonts_dir',
+    'dataset.huggingface',
     'dataset.manual_dir',
     'dataset.num_workers',
     'dataset.on_device',
     'dataset.root',
+    'dataset.table',
     'dry_run',
     'evaluation.baselines',
     'evaluation.batch_size',
@@ -235,11 +237,16 @@ FIELDS = {
   'seed': _SEED,
   'num_steps': _count(),
   'num_epochs': _real(0, 1e6),
+  'period_unit': Choice(('step', 'epoch')),
   'head_steps': _count(0, 10**6),
   'batch_size': _count(1, 2**20),
   'dataset.name': Choice(datasets.DATASETS),
   'dataset.data_dir': _TEXT,
   'dataset.root': _TEXT,
+  'dataset.table': _TEXT,
+  'dataset.huggingface': _TEXT,
+  'dataset.image_column': _TEXT,
+  'dataset.label_column': _TEXT,
   'dataset.manual_dir': _TEXT,
   'dataset.allow_incomplete': _BOOL,
   'dataset.fonts_dir': _TEXT,
@@ -287,7 +294,7 @@ FIELDS = {
   'loss.num_proxies': _count(),
   'loss.class_weighting': _real(0, 10),
   'loss.logit_adjustment': _real(0, 10),
-  'proxies.init': Choice(('random', 'class_means')),
+  'proxies.init': Choice(('random', 'class_means', 'kaiming', 'xavier')),
   'proxies.init_norm': _real(0, 1e6, '(]'),
   'proxies.by_size': _BOOL,
   'proxies.sharded': _BOOL,
@@ -410,6 +417,17 @@ def _check_dataset(config) -> Iterator[str]:
     yield (
       "config.dataset.validation='folder' takes the classes of the folder val "
       f'of image_folder; {fields.name} has none: set i/n, as 2/2.'
+    )
+  sources = [x for x in ('table', 'huggingface') if fields[x]]
+  if sources and fields.name != 'image_folder':
+    yield (
+      f'config.dataset.{sources[0]} ({_show(fields[sources[0]])}) is for '
+      f'image_folder; config.dataset.name is {fields.name!r}.'
+    )
+  if fields.huggingface and (fields.table or fields.root):
+    yield (
+      f'config.dataset.huggingface ({_show(fields.huggingface)}) has its own '
+      'images: leave config.dataset.table and config.dataset.root empty.'
     )
   if not fields.resize and fields.name != 'glyphs':
     yield (
@@ -645,7 +663,7 @@ def _check_periods(config) -> Iterator[str]:
   periods = {
     'num_steps': config.num_steps,
     'log_every': config.log_every,
-    'eval_every': config.eval_every,
+    'eval_every': config.eval_every if config.period_unit == 'step' else 0,
     'save_every': config.save_every,
     'model.freeze_batch_norm_steps': config.model.freeze_batch_norm_steps,
   }
@@ -672,9 +690,42 @@ def set_num_steps(config: ml_collections.ConfigDict, num_images: int) -> None:
   if not config.num_epochs:
     return
   size = config.steps_per_dispatch
-  num_steps = round(config.num_epochs * num_images / config.batch_size / size)
+  if config.period_unit == 'epoch':
+    num_steps = config.num_epochs * _epoch_steps(config, num_images)
+  else:
+    num_steps = config.num_epochs * num_images / config.batch_size
   with config.unlocked():
-    config.num_steps = max(num_steps, 1) * size
+    config.num_steps = max(round(num_steps / size), 1) * size
+
+
+def _epoch_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
+  """Returns the number of steps in an epoch of whole batches and dispatches."""
+  size = config.steps_per_dispatch
+  return max(num_images // config.batch_size // size, 1) * size
+
+
+def in_steps(
+  config: ml_collections.ConfigDict, num_images: int
+) -> ml_collections.ConfigDict:
+  """Returns a config whose periods are in steps, for a number of images.
+
+  Args:
+    config: the run's config, with its `num_steps` set.
+    num_images: number of train images.
+  """
+  config = config.copy_and_resolve_references()
+  if config.period_unit == 'step':
+    return config
+  epoch = _epoch_steps(config, num_images)
+  with config.unlocked():
+    config.period_unit = 'step'
+    config.eval_every *= epoch
+    for name in optimizer_lib.GROUPS:
+      group = config.optimizer[name]
+      for field in ('freeze_steps', 'warmup_steps', 'decay_every'):
+        group[field] *= epoch
+      group.decay_at = tuple(epoch * period for period in group.decay_at)
+  return config
 
 
 def keep_num_steps(

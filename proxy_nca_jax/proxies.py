@@ -31,6 +31,22 @@ def init_proxies(
   return jax.random.normal(key, (num_proxies, dim)) * norm / jnp.sqrt(dim)
 
 
+def initial_norm(init: str, num_classes: int, dim: int) -> float:
+  """Returns the norm of proxies that are initialized as a layer's weights.
+
+  PyTorch initializes a layer of shape [num_classes, dim] with variance
+  2 / num_classes (`kaiming_normal_` with fan_out) or 2 / (num_classes + dim)
+  (`xavier_normal_`).
+
+  Args:
+    init: 'kaiming' or 'xavier'.
+    num_classes: rows of the layer.
+    dim: columns of the layer.
+  """
+  fans = {'kaiming': num_classes, 'xavier': num_classes + dim}
+  return (2 * dim / fans[init]) ** 0.5
+
+
 def random_assignment(
   key: chex.PRNGKey, num_classes: int, num_proxies: int
 ) -> jax.Array:

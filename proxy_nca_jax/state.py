@@ -102,6 +102,8 @@ def create_loss_arrays(
   loss, num_classes = losses.LOSSES[config.loss.name], len(class_sizes)
   num_unassigned = config.loss.num_proxies or num_classes
   dim, norm = config.model.embedding_dim, config.proxies.init_norm
+  if config.proxies.init in ('kaiming', 'xavier'):
+    norm = proxies.initial_norm(config.proxies.init, num_classes, dim)
 
   def draw(key, form):
     if form == losses.UNASSIGNED:

@@ -484,11 +484,12 @@ def _train(
   """
   data = _load_same_data(config, saved)
   configuration.set_num_steps(config, len(data.train))
+  given, config = config, configuration.in_steps(config, len(data.train))
   configuration.check(config)
   weights_digest = processes.run_on_primary(
     functools.partial(weights.digest, config, saved)
   )
-  _write_run(config, data, weights_digest, folder.path)
+  _write_run(given, data, weights_digest, folder.path)
   mesh, model = mesh_lib.make_mesh(), models.create_model(config)
   optimizer = optimizer_lib.make_optimizer(config)
   embed, score = _make_evaluation(config, model, mesh)
@@ -663,6 +664,7 @@ def train_and_evaluate(
   if config.dry_run:
     data, mesh = load_data(config), mesh_lib.make_mesh()
     configuration.set_num_steps(config, len(data.train))
+    config = configuration.in_steps(config, len(data.train))
     configuration.check(config)
     model = models.create_model(config)
     optimizer = optimizer_lib.make_optimizer(config)

@@ -32,7 +32,7 @@ def is_configured(config: ml_collections.ConfigDict) -> bool:
   """Whether a run begins with the features of its train images."""
   return (
     config.model.head_init != 'random'
-    or config.proxies.init != 'random'
+    or config.proxies.init == 'class_means'
     or config.head_steps > 0
   )
 

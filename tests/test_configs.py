@@ -24,7 +24,11 @@ _CONFIGS = [
   (path.stem, None)
   for path in (_ROOT / 'configs').glob('*.py')
   if path.stem != 'recipes'
-] + [(name, recipe) for name in _WITH_RECIPES for recipe in recipes.RECIPES]
+] + [
+  (name, recipe)
+  for name in (*_WITH_RECIPES, 'image_folder')
+  for recipe in recipes.RECIPES
+]
 
 
 def _load(name, recipe=None):
@@ -147,6 +151,31 @@ class RecipesTest(parameterized.TestCase):
   def test_an_unknown_recipe_lists_the_choices(self, name):
     with self.assertRaisesRegex(ValueError, "'papr'.*paper, dichotomies"):
       _load(name, 'papr')
+
+  @parameterized.parameters(*recipes.RECIPES)
+  def test_a_folder_of_as_many_images_has_the_recipe_of_cub(self, recipe):
+    config, cub = _load('image_folder', recipe), _load('cub200', recipe)
+    configuration.set_num_steps(config, 5_864)
+    config = configuration.in_steps(config, 5_864)
+    differing = {'dataset.name', 'dataset.allow_resized_source', 'num_epochs'}
+    for name in optimizer_lib.GROUPS:
+      if cub.optimizer[name].schedule != 'exponential':
+        differing.add(f'optimizer.{name}.decay_every')  # Not used.
+    expected = configuration.flatten(configuration.as_json(cub))
+    self.assertEqual(
+      {
+        name: value
+        for name, value in configuration.flatten(
+          configuration.as_json(config)
+        ).items()
+        if name not in differing
+      },
+      {k: v for k, v in expected.items() if k not in differing},
+    )
+
+  def test_an_unknown_recipe_of_a_folder_lists_the_choices(self):
+    with self.assertRaisesRegex(ValueError, "'papr'.*finetune, .*paper, dicho"):
+      _load('image_folder', 'papr')
 
   def test_flags_override_fields_of_a_recipe(self):
     config = _parse(

@@ -169,6 +169,36 @@ class FieldsTest(parameterized.TestCase):
     configuration.set_num_steps(config, num_images=656)
     self.assertEqual(config.num_steps, 7)
 
+  def test_periods_in_epochs_are_multiples_of_whole_epochs(self):
+    config = _config(
+      **{
+        'num_epochs': 4.5,
+        'period_unit': 'epoch',
+        'batch_size': 32,
+        'steps_per_dispatch': 5,
+        'num_steps': 1000,
+        'log_every': 5,
+        'eval_every': 2,
+        'optimizer.head.freeze_steps': 1,
+        'optimizer.head.warmup_steps': 2,
+        'optimizer.head.decay_every': 3,
+        'optimizer.head.decay_at': (3, 4),
+      }
+    )
+    configuration.check(config)
+    configuration.set_num_steps(config, num_images=656)
+    # 20.5 batches are an epoch of 4 dispatches of 5 steps.
+    self.assertEqual(config.num_steps, 90)
+    steps = configuration.in_steps(config, num_images=656)
+    configuration.check(steps)
+    head = steps.optimizer.head
+    self.assertEqual(steps.eval_every, 40)
+    self.assertEqual((head.freeze_steps, head.warmup_steps), (20, 40))
+    self.assertEqual((head.decay_every, head.decay_at), (60, (60, 80)))
+    self.assertEqual(config.eval_every, 2)
+    self.assertEqual(configuration.in_steps(steps, 656), steps)
+    self.assertEqual(configuration.in_steps(config, 1).eval_every, 10)
+
   def test_a_run_of_epochs_resumes_with_its_number_of_steps(self):
     config = _config(num_epochs=2.0)
     saved = configuration.as_json(_config(num_epochs=2.0, num_steps=41))
@@ -246,6 +276,20 @@ class RulesTest(parameterized.TestCase):
     ({'dataset.long_tail': 0.5}, 'long_tail .0.5. must be above 1'),
     ({'dataset.name': 'sop', 'dataset.resize': 0}, 'resize .0. must be at'),
     ({'dataset.name': 'image_folder'}, 'resize .0. must be at least'),
+    (
+      {'dataset.table': 'x.csv'},
+      "table .'x.csv'. is for image_folder; .*glyph",
+    ),
+    ({'dataset.huggingface': 'x'}, 'huggingface .*x.* is for image_folder'),
+    (
+      {
+        'dataset.name': 'image_folder',
+        'dataset.resize': 64,
+        'dataset.huggingface': 'x',
+        'dataset.root': '/x',
+      },
+      'has its own images: leave config.dataset.table and config.dataset.root',
+    ),
     ({'dataset.cache_size': 5}, 'cache_size .5. must be 0, or'),
     ({'dataset.images_per_class': 5}, 'batch_size .64. must be divisible by'),
     ({'dataset.color_jitter': (0, 0, 0, 0.6)}, 'hue'),
@@ -341,6 +385,8 @@ class SameRunTest(parameterized.TestCase):
     {'save_every': 3},
     {'keep_checkpoints': 9},
     {'dataset.root': '/elsewhere'},
+    {'dataset.table': '/elsewhere/table.csv'},
+    {'dataset.huggingface': '/elsewhere'},
     {'dataset.data_dir': '/elsewhere'},
     {'dataset.num_workers': 2},
     {'profile_steps': (1, 2)},

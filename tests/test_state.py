@@ -108,6 +108,18 @@ class StateTest(absltest.TestCase):
   def _path(self, step):
     return os.path.join(self.workdir, 'checkpoints', str(step))
 
+  def test_proxies_have_the_variance_of_kaiming_or_xavier(self):
+    for init, fan in (('kaiming', 300), ('xavier', 300 + 64)):
+      config = default.get_config()
+      config.proxies.init = init
+      arrays = state_lib.create_loss_arrays(
+        config,
+        jax.random.split(jax.random.key(0), 3),
+        class_sizes=np.ones(300, int),
+      )
+      variance = np.var(arrays['proxies'])
+      self.assertAlmostEqual(variance * fan / 2, 1, delta=0.03)
+
   def test_seed_alone_decides_the_initial_state(self):
     _assert_equal(_create(seed=3), _create.__wrapped__(seed=3))
     self.assertTrue(

@@ -201,6 +201,30 @@ class RunTest(absltest.TestCase):
     self.assertEqual(self._steps_saved(workdir), [0])
     self.assertEqual(self._train(workdir, **fields), results)
 
+  def test_a_run_with_periods_in_epochs_resumes_after_a_kill(self):
+    workdir = self.root / 'epochs'
+    fields = {
+      'num_epochs': 3.0,
+      'period_unit': 'epoch',
+      'eval_every': 2,
+      'batch_size': 8,  # 24 images make 3 batches.
+      'optimizer.proxies.schedule': 'step',
+      'optimizer.proxies.decay_rate': 0.5,
+      'optimizer.proxies.decay_at': (2,),
+    }
+    with self.assertRaises(_Killed):
+      self._train(workdir, killed_at=6, **fields)
+    self.assertEqual(self._train(workdir, **fields)['step'], 9)
+    rows = metric_writer.read_metrics(str(workdir))
+    rates = {
+      row['step']: row['learning_rate.proxies']
+      for row in rows
+      if 'learning_rate.proxies' in row
+    }
+    self.assertAlmostEqual(rates[6] / rates[7], 2, places=5)
+    scored = [row['step'] for row in rows if 'test.recall@1' in row]
+    self.assertEqual(scored, [6, 9])
+
   def test_by_default_the_first_stops_the_run(self):
     workdir = self.root / 'stopped'
     with self.assertRaisesRegex(ValueError, 'is not finite at step 6'):

@@ -56,6 +56,8 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
   validation = seen = None
   if config.validation:
     validation = make_split(eval_images, validation_classes)
+  if 'queries' in metadata:
+    _check_queries(test)
   if config.long_tail:
     train, seen = _split_long_tail(
       config, train, make_split(eval_images, train_classes)
@@ -73,7 +75,7 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
     test=test,
     seen=seen,
     skipped=tuple((name, reason) for name, reason in skipped),
-    num_shared_classes=_count_shared_names(train, test),
+    num_shared_classes=_count_shared_names(train, test, config),
     is_resized_source=is_resized_source(config),
     digest=digest,
     records_digest=_digest(metadata),
@@ -189,13 +191,14 @@ def _split_classes(
     if not num_between:
       raise ValueError(
         f'config.dataset.validation={class_splits.FOLDER} needs an image '
-        'folder with train, test, and one of val, valid and validation.'
+        'folder with train, test, and one of val, valid and validation, or a '
+        'table whose column split has these.'
       )
     validation = between
   else:
     if num_between:
       _logger.warning(
-        'The %d validation classes of the image folder are not used: '
+        'The %d validation classes of the image folder or table are not used: '
         'config.dataset.validation=%s selects a checkpoint by them.',
         num_between,
         class_splits.FOLDER,
@@ -224,7 +227,10 @@ def _make_split(
   """Returns the split of all records of some classes, int64 and ascending."""
   labels = np.asarray(metadata['labels'], np.int32)
   rows = np.flatnonzero(np.isin(labels, classes))
-  is_query = stored_splits[rows] == 'query'
+  if 'queries' in metadata:
+    is_query = np.asarray(metadata['queries'], bool)[rows]
+  else:
+    is_query = stored_splits[rows] == 'query'
   cameras = metadata.get('cameras')
   return splits.Split(
     source=source,
@@ -235,6 +241,17 @@ def _make_split(
     is_query=is_query if np.any(is_query) else None,
     cameras=np.asarray(cameras, np.int32)[rows] if cameras else None,
   )
+
+
+def _check_queries(test: splits.Split) -> None:
+  """Raises ValueError if the test images are all queries, or none is."""
+  if test.is_query is None or np.all(test.is_query):
+    missing = 'query' if test.is_query is None else 'gallery image'
+    raise ValueError(
+      f'The test split has no {missing} among its {len(test)} images: mark '
+      'queries of more classes, set config.dataset.split_seed to another '
+      'split, or define the split by the column split of the table.'
+    )
 
 
 def _split_long_tail(
@@ -262,12 +279,14 @@ def _split_long_tail(
   return train.subset(learned), seen
 
 
-def _count_shared_names(train: splits.Split, test: splits.Split) -> int:
-  train_names, test_names = (
-    {os.path.basename(name) for name in split.class_names}
-    for split in (train, test)
+def _count_shared_names(
+  train: splits.Split, test: splits.Split, config: ml_collections.ConfigDict
+) -> int:
+  # In a folder, train/a and test/a share a name; elsewhere, a label is one.
+  name = str if config.table or config.huggingface else os.path.basename
+  return len(
+    set(map(name, train.class_names)) & set(map(name, test.class_names))
   )
-  return len(train_names & test_names)
 
 
 def _digest(metadata: Mapping, *arrays) -> str:

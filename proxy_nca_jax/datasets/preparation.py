@@ -42,6 +42,9 @@ DATASETS = {
   for name, builder_cls in PUBLISHED.items()
 }
 
+# Fields that are paths, or may be.
+_PATHS = ('root', 'table', 'huggingface', 'manual_dir', 'fonts_dir')
+
 _logger = logging.getLogger(__name__)
 
 
@@ -85,8 +88,8 @@ def prepare(
 
 
 def _expand(field: str, value: str | int) -> str | int:
-  """Expands ~ in the fields that are paths."""
-  is_path = field in ('root', 'manual_dir', 'fonts_dir')
+  """Expands ~ at the start of a path."""
+  is_path = field in _PATHS
   return os.path.expanduser(value) if is_path else value
 
 

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from proxy_nca_jax import images
 from proxy_nca_jax.datasets import annotations, archives, downloads, records
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.runtime import errors, folders
 from proxy_nca_jax.runtime import files as files_lib
 
 _logger = logging.getLogger(__name__)
@@ -111,10 +111,14 @@ class PublishedBuilder(records.OrderedBuilder):
     labels: Mapping[str, int],
   ) -> Iterator[tuple[int, dict]]:
     metadata, broken = self.info.metadata, []
-    names = [example.path for example in examples]
-    for example, (name, encoded) in zip(
-      examples, records.read_images(root, names, _check_image)
-    ):
+
+    def read(example):
+      encoded = folders.read_file(os.path.join(root, example.path))
+      images.decode(encoded)  # Or an error.
+      return encoded
+
+    for example, encoded in records.read_images(examples, read):
+      name = example.path
       if isinstance(encoded, ValueError):
         broken.append((name, str(encoded)))
         continue
@@ -279,12 +283,6 @@ def _describe_file(file: downloads.RemoteFile) -> str:
   facts = [f'{file.size:,} bytes'] if file.size else []
   facts += [file.checksum] if file.checksum else []
   return f'{file.name} ({", ".join(facts)})' if facts else file.name
-
-
-def _check_image(encoded: bytes) -> bytes:
-  """Returns the bytes unchanged; raises ValueError if they are not an image."""
-  images.decode(encoded)
-  return encoded
 
 
 def make_builder(

@@ -2,15 +2,17 @@
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+from typing import TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from proxy_nca_jax.runtime import errors, folders, signals
+from proxy_nca_jax.runtime import errors, signals
+
+_T = TypeVar('_T')
 
 # Files per chunk of `read_images`, and records per call of TFDS's writer, which
 # saves its progress at each call.
@@ -51,25 +53,24 @@ def make_info(
 
 
 def read_images(
-  root: str, names: Sequence[str], convert: Callable[[bytes], bytes]
-) -> Iterator[tuple[str, bytes | ValueError]]:
-  """Reads and converts files in parallel threads, yielding them in order.
+  images: Sequence[_T], read: Callable[[_T], bytes]
+) -> Iterator[tuple[_T, bytes | ValueError]]:
+  """Reads images in parallel threads, yielding them in order.
 
-  Memory is bounded: files are read in chunks.
+  Memory is bounded: images are read in chunks.
 
   Args:
-    root: the folder of the files.
-    names: file names, relative to the root.
-    convert: maps a file's bytes to the bytes to store; raises ValueError for a
-      file that is not an image.
+    images: names of files, or other arguments of `read`.
+    read: returns the bytes to store; raises ValueError or OSError for a file
+      that is not a readable image.
 
   Yields:
-    (name, converted bytes or the error).
+    (image, bytes or the error).
   """
 
-  def read(name):
+  def try_to_read(image):
     try:
-      return convert(folders.read_file(os.path.join(root, name)))
+      return read(image)
     except ValueError as error:
       return error
     except OSError as error:
@@ -78,9 +79,9 @@ def read_images(
       return ValueError('there is not enough memory for it')
 
   with futures.ThreadPoolExecutor() as pool:
-    for start in range(0, len(names), _NUM_FILES):
-      chunk = names[start : start + _NUM_FILES]
-      yield from zip(chunk, pool.map(read, chunk))
+    for start in range(0, len(images), _NUM_FILES):
+      chunk = images[start : start + _NUM_FILES]
+      yield from zip(chunk, pool.map(try_to_read, chunk))
 
 
 class StoredRecords(Sequence):

@@ -94,7 +94,7 @@ class Datasets:
       None.
     skipped: (file, reason) of each file that is not part of the dataset.
     num_shared_classes: the number of test classes that training sees too: 0
-      unless the user's own train and test folders share names.
+      unless the splits of the user's own images share names.
     is_resized_source: whether training crops from resized images although the
       recipe crops from the originals.
     digest: a hash of the stored records, with names and images, of the class
