@@ -60,6 +60,7 @@ def _frozen(config):
 
 def _finetune(config):
   _pretrained(config)
+  config.num_steps = 0
   config.num_epochs = 4.0
   config.batch_size = 32
   config.log_every = 10

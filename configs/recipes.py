@@ -285,6 +285,7 @@ def _crop_originals(config, *, resize, image_size):
 def _set_epochs(config, epochs, *, num_images) -> int:
   """Sets the length and eval_every; returns an epoch in the unit of periods."""
   if num_images is None:
+    config.num_steps = 0
     config.num_epochs = float(epochs)
     config.period_unit = 'epoch'
     config.eval_every = epochs // 10

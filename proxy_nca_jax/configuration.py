@@ -653,7 +653,9 @@ def _score_names(config) -> list[str]:
 
 
 def _check_periods(config) -> Iterator[str]:
-  if config.profile_steps and config.profile_steps[1] > config.num_steps:
+  is_known = config.num_steps or not config.num_epochs
+  last = config.profile_steps[1] if config.profile_steps else 0
+  if is_known and last > config.num_steps:
     yield (
       f'config.profile_steps {tuple(config.profile_steps)} must be () or the '
       'first and the last step to trace, at most config.num_steps '
@@ -677,6 +679,20 @@ def _check_periods(config) -> Iterator[str]:
       f'{", ".join(indivisible)} must be divisible by '
       f'config.steps_per_dispatch ({size}): nothing happens between the steps '
       'of one dispatch.'
+    )
+
+
+def check_length(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError if both steps and epochs are given.
+
+  Args:
+    config: the run's config, before `set_num_steps`.
+  """
+  if config.num_steps and config.num_epochs:
+    raise ValueError(
+      f'config.num_steps ({config.num_steps}) and config.num_epochs '
+      f'({config.num_epochs}) both give the length of the run: set one of them '
+      'to 0.'
     )
 
 

@@ -366,7 +366,7 @@ def _score_checkpoint(config, saved: Mapping | None, workdir: str) -> dict:
   if state is None:
     raise ValueError(f'{workdir!r} holds no checkpoint: train first.')
   embed, score = _make_evaluation(config, model, mesh)
-  if not config.num_steps:
+  if not config.num_steps and not config.num_epochs:
     # The backbone was not trained: its features are stored.
     extract = features.make_extract(
       config,
@@ -659,6 +659,7 @@ def train_and_evaluate(
     signals.Stopped: on SIGTERM or Ctrl-C, after saving the state.
   """
   configuration.check(config)
+  configuration.check_length(config)
   configuration.check_devices(config, jax.device_count())
   config = config.copy_and_resolve_references()
   if config.dry_run:
@@ -684,7 +685,9 @@ def train_and_evaluate(
       configuration.keep_num_steps(config, saved['config'])
     if mode == 'eval':
       return _score_checkpoint(config, saved, folder.path)
-    if results and results['step'] >= config.num_steps:
+    # The number of steps in other epochs than the saved ones is not known yet.
+    is_known = config.num_steps or not config.num_epochs
+    if results and is_known and results['step'] >= config.num_steps:
       _report_finished(config, saved, results)
       return results
     return _train(config, saved, folder, stop_signals, stack)

@@ -89,6 +89,9 @@ class ConfigsTest(parameterized.TestCase):
     # Only the defaults name no dataset.
     config.dataset.name = config.dataset.name or 'glyphs'
     configuration.check(config)
+    configuration.check_length(config)
+    configuration.set_num_steps(config, 5_864)
+    config = configuration.in_steps(config, 5_864)
     optimizer_lib.make_optimizer(config)
     for group in optimizer_lib.GROUPS:
       learning_rate = optimizer_lib.make_schedule(

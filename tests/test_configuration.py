@@ -159,6 +159,12 @@ class FieldsTest(parameterized.TestCase):
     ):
       configuration.check(_config(seed=-1, num_steps=-1))
 
+  def test_steps_and_epochs_exclude_one_another(self):
+    configuration.check_length(_config(num_steps=0, num_epochs=2.0))
+    configuration.check_length(_config(num_steps=20, num_epochs=0.0))
+    with self.assertRaisesRegex(ValueError, r'num_steps \(20\).*epochs \(2.0'):
+      configuration.check_length(_config(num_steps=20, num_epochs=2.0))
+
   def test_epochs_determine_the_number_of_steps(self):
     config = _config(num_epochs=2.5, batch_size=32, steps_per_dispatch=2)
     configuration.set_num_steps(config, num_images=656)

@@ -204,6 +204,7 @@ class RunTest(absltest.TestCase):
   def test_a_run_with_periods_in_epochs_resumes_after_a_kill(self):
     workdir = self.root / 'epochs'
     fields = {
+      'num_steps': 0,
       'num_epochs': 3.0,
       'period_unit': 'epoch',
       'eval_every': 2,
