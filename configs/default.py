@@ -45,8 +45,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Seeds initialization, image order, augmentation and k-means.
   config.seed = 0
   config.num_steps = 1000
-  # Number of passes over the train images, in place of num_steps: one of the two
-  # must be 0.
+  # Number of passes over the train images, in place of num_steps: one of the
+  # two must be 0.
   config.num_epochs = 0.0
   # Unit of eval_every and of the optimizer's freeze_steps, warmup_steps,
   # decay_every and decay_at: step, or epoch. With epoch, each epoch, also those
