@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax.datasets import (
   class_splits,
+  embeddings,
   preparation,
   records,
   resized,
@@ -35,15 +36,21 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
       split, or its fields contradict each other.
   """
   config = config.dataset
-  builder, skipped = preparation.prepare(config)
-  metadata = builder.info.metadata
-  source, stored_splits = _open_records(builder)
-
-  eval_images = make_read_image(builder, source, config, side=config.resize)
-  train_images = eval_images
-  if config.crop == 'random_resized' and not is_resized_source(config):
-    # The recipe crops from the original images.
-    train_images = make_read_image(builder, source, config, side=0)
+  if config.name == embeddings.NAME:
+    source, metadata = embeddings.open_dataset(
+      data_dir=config.data_dir, root=config.root
+    )
+    train_images = eval_images = source.__getitem__
+    stored_splits, skipped = np.repeat('images', len(source)), ()
+  else:
+    builder, skipped = preparation.prepare(config)
+    metadata = builder.info.metadata
+    source, stored_splits = _open_records(builder)
+    eval_images = make_read_image(builder, source, config, side=config.resize)
+    train_images = eval_images
+    if config.crop == 'random_resized' and not is_resized_source(config):
+      # The recipe crops from the original images.
+      train_images = make_read_image(builder, source, config, side=0)
 
   train_classes, validation_classes, test_classes = _split_classes(
     config, metadata
@@ -73,7 +80,7 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
     test=test,
     seen=seen,
     skipped=tuple((name, reason) for name, reason in skipped),
-    num_shared_classes=_count_shared_names(train, test),
+    num_shared_classes=_count_shared_names(config, train, test),
     is_resized_source=is_resized_source(config),
     digest=digest,
     records_digest=_digest(metadata),
@@ -180,25 +187,31 @@ def _split_classes(
     test_fraction=config.test_fraction,
     seed=config.split_seed,
   )
-  # The classes of a validation folder are stored between the two splits.
+  # Validation classes of the data are stored between the two splits.
   num_between = metadata.get('num_validation_classes', 0)
   if num_between:
     is_between = test < metadata['num_train_classes'] + num_between
     between, test = test[is_between], test[~is_between]
-  if config.validation == class_splits.FOLDER:
-    if not num_between:
-      raise ValueError(
-        f'config.dataset.validation={class_splits.FOLDER} needs an image '
-        'folder with train, test, and one of val, valid and validation.'
-      )
+  if config.validation == class_splits.FOLDER and not num_between:
+    raise ValueError(
+      f'config.dataset.validation={class_splits.FOLDER} needs an image '
+      'folder with train, test, and one of val, valid and validation.'
+    )
+  if config.validation == class_splits.COLUMN and not num_between:
+    raise ValueError(
+      f'config.dataset.validation={class_splits.COLUMN} needs vectors with a '
+      'split of train, validation and test.'
+    )
+  if config.validation in class_splits.STORED.values():
     validation = between
   else:
     if num_between:
       _logger.warning(
-        'The %d validation classes of the image folder are not used: '
+        'The %d validation classes of %s are not used: '
         'config.dataset.validation=%s selects a checkpoint by them.',
         num_between,
-        class_splits.FOLDER,
+        'the image folder' if config.name == 'image_folder' else 'the split',
+        class_splits.STORED[config.name],
       )
     train, validation = class_splits.split_validation(train, config.validation)
   sizes = {'test': len(test), 'validation': len(validation)}
@@ -262,12 +275,16 @@ def _split_long_tail(
   return train.subset(learned), seen
 
 
-def _count_shared_names(train: splits.Split, test: splits.Split) -> int:
-  train_names, test_names = (
-    {os.path.basename(name) for name in split.class_names}
-    for split in (train, test)
-  )
-  return len(train_names & test_names)
+def _count_shared_names(
+  config: ml_collections.ConfigDict, train: splits.Split, test: splits.Split
+) -> int:
+  def names(split):
+    if config.name == embeddings.NAME:
+      return set(split.class_names)
+    # The name of a folder, without the split that it is in.
+    return {os.path.basename(name) for name in split.class_names}
+
+  return len(names(train) & names(test))
 
 
 def _digest(metadata: Mapping, *arrays) -> str:

@@ -13,6 +13,7 @@ _DESCRIPTIONS = {
   'untrained': 'the network before training',
   'pretrained': 'the pretrained features without a head',
   'raw_pixels': 'raw pixels',
+  'as_given': 'the vectors as given',
 }
 _BASELINES = tuple(_DESCRIPTIONS)
 # The columns of the table, in this order.
