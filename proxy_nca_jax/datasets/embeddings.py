@@ -356,6 +356,8 @@ def _read_header(file: IO[bytes], title: str):
       (2, 0): np.lib.format.read_array_header_2_0,
     }[version]
     return read(file)
+  except (zipfile.BadZipFile, zlib.error):
+    raise
   # NumPy evaluates the header, which raises many types of errors.
   except Exception as error:
     raise ValueError(
