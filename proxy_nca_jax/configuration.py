@@ -467,7 +467,7 @@ def _check_dataset(config) -> Iterator[str]:
     if fields.validation == value and fields.name != name:
       yield (
         f'config.dataset.validation={value!r} takes the validation classes '
-        f'that {name} has; {fields.name} has none: set i/n, as 2/2.'
+        f'of {name}; {fields.name} has none: set i/n, as 2/2.'
       )
   if not fields.resize and fields.name not in ('glyphs', datasets.EMBEDDINGS):
     yield (

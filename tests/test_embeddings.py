@@ -414,7 +414,7 @@ class ConfigTest(_Case):
     ),
     (
       {'dataset.validation': 'folder', 'eval_every': 1},
-      'image_folder has; embeddings has none',
+      'image_folder; embeddings has none',
     ),
   )
   def test_fields_that_do_not_fit(self, fields, message):
