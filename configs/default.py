@@ -61,7 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.dataset.name = ''
   # Folder of prepared datasets; '' is TFDS's default, ~/tensorflow_datasets.
   config.dataset.data_dir = ''
-  config.dataset.root = ''  # image_folder: the folder of images.
+  # image_folder: the folder of images. embeddings: the file of vectors.
+  config.dataset.root = ''
   # image_folder: a table of images with the columns path and label, in a .csv,
   # .tsv or .parquet file; '' takes the sub-folders of `root` as classes.
   config.dataset.table = ''
@@ -89,7 +90,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Train classes to hold out for selecting a checkpoint: i/n is the i-th of n
   # equal parts, such as 2/2 for the second half; '' holds out none. 'folder'
   # takes the classes of the folder val, valid or validation of image_folder, or
-  # of that split of its table.
+  # of that split of its table; 'column' those of the split of embeddings.
   config.dataset.validation = ''
   # Seeds the split by class, so that runs with other `seed`s share one split.
   config.dataset.split_seed = 0
@@ -101,6 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
   # and crop and flip them there. Batches are the same as from the host.
   config.dataset.on_device = False
 
+  # The fields from here to `erasing` are for images.
   # The host resizes, crops and flips images as uint8; the device normalizes.
   # Side in pixels to resize to before the crop; 0 disables resizing.
   config.dataset.resize = 0
@@ -142,8 +144,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.layer_norm = False
   config.model.embedding_dim = 64  # The paper's.
   config.model.normalize = True  # Project embeddings to the unit sphere.
-  # How the head starts: random; pca, the principal components of the features
-  # of the train images; or lda, the same after whitening within classes.
+  config.model.head_hidden = 0  # Hidden units of the head; 0 is a linear head.
+  # How a linear head starts: random; pca, the principal components of the
+  # features of the train images; lda, the same after whitening within classes;
+  # or identity, the features themselves.
   config.model.head_init = 'random'
   # Standard deviation of the head's random weights; 0 is LeCun's.
   config.model.embedding_stddev = 0.0

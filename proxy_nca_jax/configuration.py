@@ -24,6 +24,7 @@ from proxy_nca_jax import datasets, losses, models
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax.configs import default
+from proxy_nca_jax.datasets import class_splits
 from proxy_nca_jax.runtime import saved_json
 
 # No reading process beyond these: each takes about 130 MB and a core.
@@ -34,6 +35,43 @@ _MAX_SIDE = 4096
 _MANY = 10**9
 # Characters of a wrong value in a message.
 _MAX_SHOWN = 100
+
+# Fields that only networks of images have a use for.
+_IMAGE_FIELDS = (
+  *(
+    f'dataset.{name}'
+    for name in (
+      'on_device',
+      'resize',
+      'resize_mode',
+      'interpolation',
+      'cache_size',
+      'allow_resized_source',
+      'image_size',
+      'crop',
+      'padding',
+      'crop_scale',
+      'crop_ratio',
+      'flip',
+      'color_jitter',
+      'erasing',
+    )
+  ),
+  *(
+    f'model.{name}'
+    for name in (
+      'init_from',
+      'width',
+      'pooling',
+      'layer_norm',
+      'batch_norm_momentum',
+      'freeze_batch_norm_steps',
+      'dtype',
+      'remat',
+    )
+  ),
+  'head_steps',
+)
 
 # Fields without influence on the parameters and the scores of a run.
 _FREE_FIELDS = frozenset(
@@ -240,7 +278,7 @@ FIELDS = {
   'period_unit': Choice(('step', 'epoch')),
   'head_steps': _count(0, 10**6),
   'batch_size': _count(1, 2**20),
-  'dataset.name': Choice(datasets.DATASETS),
+  'dataset.name': Choice((*datasets.DATASETS, datasets.EMBEDDINGS)),
   'dataset.data_dir': _TEXT,
   'dataset.root': _TEXT,
   'dataset.table': _TEXT,
@@ -280,7 +318,8 @@ FIELDS = {
   'model.layer_norm': _BOOL,
   'model.embedding_dim': _count(1, 2**16),
   'model.normalize': _BOOL,
-  'model.head_init': Choice(('random', 'pca', 'lda')),
+  'model.head_hidden': _count(0, 2**16),
+  'model.head_init': Choice(('random', 'pca', 'lda', 'identity')),
   'model.embedding_stddev': _real(0, 100),
   'model.batch_norm_momentum': _FRACTION,
   'model.freeze_batch_norm_steps': _count(-1),
@@ -385,6 +424,7 @@ def _flatten_config(config, prefix='') -> dict[str, Any]:
 
 def _against_rules(config) -> Iterator[str]:
   for rule in (
+    _check_vectors,
     _check_dataset,
     _check_augmentation,
     _check_model,
@@ -396,6 +436,26 @@ def _against_rules(config) -> Iterator[str]:
     yield from rule(config)
 
 
+def _check_vectors(config) -> Iterator[str]:
+  is_of_vectors = config.dataset.name == datasets.EMBEDDINGS
+  if is_of_vectors != models.BACKBONES[config.model.name].takes_vectors:
+    yield (
+      f'config.dataset.name={config.dataset.name} and '
+      f'config.model.name={config.model.name} do not fit: the dataset '
+      f'{datasets.EMBEDDINGS} and the network vectors need each other.'
+    )
+  if not is_of_vectors:
+    return
+  new, defaults = map(_flatten_config, (config, default.get_config()))
+  changed = [name for name in _IMAGE_FIELDS if new[name] != defaults[name]]
+  if changed:
+    yield (
+      f'{", ".join(f"config.{name}" for name in changed)}: vectors are neither '
+      'resized, cropped, flipped nor passed through a backbone. Leave out '
+      'these fields.'
+    )
+
+
 def _check_dataset(config) -> Iterator[str]:
   fields = config.dataset
   if 0 < fields.long_tail <= 1:
@@ -404,20 +464,23 @@ def _check_dataset(config) -> Iterator[str]:
       'ratio of the largest class to the smallest, or 0 for all images.'
     )
   part = re.fullmatch(r'([0-9]{1,9})/([0-9]{1,9})', fields.validation)
-  if fields.validation not in ('', 'folder') and not (
+  stored = class_splits.STORED
+  if fields.validation not in ('', *stored.values()) and not (
     part and 1 <= int(part[1]) <= int(part[2]) and int(part[2]) >= 2
   ):
     yield (
       f'config.dataset.validation ({_show(fields.validation)}) must be i/n, as '
       '2/2 for the second half of the train classes or 1/4 for the first '
-      "quarter, 'folder' for the folder val of your own images, or '', which "
-      'trains on all of them.'
+      "quarter, 'folder' for the folder val of your own images, 'column' for "
+      "the column split of your own embeddings, or '', which trains on all of "
+      'them.'
     )
-  if fields.validation == 'folder' and fields.name != 'image_folder':
-    yield (
-      "config.dataset.validation='folder' takes the classes of the folder val "
-      f'of image_folder; {fields.name} has none: set i/n, as 2/2.'
-    )
+  for name, value in stored.items():
+    if fields.validation == value and fields.name != name:
+      yield (
+        f'config.dataset.validation={value!r} takes the validation classes '
+        f'of {name}; {fields.name} has none: set i/n, as 2/2.'
+      )
   sources = [x for x in ('table', 'huggingface') if fields[x]]
   if sources and fields.name != 'image_folder':
     yield (
@@ -429,7 +492,7 @@ def _check_dataset(config) -> Iterator[str]:
       f'config.dataset.huggingface ({_show(fields.huggingface)}) has its own '
       'images: leave config.dataset.table and config.dataset.root empty.'
     )
-  if not fields.resize and fields.name != 'glyphs':
+  if not fields.resize and fields.name not in ('glyphs', datasets.EMBEDDINGS):
     yield (
       'config.dataset.resize (0) must be at least 1 pixel: the images of '
       f'{fields.name} differ in size.'
@@ -484,6 +547,12 @@ def _check_model(config) -> Iterator[str]:
       f'{fields.name} has no class token (config.model.pooling=cls): choose '
       f'one of {", ".join(name for name in models.POOLINGS if name != "cls")}.'
     )
+  if fields.head_hidden and fields.head_init != 'random':
+    yield (
+      f'config.model.head_init={fields.head_init} starts a linear head, and '
+      f'config.model.head_hidden ({fields.head_hidden}) makes it one with '
+      'hidden units: set head_hidden to 0, or head_init to random.'
+    )
   if config.dataset.image_size % backbone.patch_size:
     yield (
       f'config.dataset.image_size ({config.dataset.image_size}) must be a '
@@ -499,7 +568,7 @@ def _check_model(config) -> Iterator[str]:
       f'{fields.name} has no batch statistics to freeze '
       '(config.model.freeze_batch_norm_steps): set it to 0.'
     )
-  num_layers = len(backbone.layers)
+  num_layers = max(len(backbone.layers), 1)
   if fields.freeze_layers >= num_layers:
     yield (
       f'config.model.freeze_layers ({fields.freeze_layers}) must be below '

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 from clu import parameter_overview
 
-from proxy_nca_jax import datasets, weights
+from proxy_nca_jax import datasets, warm_start, weights
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 
@@ -20,6 +20,7 @@ _logger = logging.getLogger(__name__)
 
 def log_plan(
   config: ml_collections.ConfigDict,
+  model,
   train: datasets.Split,
   state: state_lib.TrainState,
   train_step: Callable,
@@ -29,6 +30,7 @@ def log_plan(
 
   Args:
     config: the run's config.
+    model: the network.
     train: the records to train on.
     state: shapes and shardings of the state, from `state.abstract`.
     train_step: the step, from `train_step.make_train_step`. It is compiled: the
@@ -36,18 +38,22 @@ def log_plan(
     mesh: the devices.
 
   Raises:
-    ValueError: if `config.model.init_from` is missing or does not fit.
+    ValueError: if `config.model.init_from` is missing or does not fit, or the
+      features do not fit `config.model.head_init`.
   """
+  if config.model.head_init == 'identity':
+    kernel = state.params['head']['embedding']['kernel']
+    warm_start.check_identity(*kernel.shape)
   if config.model.init_from:
     weights.load(config, state, weights.digest(config, None))
-  _logger.info('%s', _describe(config, train, state, train_step, mesh))
+  _logger.info('%s', _describe(config, model, train, state, train_step, mesh))
   _logger.info('A dry run (config.dry_run): nothing was trained.')
 
 
-def _describe(config, train, state, train_step, mesh) -> str:
+def _describe(config, model, train, state, train_step, mesh) -> str:
   size = config.batch_size
   memory = (
-    train_step.lower(state, _batch(config, mesh), 1.0)
+    train_step.lower(state, _batch(config, model, mesh), 1.0)
     .compile()
     .memory_analysis()
   )
@@ -67,8 +73,8 @@ def _describe(config, train, state, train_step, mesh) -> str:
   return '\n'.join(
     [
       table,
-      f'{config.num_steps:,} steps of {size:,} images, {epochs:,.1f} epochs; '
-      f'scored {scored}, saved every {config.save_every:,} steps.',
+      f'{config.num_steps:,} steps of {size:,} {train.noun}, {epochs:,.1f} '
+      f'epochs; scored {scored}, saved every {config.save_every:,} steps.',
       f'Memory on each of {mesh.size} devices: {_mebibytes(arguments)} for the '
       f'state and a batch, and {_mebibytes(temporary)} during a step.',
       f'Disk: {config.keep_checkpoints} checkpoints of {_mebibytes(saved)}.',
@@ -76,11 +82,12 @@ def _describe(config, train, state, train_step, mesh) -> str:
   )
 
 
-def _batch(config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(config, model, mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes, dtypes and shardings of a training batch."""
-  size, side = config.batch_size, config.dataset.image_size
+  size = config.batch_size
+  images = model.example(size)
   shapes = {
-    'image': ((size, side, side, 3), jnp.uint8),
+    'image': (images.shape, images.dtype),
     'label': ((size,), jnp.int32),
     'id': ((size,), jnp.int32),
   }

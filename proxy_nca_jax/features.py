@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from proxy_nca_jax import datasets
+from proxy_nca_jax import datasets, models
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.datasets import preparation
 from proxy_nca_jax.evaluate import embed as embed_lib
@@ -32,7 +32,8 @@ _RECORDS_PER_FILE = 1024
 _logger = logging.getLogger(__name__)
 
 # Maps a split to the features of its records, float32 [len(split), width].
-Extract = Callable[[datasets.Split], np.ndarray]
+# Vectors are their own features, which are not read here.
+Extract = Callable[[datasets.Split], np.ndarray | datasets.Vectors]
 
 
 def make_extract(
@@ -57,6 +58,8 @@ def make_extract(
     records_digest: the hash of all records of the dataset.
     weights_digest: the hash of the file of weights; None for random weights.
   """
+  if models.BACKBONES[config.model.name].takes_vectors:
+    return lambda split: split.vectors
   embed_fn = embed_lib.make_embed_fn(model, mesh, method='features')
   compute = functools.partial(embed_lib.embed_split, embed_fn, config, state)
   if not weights_digest or jax.process_count() > 1:

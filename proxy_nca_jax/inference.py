@@ -1,4 +1,4 @@
-"""A trained network for any images: loaded, called, saved and exported."""
+"""A trained network for any images or vectors: called, saved and exported."""
 
 import dataclasses
 import functools
@@ -44,6 +44,8 @@ _DESCRIPTION, _ARRAYS = 'embedder.json', 'arrays.safetensors'
 class Embedder:
   """Maps images to embeddings, preprocessed as in the evaluation of its run.
 
+  That of a run on vectors maps vectors to embeddings.
+
   >>> embedder = proxy_nca_jax.load('/tmp/run')  # doctest: +SKIP
   >>> embedder(['a.jpg', 'b.jpg']).shape  # doctest: +SKIP
   (2, 64)
@@ -65,10 +67,13 @@ class Embedder:
   batch_size: int = 32
 
   def __repr__(self):
-    model, size = self.config.model, self.config.dataset.image_size
+    name, size = self.config.model.name, self.config.dataset.image_size
+    source = f'{name}, {size} x {size} pixels'
+    if self.vector_dim:
+      source = f'{name} of {self.vector_dim} dimensions'
     return (
-      f'Embedder: {model.name}, {size} x {size} pixels to {self.dim} '
-      f'dimensions,\ntrained with {self.config.loss.name} on '
+      f'Embedder: {source} to {self.dim} dimensions,\n'
+      f'trained with {self.config.loss.name} on '
       f'{len(self.class_names):,} classes of {self.config.dataset.name}'
     )
 
@@ -76,6 +81,11 @@ class Embedder:
   def dim(self) -> int:
     """The dimension of the embeddings."""
     return self.config.model.embedding_dim
+
+  @property
+  def vector_dim(self) -> int | None:
+    """The dimension of the vectors that it takes; None if it takes images."""
+    return _vector_dim(self.config, self.params)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -119,18 +129,23 @@ class Embedder:
     )
 
   def __call__(self, images: Iterable[ImageLike]) -> np.ndarray:
-    """Embeds images of any kinds and sizes.
+    """Embeds images of any kinds and sizes, or vectors.
 
     Args:
       images: paths, bytes of files, Pillow images or uint8 arrays, mixed as you
-        like; or one array, uint8 [num_images, height, width, 3].
+        like; or one array, uint8 [num_images, height, width, 3]. After a run on
+        vectors, one array, float [num_vectors, vector_dim], which may be
+        memory-mapped.
 
     Returns:
       float32 [num_images, dim].
 
     Raises:
-      ValueError: if an image cannot be read; the message names it.
+      ValueError: if an image cannot be read; the message names it. If vectors
+        are not finite or of another dimension.
     """
+    if self.vector_dim:
+      return self.embed(_check_vectors(images, self.vector_dim))
     if isinstance(images, str | bytes | os.PathLike | Image.Image):
       raise ValueError('Give a list of images, even for one: [image].')
     remaining, rows = enumerate(images), []
@@ -161,18 +176,25 @@ class Embedder:
       ) from error
 
   def embed(self, images: np.ndarray) -> np.ndarray:
-    """Embeds images that `read` has returned.
+    """Embeds images that `read` has returned, or vectors.
 
     Args:
-      images: uint8 [num_images, image_size, image_size, 3].
+      images: uint8 [num_images, image_size, image_size, 3], or float
+        [num_vectors, vector_dim].
 
     Returns:
       float32 [num_images, dim].
+
+    Raises:
+      ValueError: if a vector is not finite as float32; names its row.
     """
     rows = np.zeros((len(images), self.dim), np.float32)
     for begin in range(0, len(images), self._batch_size):
       batch = images[begin : begin + self._batch_size]
-      padding = ((0, self._batch_size - len(batch)), (0, 0), (0, 0), (0, 0))
+      if self.vector_dim:
+        batch = _as_float32(batch, begin)
+      padding = [(0, 0)] * batch.ndim
+      padding[0] = (0, self._batch_size - len(batch))
       embeddings = self._forward(np.pad(batch, padding))
       rows[begin : begin + len(batch)] = np.asarray(embeddings)[: len(batch)]
     return rows
@@ -194,8 +216,8 @@ class Embedder:
 
   @functools.cached_property
   def _forward(self) -> Callable[[np.ndarray], jax.Array]:
-    """uint8 [batch, image_size, image_size, 3] -> float32 [batch, dim]."""
-    model = models.create_model(self.config)
+    """A batch of what `embed` takes -> float32 [batch, dim]."""
+    model = models.create_model(self.config, vector_dim=self.vector_dim)
     replicated = mesh_lib.replicated(self._mesh)
     by_row = mesh_lib.by_row(self._mesh)
     forward = jax.jit(
@@ -238,9 +260,16 @@ class Embedder:
     The exported function maps resized images, uint8 [batch, height, width, 3]
     with any batch size and sides of at least image_size, to float32 [batch,
     dim]. It includes the central crop and normalization, but no decoding or
-    resizing. It runs on CPUs, NVIDIA GPUs and TPUs without this package.
+    resizing. That of a run on vectors maps float32 [batch, vector_dim]. It runs
+    on CPUs, NVIDIA GPUs and TPUs without this package.
     """
-    model = models.create_model(self.config)
+    model = models.create_model(self.config, vector_dim=self.vector_dim)
+    if self.vector_dim:
+      shape = jax_export.symbolic_shape(f'batch, {self.vector_dim}')
+      return _export(
+        functools.partial(model.apply, self._variables, train=False),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+      )
     size = self.config.dataset.image_size
 
     def embed(images):
@@ -255,9 +284,14 @@ class Embedder:
       'batch, height, width, 3',
       constraints=(f'height >= {size}', f'width >= {size}'),
     )
-    return jax_export.export(jax.jit(embed), platforms=('cpu', 'cuda', 'tpu'))(
-      jax.ShapeDtypeStruct(shape, jnp.uint8)
-    ).serialize()
+    return _export(embed, jax.ShapeDtypeStruct(shape, jnp.uint8))
+
+
+def _export(embed: Callable, batch: jax.ShapeDtypeStruct) -> bytes:
+  platforms = ('cpu', 'cuda', 'tpu')
+  return jax_export.export(jax.jit(embed), platforms=platforms)(
+    batch
+  ).serialize()
 
 
 def load(path: str | os.PathLike) -> Embedder:
@@ -313,7 +347,8 @@ def load(path: str | os.PathLike) -> Embedder:
 def _make_embedder(path, description, params, model_state) -> Embedder:
   config = configuration.from_json(description['config'])
   class_names = tuple(description.get('class_names') or ())
-  params = {'proxies': {}, **params}
+  # Groups without arrays are not in the file of a saved embedder.
+  params = {'backbone': {}, 'proxies': {}, **params}
   if config.proxies.sharded and class_names:
     # Sharded proxies end with rows of padding.
     params['proxies'] = params['proxies'][: len(class_names)]
@@ -336,11 +371,11 @@ def _check_arrays(path, config, params, model_state, num_classes) -> None:
     model_state: the saved batch statistics.
     num_classes: number of saved class names; 0 if there are none.
   """
-  size = config.dataset.image_size
+  model = models.create_model(config, vector_dim=_vector_dim(config, params))
   variables = jax.eval_shape(
-    functools.partial(models.create_model(config).init, train=False),
+    functools.partial(model.init, train=False),
     jax.random.key(0),
-    jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
+    model.example(1),
   )
   given = {name: params.get(name, {}) for name in ('backbone', 'head')}
   wanted, given = (
@@ -361,6 +396,43 @@ def _check_arrays(path, config, params, model_state, num_classes) -> None:
       f'it has {num_classes} class_names, and the saved network '
       f'{len(params["proxies"])} proxies',
     )
+
+
+def _vector_dim(config, params) -> int | None:
+  """Returns the number of rows of the first kernel; None if it takes images."""
+  if not models.BACKBONES[config.model.name].takes_vectors:
+    return None
+  head = configuration.flatten(params.get('head', {}))
+  first = 'hidden' if config.model.head_hidden else 'embedding'
+  # If the kernel is missing, `_check_arrays` says so.
+  return len(head.get(f'{first}.kernel', [None]))
+
+
+def _check_vectors(vectors: np.ndarray, dim: int) -> np.ndarray:
+  vectors = np.asanyarray(vectors)
+  if vectors.dtype.kind != 'f' or vectors.shape[1:] != (dim,):
+    raise ValueError(
+      f'The vectors are {vectors.dtype} {vectors.shape}: expected one array, '
+      f'float [num_vectors, {dim}], as in the training of this network.'
+    )
+  return vectors
+
+
+def _as_float32(vectors: np.ndarray, begin: int) -> np.ndarray:
+  """Returns rows of vectors, the first of them the row `begin`, as float32.
+
+  Raises:
+    ValueError: if one is not finite.
+  """
+  with np.errstate(over='ignore'):
+    vectors = np.asarray(vectors, np.float32)
+  wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+  if len(wrong):
+    raise ValueError(
+      f'The vector of row {begin + wrong[0]}, counted from 0, has NaN, '
+      'infinity or a value beyond float32.'
+    )
+  return vectors
 
 
 def _decode(image: ImageLike) -> Image.Image:

@@ -173,10 +173,11 @@ def _make_init(config, model, optimizer, class_sizes, mesh):
 
   def init(key):
     model_key, *loss_keys = jax.random.split(key, 4)
-    size = config.dataset.image_size
-    images = jnp.zeros((1, size, size, 3), jnp.uint8)
+    example = model.example(1)
+    images = jnp.zeros(example.shape, example.dtype)
     variables = model.init(model_key, images, train=False)
-    params = variables.pop('params')
+    # A backbone of vectors has no parameters.
+    params = {'backbone': {}, **variables.pop('params')}
     if config.model.init_from:
       # Random weights would be replaced, after seconds to compile them.
       params['backbone'] = jax.tree.map(jnp.zeros_like, params['backbone'])

@@ -129,6 +129,10 @@ def _write_run(config, data, weights_digest: str | None, workdir: str) -> None:
   )
 
 
+def _create_model(config, data: datasets.Datasets):
+  return models.create_model(config, vector_dim=data.train.vector_dim)
+
+
 def _make_evaluation(config, model, mesh) -> tuple[_Embed, _Score]:
   embed_fn = embed_lib.make_embed_fn(model, mesh)
   return (
@@ -194,16 +198,20 @@ def _score_baselines(
 ) -> dict:
   """Scores the network before training, and raw pixels, if configured.
 
-  Of a pretrained network, its features without a head are scored too.
+  Of a pretrained network, its features without a head are scored too; of
+  vectors, the vectors instead of pixels.
   """
   if not config.evaluation.baselines:
     return {}
-  _logger.info('Scoring the network before training, and raw pixels')
+  name = 'raw pixels' if test.vectors is None else 'the vectors as given'
+  _logger.info('Scoring the network before training, and %s', name)
   rows = extract(test)
   embeddings = warm_start.project(model, state.params['head'], rows)
   baselines = {'untrained': score(embeddings, test)}
   if config.model.init_from:
     baselines['pretrained'] = score(rows, test)
+  if test.vectors is not None:
+    return baselines | {'as_given': score(rows, test)}
   pixels = input_pipeline.raw_pixels(test)
   return baselines | {'raw_pixels': score(pixels, test)}
 
@@ -351,7 +359,7 @@ def _score_checkpoint(config, saved: Mapping | None, workdir: str) -> dict:
   if not saved:
     raise ValueError(f'{workdir!r} holds no run: train one first.')
   data = _load_same_data(config, saved)
-  mesh, model = mesh_lib.make_mesh(), models.create_model(config)
+  mesh, model = mesh_lib.make_mesh(), _create_model(config, data)
   state = state_lib.create(
     config,
     model,
@@ -490,7 +498,7 @@ def _train(
     functools.partial(weights.digest, config, saved)
   )
   _write_run(given, data, weights_digest, folder.path)
-  mesh, model = mesh_lib.make_mesh(), models.create_model(config)
+  mesh, model = mesh_lib.make_mesh(), _create_model(config, data)
   optimizer = optimizer_lib.make_optimizer(config)
   embed, score = _make_evaluation(config, model, mesh)
   state = state_lib.create(
@@ -667,13 +675,13 @@ def train_and_evaluate(
     configuration.set_num_steps(config, len(data.train))
     config = configuration.in_steps(config, len(data.train))
     configuration.check(config)
-    model = models.create_model(config)
+    model = _create_model(config, data)
     optimizer = optimizer_lib.make_optimizer(config)
     step = make_train_step(config, model, optimizer, data.train, mesh)
     state = state_lib.abstract(
       config, model, optimizer, class_sizes=data.train.class_sizes, mesh=mesh
     )
-    dry_run.log_plan(config, data.train, state, step, mesh)
+    dry_run.log_plan(config, model, data.train, state, step, mesh)
     return {}
   with contextlib.ExitStack() as stack:
     stop_signals = stack.enter_context(signals.StopSignals())

@@ -9,7 +9,7 @@ https://arxiv.org/abs/2202.10054).
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,14 @@ import optax
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
+from proxy_nca_jax.runtime import signals
 
 # Fraction of the covariance within classes that is replaced by its mean
 # variance; experiments/heads.py compares others.
 SHRINKAGE = 0.7
+
+# Rows of features in memory at a time: 100 MB in float64 at a width of 768.
+_BLOCK = 2**14
 
 _Group = dict[str, jax.Array]
 
@@ -55,7 +59,8 @@ def apply(
     model: its method `project` maps features to embeddings.
     loss: the run's loss.
     state: the state with the backbone's weights.
-    features: float32 [num_images, width], of the train images.
+    features: float32 [num_images, width], of the train images. It is sliced,
+      and may be read only then.
     labels: int32 [num_images].
     mesh: the devices.
     classifier: of the pretrained weights, as of `make_head`.
@@ -72,7 +77,7 @@ def apply(
     )
     params['head'] = _put(params['head'] | head, params['head'])
   if config.proxies.init == 'class_means':
-    proxies = class_means(project(model, params['head'], features), labels)
+    proxies = class_means(model, params['head'], features, labels)
     if config.proxies.sharded:
       proxies = jax.jit(functools.partial(mesh_lib.pad_rows, mesh=mesh))(
         proxies
@@ -101,7 +106,10 @@ def make_head(
   'pca' projects to the principal components. 'lda' first whitens the features
   by their covariance within classes, which shrinks the directions in which
   images of one class differ: the regularized discriminant analysis of Friedman
-  (1989), as a projection.
+  (1989), as a projection. 'identity' keeps the features, not centered.
+
+  The features are read twice, in blocks. Memory holds the means of the classes
+  and a few matrices [width, width] in float64.
 
   Few images span fewer than `dim` dimensions. The others keep what these images
   do not show and new classes may need: first the principal components of a
@@ -109,10 +117,11 @@ def make_head(
   directions.
 
   Args:
-    features: float32 [num_images, width].
+    features: float32 [num_images, width]; it is sliced, and may be read only
+      then.
     labels: int32 [num_images], in [0, num_classes).
     dim: dimension of the embeddings.
-    init: 'pca' or 'lda'.
+    init: 'pca', 'lda' or 'identity'.
     classifier: float [num_pretraining_classes, width], the weights of the
       classifier that the backbone was trained with; None if there is none.
     seed: of the random directions.
@@ -121,21 +130,37 @@ def make_head(
 
   Returns:
     {'embedding': {'kernel': float32 [width, dim], 'bias': float32 [dim]}}.
+
+  Raises:
+    ValueError: if an identity has other dimensions than the features.
   """
-  features = features.astype(np.float64)
-  mean = features.mean(axis=0)
-  centered = features - mean
-  width = len(mean)
+  width = features.shape[1]
+  if init == 'identity':
+    check_identity(width, dim)
+    return _linear(np.eye(width), np.zeros(width))
+  sizes = np.bincount(labels)[:, None]
+  means = _class_means(_blocks(features), labels, width)
+  mean = np.sum(sizes * means, axis=0) / len(labels)
+  # Rows whose products are those of all features, with fewer of them.
+  between = np.sqrt(sizes) * (means - mean)
+  values, vectors = np.linalg.eigh(
+    _within_class_scatter(features, labels, means)
+  )
+  # Smaller ones are rounding errors.
+  values = np.where(values > 1e-12 * values[-1], values, 0)
+  within = np.sqrt(values)[:, None] * vectors.T
   others = [np.random.default_rng(seed).normal(size=(width, width))]
   if classifier is not None:
     others.insert(0, classifier - classifier.mean(axis=0))
   if init == 'pca':
+    centered = np.concatenate([between, within])
     kernel = _orthonormal_columns([centered, *others], dim)
   else:
     # Directions between the classes first, then those within.
-    whitening = _within_class_whitening(features, labels, shrinkage)
-    means = (_class_means(features, labels) - mean)[labels]
-    rows = (means, centered, *others)
+    freedom = max(len(labels) - len(sizes), 1)
+    variances = _shrink(values / freedom, shrinkage)
+    whitening = vectors / np.sqrt(variances) @ vectors.T
+    rows = (between, np.concatenate([between, within]), *others)
     kernel = whitening @ _orthonormal_columns(
       [x @ whitening for x in rows], dim
     )
@@ -143,29 +168,60 @@ def make_head(
   kernel /= np.mean(np.linalg.norm(kernel, axis=0))
   # Outputs beyond the width of the features are 0.
   kernel = np.pad(kernel, ((0, 0), (0, dim - kernel.shape[1])))
+  return _linear(kernel, -mean @ kernel)
+
+
+def check_identity(width: int, dim: int) -> None:
+  """Raises ValueError if embeddings cannot be the features themselves.
+
+  Args:
+    width: dimension of the features.
+    dim: dimension of the embeddings.
+  """
+  if width != dim:
+    raise ValueError(
+      f'config.model.head_init=identity keeps the {width} dimensions of the '
+      f'features, and config.model.embedding_dim is {dim}: set it to {width}.'
+    )
+
+
+def _linear(kernel: np.ndarray, bias: np.ndarray):
   return {
     'embedding': {
       'kernel': kernel.astype(np.float32),
-      'bias': (-mean @ kernel).astype(np.float32),
+      'bias': bias.astype(np.float32),
     }
   }
 
 
-def _within_class_whitening(
-  features: np.ndarray, labels: np.ndarray, shrinkage: float
+def _blocks(features) -> Iterator[np.ndarray]:
+  """Yields the features in blocks of rows, in order."""
+  for begin in range(0, len(features), _BLOCK):
+    yield features[begin : begin + _BLOCK]
+
+
+def _within_class_scatter(
+  features, labels: np.ndarray, means: np.ndarray
 ) -> np.ndarray:
-  """Returns the inverse root of the shrunk covariance within classes."""
-  residuals = features - _class_means(features, labels)[labels]
-  freedom = max(len(labels) - (labels.max() + 1), 1)
-  covariance = residuals.T @ residuals / freedom
-  width = len(covariance)
-  variance = np.trace(covariance) / width
-  if variance < 1e-30:  # No class has two different images.
-    return np.eye(width)
-  covariance *= 1 - shrinkage
-  covariance[np.diag_indices(width)] += shrinkage * variance
-  values, vectors = np.linalg.eigh(covariance)
-  return vectors / np.sqrt(values) @ vectors.T
+  """Returns the products of the features' differences from their class's mean.
+
+  Returns:
+    float64 [width, width].
+  """
+  scatter, begin = 0, 0
+  for block in _blocks(features):
+    residuals = block - means[labels[begin : begin + len(block)]]
+    scatter += residuals.T @ residuals
+    begin += len(block)
+  return scatter
+
+
+def _shrink(variances: np.ndarray, shrinkage: float) -> np.ndarray:
+  """Replaces a fraction of each variance by the mean of all."""
+  mean = np.mean(variances)
+  if mean < 1e-30:  # No class has two different images.
+    return np.ones_like(variances)
+  return (1 - shrinkage) * variances + shrinkage * mean
 
 
 def _orthonormal_columns(
@@ -196,30 +252,48 @@ def _orthonormal_columns(
   return columns
 
 
-def _class_means(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  sums = np.zeros((labels.max() + 1, rows.shape[1]))
-  np.add.at(sums, labels, rows)
+def _class_means(
+  blocks: Iterable[np.ndarray], labels: np.ndarray, width: int
+) -> np.ndarray:
+  """Returns the mean row of each class, float64 [num_classes, width]."""
+  sums, begin = np.zeros((labels.max() + 1, width)), 0
+  for block in blocks:
+    np.add.at(sums, labels[begin : begin + len(block)], block)
+    begin += len(block)
   return sums / np.bincount(labels)[:, None]
 
 
-def class_means(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def class_means(
+  model, head: _Group, features: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
   """Returns the mean embedding of each class, scaled to unit norm.
 
   Args:
-    embeddings: float32 [num_images, dim].
+    model: its method `project` maps features to embeddings.
+    head: the parameters of the head.
+    features: float32 [num_images, width].
     labels: int32 [num_images], each of [0, num_classes) at least once.
 
   Returns:
     float32 [num_classes, dim].
   """
-  means = _class_means(embeddings, labels)
+  blocks = _project_blocks(model, head, features)
+  dim = head['embedding']['kernel'].shape[1]
+  means = _class_means(blocks, labels, dim)
   norms = np.linalg.norm(means, axis=1, keepdims=True)
   return (means / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
 def project(model, head: _Group, features: np.ndarray) -> np.ndarray:
   """Returns the embeddings of features, float32 [num_images, dim]."""
-  return np.asarray(jax.jit(functools.partial(_project, model))(head, features))
+  return np.concatenate(list(_project_blocks(model, head, features)))
+
+
+def _project_blocks(model, head, features) -> Iterator[np.ndarray]:
+  project_block = jax.jit(functools.partial(_project, model))
+  for block in _blocks(features):
+    signals.check()
+    yield np.asarray(project_block(head, block))
 
 
 def _project(model, head, features):

@@ -63,7 +63,7 @@ class ConfigsTest(parameterized.TestCase):
         self._assert_gives_embeddings(config)
 
   def _assert_gives_embeddings(self, config):
-    model = models.create_model(config)
+    model = models.create_model(config, vector_dim=5)
     optimizer = optimizer_lib.make_optimizer(config)
     mesh = mesh_lib.make_mesh(jax.devices()[:1])
 
@@ -76,10 +76,7 @@ class ConfigsTest(parameterized.TestCase):
       variables = {'params': params, **state.model_state}
       return model.apply(variables, images, train=False)
 
-    size = config.dataset.image_size
-    embeddings = jax.eval_shape(
-      embed, jax.ShapeDtypeStruct((3, size, size, 3), jnp.uint8)
-    )
+    embeddings = jax.eval_shape(embed, model.example(3))
     self.assertEqual(embeddings.shape, (3, config.model.embedding_dim))
     self.assertEqual(embeddings.dtype, jnp.float32)
 

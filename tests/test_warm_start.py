@@ -1,4 +1,5 @@
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,31 @@ class HeadTest(parameterized.TestCase):
     labels = np.repeat([0, 1], 3)
     head = warm_start.make_head(features, labels, 4, init=init, seed=0)
     self.assertTrue(np.all(np.isfinite(head['embedding']['kernel'])))
+
+  @parameterized.parameters('pca', 'lda')
+  def test_blocks_of_features_give_the_same_head(self, init):
+    features, labels = _make_features()
+    features = features[np.argsort(labels % 3)]  # Blocks share classes.
+    labels = labels[np.argsort(labels % 3)]
+    whole, blocks = (
+      self._head_of_blocks(size, features, labels, init) for size in (999, 7)
+    )
+    np.testing.assert_allclose(blocks @ blocks.T, whole @ whole.T, atol=1e-6)
+
+  def _head_of_blocks(self, size, features, labels, init):
+    with mock.patch.object(warm_start, '_BLOCK', size):
+      head = warm_start.make_head(features, labels, 5, init=init, seed=0)
+    return head['embedding']['kernel']
+
+  def test_identity_gives_the_features(self):
+    features, labels = _make_features()
+    head = warm_start.make_head(features, labels, 24, init='identity', seed=0)
+    np.testing.assert_array_equal(_apply(head, features), features)
+
+  def test_identity_needs_as_many_dimensions(self):
+    features, labels = _make_features()
+    with self.assertRaisesRegex(ValueError, r'keeps the 24 .* is 5: set it to'):
+      warm_start.make_head(features, labels, 5, init='identity', seed=0)
 
 
 class ApplyTest(parameterized.TestCase):

@@ -1,5 +1,6 @@
 """Datasets: TFDS builders, prepared once and split by class."""
 
+from proxy_nca_jax.datasets.embeddings import NAME as EMBEDDINGS
 from proxy_nca_jax.datasets.loading import is_resized_source, load
 from proxy_nca_jax.datasets.preparation import (
   DATASETS,
@@ -8,12 +9,15 @@ from proxy_nca_jax.datasets.preparation import (
   prepare,
 )
 from proxy_nca_jax.datasets.splits import Datasets, Split
+from proxy_nca_jax.datasets.vectors import Vectors
 
 __all__ = [
   'DATASETS',
+  'EMBEDDINGS',
   'PUBLISHED',
   'Datasets',
   'Split',
+  'Vectors',
   'find_data_dir',
   'is_resized_source',
   'load',

@@ -75,8 +75,8 @@ def _list(data_dir: str, manual_dir: str) -> None:
     cells += [count.rjust(width) for count, width in zip(counts, widths[2:])]
     print('  '.join([*cells, state]))
   print(
-    'Training prepares two more: glyphs, drawn from fonts, and image_folder, '
-    'your own images.'
+    'Training prepares three more: glyphs, drawn from fonts, image_folder, '
+    'your own images, and embeddings, your own vectors.'
   )
 
 

@@ -4,8 +4,10 @@ import re
 
 import numpy as np
 
-# Value of config.dataset.validation that takes the classes of a folder.
-FOLDER = 'folder'
+# Values of config.dataset.validation that take the classes of a folder, or of
+# the split that a file of vectors has.
+FOLDER, COLUMN = 'folder', 'column'
+STORED = {'image_folder': FOLDER, 'embeddings': COLUMN}
 
 
 def split_classes(

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax.datasets import (
   class_splits,
+  embeddings,
   preparation,
   records,
   resized,
@@ -35,15 +36,21 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
       split, or its fields contradict each other.
   """
   config = config.dataset
-  builder, skipped = preparation.prepare(config)
-  metadata = builder.info.metadata
-  source, stored_splits = _open_records(builder)
-
-  eval_images = make_read_image(builder, source, config, side=config.resize)
-  train_images = eval_images
-  if config.crop == 'random_resized' and not is_resized_source(config):
-    # The recipe crops from the original images.
-    train_images = make_read_image(builder, source, config, side=0)
+  if config.name == embeddings.NAME:
+    source, metadata = embeddings.open_dataset(
+      data_dir=config.data_dir, root=config.root
+    )
+    train_images = eval_images = source.__getitem__
+    stored_splits, skipped = np.repeat('images', len(source)), ()
+  else:
+    builder, skipped = preparation.prepare(config)
+    metadata = builder.info.metadata
+    source, stored_splits = _open_records(builder)
+    eval_images = make_read_image(builder, source, config, side=config.resize)
+    train_images = eval_images
+    if config.crop == 'random_resized' and not is_resized_source(config):
+      # The recipe crops from the original images.
+      train_images = make_read_image(builder, source, config, side=0)
 
   train_classes, validation_classes, test_classes = _split_classes(
     config, metadata
@@ -182,26 +189,31 @@ def _split_classes(
     test_fraction=config.test_fraction,
     seed=config.split_seed,
   )
-  # The classes of a validation folder are stored between the two splits.
+  # Validation classes of the data are stored between the two splits.
   num_between = metadata.get('num_validation_classes', 0)
   if num_between:
     is_between = test < metadata['num_train_classes'] + num_between
     between, test = test[is_between], test[~is_between]
-  if config.validation == class_splits.FOLDER:
-    if not num_between:
-      raise ValueError(
-        f'config.dataset.validation={class_splits.FOLDER} needs an image '
-        'folder with train, test, and one of val, valid and validation, or a '
-        'table whose column split has these.'
-      )
+  if config.validation == class_splits.FOLDER and not num_between:
+    raise ValueError(
+      f'config.dataset.validation={class_splits.FOLDER} needs an image '
+      'folder with train, test, and one of val, valid and validation, or a '
+      'table whose column split has these.'
+    )
+  if config.validation == class_splits.COLUMN and not num_between:
+    raise ValueError(
+      f'config.dataset.validation={class_splits.COLUMN} needs vectors with a '
+      'split of train, validation and test.'
+    )
+  if config.validation in class_splits.STORED.values():
     validation = between
   else:
     if num_between:
       _logger.warning(
-        'The %d validation classes of the image folder or table are not used: '
+        'The %d validation classes of the dataset are not used: '
         'config.dataset.validation=%s selects a checkpoint by them.',
         num_between,
-        class_splits.FOLDER,
+        class_splits.STORED[config.name],
       )
     train, validation = class_splits.split_validation(train, config.validation)
   sizes = {'test': len(test), 'validation': len(validation)}
@@ -283,7 +295,10 @@ def _count_shared_names(
   train: splits.Split, test: splits.Split, config: ml_collections.ConfigDict
 ) -> int:
   # In a folder, train/a and test/a share a name; elsewhere, a label is one.
-  name = str if config.table or config.huggingface else os.path.basename
+  is_folder = not (
+    config.table or config.huggingface or config.name == embeddings.NAME
+  )
+  name = os.path.basename if is_folder else str
   return len(
     set(map(name, train.class_names)) & set(map(name, test.class_names))
   )

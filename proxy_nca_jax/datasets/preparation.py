@@ -81,7 +81,7 @@ def prepare(
   arguments = {field: _expand(field, fields[field]) for field in names}
   # Of two runs that need the same dataset, one prepares it and the other waits.
   # A builder reads the prepared state when it is created, so that comes after.
-  with _locked(os.path.join(data_dir, name)):
+  with locked(os.path.join(data_dir, name)):
     builder, skipped = DATASETS[name](data_dir=data_dir, **arguments)
     _write_records(builder)
   return builder, [*skipped, *builder.info.metadata.get('skipped', ())]
@@ -94,7 +94,7 @@ def _expand(field: str, value: str | int) -> str | int:
 
 
 @contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
+def locked(folder: str) -> Iterator[None]:
   """Locks a dataset's folder, unless it exists and is read-only.
 
   Nothing needs to be written to a shared folder of prepared datasets. If the

@@ -5,17 +5,21 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from proxy_nca_jax.datasets.vectors import Vectors
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
   """Records of some classes of a dataset, with random access.
 
   `split[i]` is a stored record and `split.image(i)` its image, for i in
-  [0, len(split)).
+  [0, len(split)). A split of vectors has no images: `split.vectors` has them
+  all.
 
   Attributes:
-    source: the records of the whole dataset.
-    images: maps an index of `source` to an image, uint8 [height, width, 3].
+    source: the records of the whole dataset, or its vectors.
+    images: maps an index of `source` to an image, uint8 [height, width, 3], or
+      to a vector, float32 [dim].
     rows: int64 [num_records], the split's records as indices of `source`.
     labels: int32 [num_records], in [0, num_classes).
     class_names: the name of each class, [num_classes].
@@ -24,13 +28,30 @@ class Split:
     cameras: int32 [num_records]; None if the protocol has no cameras.
   """
 
-  source: Sequence[dict]
+  source: Sequence[dict] | Vectors
   images: Callable[[int], np.ndarray]
   rows: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
   is_query: np.ndarray | None = None
   cameras: np.ndarray | None = None
+
+  @property
+  def vectors(self) -> Vectors | None:
+    """The vectors of the split, [num_records, dim]; None if it has images."""
+    if isinstance(self.source, Vectors):
+      return self.source.subset(self.rows)
+    return None
+
+  @property
+  def vector_dim(self) -> int | None:
+    """The dimension of the vectors; None if the split has images."""
+    return None if self.vectors is None else self.vectors.shape[1]
+
+  @property
+  def noun(self) -> str:
+    """What the records are, for messages."""
+    return 'images' if self.vectors is None else 'vectors'
 
   @property
   def num_classes(self) -> int:
@@ -76,7 +97,7 @@ class Split:
     return record | texts | own
 
   def image(self, index: int) -> np.ndarray:
-    """Returns a resized image, uint8 [height, width, 3]."""
+    """Returns a resized image, uint8 [height, width, 3], or a vector."""
     return self.images(int(self.rows[index]))
 
 

@@ -11,17 +11,19 @@ _logger = logging.getLogger(__name__)
 def log(data: splits.Datasets) -> None:
   """Logs the numbers of images and classes, and the skipped files."""
   _logger.info(
-    'Training on %d images of %d classes, testing on %d images of %d other '
-    'classes',
+    'Training on %d %s of %d classes, testing on %d %s of %d other classes',
     len(data.train),
+    data.train.noun,
     data.train.num_classes,
     len(data.test),
+    data.test.noun,
     data.test.num_classes,
   )
   if data.validation:
     _logger.info(
-      'Selecting by %d validation images of %d other classes',
+      'Selecting by %d validation %s of %d other classes',
       len(data.validation),
+      data.validation.noun,
       data.validation.num_classes,
     )
   if data.num_shared_classes:

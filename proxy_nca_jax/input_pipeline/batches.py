@@ -2,7 +2,9 @@
 
 A training batch is {'image': uint8 [batch, height, width, 3], 'label': int32
 [batch], 'id': int32 [batch]}, `id` the index of the record in its split. An
-evaluation batch has 'mask': bool [batch] too, False for padding.
+evaluation batch has 'mask': bool [batch] too, False for padding. Of a split of
+vectors, 'image' is float32 [batch, dim]: they are neither cropped nor flipped,
+and gathered for a whole batch at a time.
 
 The order of the records and the augmentation of each are functions of the seed
 and the position in training: a resumed run needs only its step. Each process
@@ -48,13 +50,13 @@ def train_batches(
     process: the index of this process, and the number of processes.
   """
   index, count = process
-  if config.dataset.on_device:
-    height, width = split.image(0).shape[:2]
-    read = functools.partial(_read_crop, split, height, width, config.dataset)
+  rows = config.batch_size // count
+  if split.vectors is not None:
+    batches = sampling.batch_positions(split, config, rows).map(
+      functools.partial(_read_vectors, split)
+    )
   else:
-    read = functools.partial(_read_train, split, config.dataset)
-  records = sampling.positions(split, config).random_map(read)
-  batches = records.batch(config.batch_size // count)
+    batches = _read_records(split, config).batch(rows)
   # Process p takes piece s * count + p of the record stream in step s.
   batches = batches[first_step * count + index :: count]
   dataset = batches.to_iter_dataset(
@@ -67,6 +69,16 @@ def train_batches(
     worker_init_fn=workers.end_with_run,
   )
   return workers.read_in_processes(iter(dataset))
+
+
+def _read_records(split, config) -> grain.MapDataset:
+  """Returns the endless stream of training rows with images."""
+  if config.dataset.on_device:
+    height, width = split.image(0).shape[:2]
+    read = functools.partial(_read_crop, split, height, width, config.dataset)
+  else:
+    read = functools.partial(_read_train, split, config.dataset)
+  return sampling.positions(split, config).random_map(read)
 
 
 def evaluation_batches(
@@ -96,11 +108,29 @@ def evaluation_batches(
     row = _row(image, split.labels[index], position)
     return row | {'mask': np.bool_(is_record)}
 
+  def read_vectors(piece):
+    positions = np.arange(piece * rows, (piece + 1) * rows)
+    is_record = positions < len(split)
+    batch = _read_vectors(split, np.minimum(positions, len(split) - 1))
+    return batch | {'id': np.int32(positions), 'mask': is_record}
+
   num_batches = -(-len(split) // batch_size)
-  records = grain.MapDataset.range(num_batches * batch_size).map(read)
-  batches = records.batch(rows)[index::count]
+  if split.vectors is not None:
+    batches = grain.MapDataset.range(num_batches * count).map(read_vectors)
+  else:
+    records = grain.MapDataset.range(num_batches * batch_size).map(read)
+    batches = records.batch(rows)
+  batches = batches[index::count]
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   return iter(batches.to_iter_dataset(options))
+
+
+def _read_vectors(split, positions) -> Batch:
+  return {
+    'image': split.vectors[positions],
+    'label': split.labels[positions],
+    'id': positions.astype(np.int32),
+  }
 
 
 def _read_train(split, config, position, rng) -> Batch:
@@ -173,13 +203,8 @@ def check_splits(
     train: the records to train on.
     test: the records to score.
   """
-  height, width = test.image(0).shape[:2]
-  size = config.dataset.image_size
-  if size > min(width, height):
-    raise ValueError(
-      f'config.dataset.image_size ({size}) must be in [1, '
-      f'{min(width, height)}]: it crops images of {width} x {height} pixels.'
-    )
+  if test.vectors is None:
+    _check_size(config.dataset.image_size, test.image(0).shape)
   per_class = config.dataset.images_per_class
   if per_class and config.batch_size // per_class > train.num_classes:
     raise ValueError(
@@ -187,6 +212,15 @@ def check_splits(
       f'{config.batch_size // per_class} classes, but there are '
       f'{train.num_classes} to train on: lower config.batch_size, or raise '
       'config.dataset.images_per_class.'
+    )
+
+
+def _check_size(size: int, shape: tuple[int, ...]) -> None:
+  height, width = shape[:2]
+  if size > min(width, height):
+    raise ValueError(
+      f'config.dataset.image_size ({size}) must be in [1, '
+      f'{min(width, height)}]: it crops images of {width} x {height} pixels.'
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -32,6 +33,8 @@ class Backbone:
     mean, std: for normalizing each channel in [0, 255], in the channel order of
       the backbone.
     is_bgr: whether the channel order is BGR.
+    takes_vectors: whether the input is vectors, float32 [batch, dim], which are
+      not normalized.
     has_batch_norm: whether `make` takes `make_norm`.
     has_blocks: whether `make` takes `remat`.
     patch_size: divisor of the image's height and width; 1 for convolutions.
@@ -51,6 +54,7 @@ class Backbone:
   mean: tuple[float, float, float] = _IMAGENET_MEAN
   std: tuple[float, float, float] = _IMAGENET_STD
   is_bgr: bool = False
+  takes_vectors: bool = False
   has_batch_norm: bool = False
   has_blocks: bool = True
   patch_size: int = 1
@@ -60,6 +64,16 @@ class Backbone:
   resampling: str | None = None
   rename: Callable[[Mapping], dict] | None = None
   weights: str = ''
+
+
+class Vectors(nn.Module):
+  """Returns vectors as they are; the head is the whole network."""
+
+  dtype: jnp.dtype = jnp.float32
+
+  def __call__(self, vectors: jax.Array, *, train: bool) -> jax.Array:
+    del train
+    return vectors
 
 
 def _resnet(name, stages, is_bottleneck):
@@ -186,6 +200,7 @@ BACKBONES = {
       'https://huggingface.co/timm/tf_efficientnet_lite0.in1k'
     ),
   ),
+  'vectors': Backbone(Vectors, takes_vectors=True, has_blocks=False),
   'resnet18': _resnet('resnet18', (2, 2, 2, 2), False),
   'resnet50': _resnet('resnet50', (3, 4, 6, 3), True),
   'resnet101': _resnet('resnet101', (3, 4, 23, 3), True),

@@ -1,4 +1,4 @@
-"""The embedding network: backbone, pooling, linear head."""
+"""The embedding network: backbone, pooling, head."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Head(nn.Module):
       transformer, which the other poolings ignore.
     layer_norm: whether pooled features pass a LayerNorm without parameters, as
       in ProxyNCA++.
+    num_hidden: number of hidden units, with ReLU; 0 is a linear head.
     embedding_dim: dimension of the embeddings.
     normalize: whether embeddings have unit norm.
     stddev: standard deviation of the initial projection; 0 is LeCun's.
@@ -35,6 +36,7 @@ class Head(nn.Module):
 
   pooling: str
   layer_norm: bool
+  num_hidden: int
   embedding_dim: int
   normalize: bool
   stddev: float
@@ -46,14 +48,24 @@ class Head(nn.Module):
     if self.stddev:
       # Truncated at two standard deviations, as TensorFlow's.
       kernel_init = nn.initializers.truncated_normal(self.stddev)
+    if self.num_hidden:
+      self.hidden = nn.Dense(self.num_hidden)
     self.embedding = nn.Dense(self.embedding_dim, kernel_init=kernel_init)
 
   def __call__(self, features: jax.Array) -> jax.Array:
-    """Maps [batch, height, width, C] or tokens [batch, n, C] to [batch, D]."""
+    """Maps features, as `pool` takes them, to embeddings [batch, D]."""
     return self.project(self.pool(features))
 
   def pool(self, features: jax.Array) -> jax.Array:
-    """Pools over positions: [batch, ..., C] to [batch, C]."""
+    """Pools over positions.
+
+    Args:
+      features: [batch, height, width, C], tokens [batch, n, C], or vectors
+        [batch, C], which have no positions.
+
+    Returns:
+      float32 or wider, [batch, C].
+    """
     at_least_float32 = jnp.promote_types(features.dtype, jnp.float32)
     pooled = self._pool(features.astype(at_least_float32))
     if not self.layer_norm:
@@ -65,6 +77,8 @@ class Head(nn.Module):
 
   def project(self, pooled: jax.Array) -> jax.Array:
     """Maps pooled features [batch, C] to embeddings [batch, D]."""
+    if self.num_hidden:
+      pooled = nn.relu(self.hidden(pooled))
     embeddings = self.embedding(pooled)
     if not self.normalize:
       return embeddings
@@ -74,6 +88,8 @@ class Head(nn.Module):
     return embeddings * jax.lax.rsqrt(squares + 1e-12)
 
   def _pool(self, features):
+    if features.ndim == 2:
+      return features
     if features.ndim == 3:
       if self.pooling == 'cls':
         return features[:, 0]
@@ -92,7 +108,7 @@ class Head(nn.Module):
 
 
 class EmbeddingModel(nn.Module):
-  """Maps images uint8 [batch, height, width, 3] to float32 [batch, dim].
+  """Maps images, or vectors, to embeddings, float32 [batch, dim].
 
   Its parameters are {'backbone', 'head'}, two groups of the optimizer.
 
@@ -100,6 +116,8 @@ class EmbeddingModel(nn.Module):
     make_backbone, make_head: build the two modules.
     mean, std: of the pixels, float [3], in the backbone's channel order.
     is_bgr: whether the backbone's weights expect blue first.
+    input_shape: the shape of one input: an image's (height, width, 3) of uint8,
+      or a vector's (dim,) of float32, which is not normalized.
   """
 
   make_backbone: Callable[..., nn.Module]
@@ -107,6 +125,12 @@ class EmbeddingModel(nn.Module):
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
   is_bgr: bool
+  input_shape: tuple[int, ...]
+
+  def example(self, batch_size: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of a batch of inputs."""
+    dtype = jnp.uint8 if len(self.input_shape) == 3 else jnp.float32
+    return jax.ShapeDtypeStruct((batch_size, *self.input_shape), dtype)
 
   def setup(self):
     self.backbone = self.make_backbone()
@@ -124,7 +148,10 @@ class EmbeddingModel(nn.Module):
     return self.head.project(features)
 
   def _backbone(self, images, *, train):
-    images = normalize(images, mean=self.mean, std=self.std, is_bgr=self.is_bgr)
+    if len(self.input_shape) == 3:
+      images = normalize(
+        images, mean=self.mean, std=self.std, is_bgr=self.is_bgr
+      )
     return self.backbone(images, train=train)
 
 
@@ -146,9 +173,16 @@ def normalize(
   return (images - mean) / std
 
 
-def create_model(config: ml_collections.ConfigDict) -> EmbeddingModel:
-  """Builds the network that `config.model` describes."""
-  config = config.model
+def create_model(
+  config: ml_collections.ConfigDict, *, vector_dim: int | None = None
+) -> EmbeddingModel:
+  """Builds the network that `config.model` describes.
+
+  Args:
+    config: the run's config.
+    vector_dim: the dimension of the vectors; None for a network of images.
+  """
+  size, config = config.dataset.image_size, config.model
   backbone = backbones.BACKBONES[config.name]
   return EmbeddingModel(
     make_backbone=lambda: backbones.make_backbone(
@@ -161,6 +195,7 @@ def create_model(config: ml_collections.ConfigDict) -> EmbeddingModel:
     make_head=lambda: Head(
       pooling=config.pooling,
       layer_norm=config.layer_norm,
+      num_hidden=config.head_hidden,
       embedding_dim=config.embedding_dim,
       normalize=config.normalize,
       stddev=config.embedding_stddev,
@@ -168,4 +203,5 @@ def create_model(config: ml_collections.ConfigDict) -> EmbeddingModel:
     mean=backbone.mean,
     std=backbone.std,
     is_bgr=backbone.is_bgr,
+    input_shape=(vector_dim,) if backbone.takes_vectors else (size, size, 3),
   )

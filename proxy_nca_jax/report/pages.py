@@ -48,7 +48,7 @@ svg .axis { stroke: currentColor; }
 .map circle:hover { stroke: currentColor; stroke-width: 2; }
 #tip { position: absolute; display: none; pointer-events: none; padding: 4px;
   background: Canvas; border: 1px solid; font-size: .75rem; }
-#tip i { display: block; width: 48px; height: 48px; }
+#tip i:not([hidden]) { display: block; width: 48px; height: 48px; }
 pre { overflow-x: auto; }
 """
 
@@ -90,10 +90,10 @@ for (const point of document.querySelectorAll('.map circle')) {
 
 
 class Card(NamedTuple):
-  """An image with a caption.
+  """An image with a caption, or only a caption.
 
   Attributes:
-    image: the source of the image, from `thumbnail`.
+    image: the source of the image, from `thumbnail`; '' shows none.
     caption: one line of plain text.
     is_correct: frames the image as correct or wrong; None draws no frame.
   """
@@ -128,9 +128,10 @@ def _figure(card: Card) -> str:
   if card.is_correct is not None:
     kind = 'correct' if card.is_correct else 'wrong'
     caption = f'{"✓" if card.is_correct else "✗"} {caption}'
+  image = f'<img src="{card.image}" alt="{caption}" loading="lazy">'
   return (
-    f'<figure class="{kind}"><img src="{card.image}" alt="{caption}" '
-    f'loading="lazy"><figcaption>{caption}</figcaption></figure>'
+    f'<figure class="{kind}">{image if card.image else ""}'
+    f'<figcaption>{caption}</figcaption></figure>'
   )
 
 
@@ -164,11 +165,11 @@ def points(
   positions: np.ndarray,
   groups: Sequence[int],
   names: Sequence[str],
-  images: Sequence[Image.Image],
+  images: Sequence[Image.Image | None],
   *,
   title: str,
 ) -> str:
-  """Returns the HTML of a scatter plot; hovering over a point shows its image.
+  """Returns the HTML of a scatter plot; hovering over a point shows what it is.
 
   At most one per page, since its tooltip has a fixed id.
 
@@ -176,7 +177,7 @@ def points(
     positions: float [num_points, 2].
     groups: the group of each point, [num_points], which determines its color.
     names: the name of each point, [num_points].
-    images: the image of each point, [num_points].
+    images: the image of each point, [num_points]; None shows only its name.
     title: description for screen readers.
   """
   num_points, side = len(positions), 48
@@ -189,7 +190,8 @@ def points(
     zip(positions, groups, names, images)
   ):
     line, column = divmod(index, columns)
-    sheet.paste(image.resize((side, side)), (column * side, line * side))
+    if image:
+      sheet.paste(image.resize((side, side)), (column * side, line * side))
     # The golden angle: consecutive groups get very different hues.
     hue = group * 137.508 % 360
     circles.append(
@@ -197,10 +199,11 @@ def points(
       f'data-column="{column}" data-row="{line}" '
       f'data-name="{html.escape(name)}"/>'
     )
+  thumbnails = f'<i style="background:url({_data_url(sheet)})"></i>'
   return (
     f'<div class="map"><svg viewBox="0 0 640 640" role="img" '
     f'aria-label="{html.escape(title)}">{"".join(circles)}</svg>'
-    f'<div id="tip"><i style="background:url({_data_url(sheet)})"></i>'
+    f'<div id="tip">{thumbnails if any(images) else "<i hidden></i>"}'
     '<span></span></div></div>'
   )
 

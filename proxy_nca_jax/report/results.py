@@ -13,6 +13,7 @@ _DESCRIPTIONS = {
   'untrained': 'the network before training',
   'pretrained': 'the pretrained features without a head',
   'raw_pixels': 'raw pixels',
+  'as_given': 'the vectors as given',
 }
 _BASELINES = tuple(_DESCRIPTIONS)
 # The columns of the table, in this order.
@@ -123,12 +124,17 @@ def _compare_with_baselines(results: Mapping) -> None:
   ]
   # Processes other than the primary one log warnings, but no table.
   if better and processes.is_primary():
+    is_of_vectors = bool(results.get('as_given'))
+    start = 'pretrained weights (config.model.init_from)'
+    if is_of_vectors:
+      start = 'the vectors (config.model.head_init)'
     _logger.warning(
-      'Training did not pay: %s is %.2f%% after it, but %s. Start from '
-      'pretrained weights (config.model.init_from), lower the learning rates '
-      'or the number of steps, add images, or let validation classes select '
-      'the step (config.dataset.validation).',
+      'Training did not pay: %s is %.2f%% after it, but %s. Start from %s, '
+      'lower the learning rates or the number of steps, add %s, or let '
+      'validation classes select the step (config.dataset.validation).',
       name,
       100 * scores[name],
       ' and '.join(better),
+      start,
+      'vectors' if is_of_vectors else 'images',
     )

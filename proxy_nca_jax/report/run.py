@@ -36,7 +36,10 @@ class Embedded(NamedTuple):
   split: datasets.Split
   embeddings: np.ndarray
 
-  def image(self, index: int) -> Image.Image:
+  def image(self, index: int) -> Image.Image | None:
+    """Returns an image; None if the split is one of vectors."""
+    if self.split.vectors is not None:
+      return None
     return Image.fromarray(self.split.image(index))
 
   def name(self, index: int) -> str:
@@ -97,7 +100,8 @@ def write(
   ]
   if proxies is not None:
     nearest = _proxies(train, proxies, rng)
-    sections.append(('Proxies and their nearest images', nearest))
+    title = f'Proxies and their nearest {train.split.noun}'
+    sections.append((title, nearest))
   sections.append(('The run', _about(results, config, overrides, facts)))
   name = f'{config["dataset"]["name"]}, {config["loss"]["name"]}'
   with files.write_atomically(path) as file:
@@ -143,7 +147,8 @@ def _scores(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
   """Returns a table of the run's scores, followed by published ones."""
   name = config['model']['name']
   network = f'{name}, {config["model"]["embedding_dim"]}'
-  networks = {'pretrained': f'{name}, without a head', 'raw_pixels': ''}
+  networks = {'pretrained': f'{name}, without a head'}
+  networks |= {'raw_pixels': '', 'as_given': ''}
   titles = [title for title in results_lib.COLUMNS if title in results]
   names = scores_lib.score_names(results['trained'])
   ours = [
@@ -245,7 +250,9 @@ def _query(test: Embedded, neighbors: _Neighbors, row: int) -> str:
 
 
 def _card(embedded, index, caption, is_correct=None) -> pages.Card:
-  return pages.Card(pages.thumbnail(embedded.image(index)), caption, is_correct)
+  image = embedded.image(index)
+  source = pages.thumbnail(image) if image else ''
+  return pages.Card(source, caption, is_correct)
 
 
 def _map(test: Embedded, rng: np.random.Generator) -> str:
@@ -266,8 +273,11 @@ def _map(test: Embedded, rng: np.random.Generator) -> str:
     random_state=0,
   ).fit_transform(embeddings)
   num_classes = len(np.unique(labels[members]))
-  title = f't-SNE map of {len(members)} images of {num_classes} classes'
-  return f'<p>{title}; hover over a point to see its image.</p>' + pages.points(
+  noun = test.split.noun
+  title = f't-SNE map of {len(members)} {noun} of {num_classes} classes'
+  shown = 'image' if noun == 'images' else 'class'
+  note = f'<p>{title}; hover over a point to see its {shown}.</p>'
+  return note + pages.points(
     positions,
     labels[members].tolist(),
     [test.name(i) for i in members],
@@ -296,7 +306,9 @@ def _histograms(test: Embedded, rng: np.random.Generator) -> str:
         embeddings[a[rows]] - embeddings[others[rows]], axis=1
       )
   return charts.histograms(
-    series, title='Distances between pairs of images', x_label='distance'
+    series,
+    title=f'Distances between pairs of {test.split.noun}',
+    x_label='distance',
   )
 
 
@@ -343,8 +355,8 @@ def _proxies(
       )
     )
   note = (
-    f'The nearest of {len(embeddings):,} train images. If a class has several '
-    'proxies, its first one is shown.'
+    f'The nearest of {len(embeddings):,} train {train.split.noun}. If a class '
+    'has several proxies, its first one is shown.'
   )
   return f'<p>{note}</p>' + ''.join(parts)
 

@@ -62,9 +62,16 @@ def _load_embedder(
 
 
 def make_index(arguments: argparse.Namespace) -> None:
+  embedder = inference.load(arguments.workdir)
+  if embedder.vector_dim:
+    raise ValueError(
+      f'The network of {arguments.workdir!r} takes vectors, and an index is of '
+      'files of images. In Python, proxy_nca_jax.load(RUN)(vectors) embeds '
+      'vectors.'
+    )
   counts, skipped = index_lib.update(
     arguments.index,
-    inference.load(arguments.workdir),
+    embedder,
     arguments.images,
     workdir=arguments.workdir,
   )
