@@ -28,7 +28,12 @@ from proxy_nca_jax.report import literature
 from proxy_nca_jax.runtime import command_line
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_PAGES = ('README.md', 'docs/search.md', 'docs/pytorch_metric_learning.md')
+_PAGES = (
+  'README.md',
+  'docs/data.md',
+  'docs/search.md',
+  'docs/pytorch_metric_learning.md',
+)
 _COMMANDS = ('evaluate', 'search', 'report', 'datasets')
 _SMALL_CNN = backbones.BACKBONES['small_cnn']
 _ALL_PAGES = (*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md'))
@@ -111,6 +116,8 @@ class DocsTest(parameterized.TestCase):
       'array': np.asarray(image),
       'pil_image': image,
       'images': rng.integers(0, 256, (3, 16, 16, 3), np.uint8),
+      'vectors': rng.normal(size=(12, 5)),
+      'labels': np.arange(12) % 4,
     }
     self._go_to_root()
     for block in _blocks(page):

@@ -27,7 +27,7 @@ from proxy_nca_jax.models import (
 )
 
 _ORIGINALS = pathlib.Path(__file__).parent / 'originals'
-_PUBLISHED = sorted(set(backbones.BACKBONES) - {'small_cnn'})
+_PUBLISHED = sorted(set(backbones.BACKBONES) - {'small_cnn', 'vectors'})
 
 
 def _load_original(name):
