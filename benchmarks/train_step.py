@@ -10,7 +10,8 @@ Proxy-NCA and Adam, on one device and one batch of random images that stays
 there; with 11,318 proxies, the train classes of Stanford Online Products (SOP),
 and with a million. Networks, image sizes, batch sizes and embeddings are those
 of ProxyNCA++ on SOP, Proxy-NCA and HIER in configs/recipes.py, and those of
-configs/image_folder.py for efficientnet_lite0; a size of 0 selects theirs.
+configs/image_folder.py for efficientnet_lite0 and of configs/glyphs.py for
+small_cnn; a size of 0 selects theirs.
 Columns:
 
   ms, images/s   medians over the rounds, per step
@@ -62,6 +63,7 @@ _RECIPES = {
   'bn_inception': (32, 227, 'average', False, 64),
   'vit_s16': (180, 224, 'cls', True, 384),
   'efficientnet_lite0': (32, 224, 'average', False, 512),
+  'small_cnn': (64, 32, 'average', False, 64),
 }
 _TEMPERATURE = 1 / 9
 
@@ -234,6 +236,16 @@ def make_peer(
     # Removes the classifier, whose parameters would get no gradients.
     net.last_linear = torch.nn.Identity()
     backbone, width = net, 1024
+  elif name == 'small_cnn':
+    layers, width = [], 3
+    for number in range(6):
+      before, width = width, 64 * 2 ** (number // 2)
+      layers += [
+        torch.nn.Conv2d(before, width, 3, 2 - number % 2, 1, bias=False),
+        torch.nn.BatchNorm2d(width),
+        torch.nn.ReLU(inplace=True),
+      ]
+    backbone = torch.nn.Sequential(*layers)
   else:
     import timm
 
