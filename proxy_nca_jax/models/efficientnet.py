@@ -127,7 +127,7 @@ class EfficientNetLite0(nn.Module):
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     block = nn.remat(_Block, static_argnums=(2,)) if self.remat else _Block
     x = _Conv(
-      convolutions.stem_conv,
+      convolutions.conv,
       (3, 3, images.shape[-1], _STEM_CHANNELS),
       2,
       self.dtype,

@@ -6,6 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from proxy_nca_jax.models import convolutions
+
+
+def _conv(x, kernel, strides, padding, **unused) -> jax.Array:
+  """`convolutions.conv` as nn.Conv calls it."""
+  return convolutions.conv(x, kernel, strides[0], padding[0])
+
 
 class SmallCNN(nn.Module):
   """Three stages of two 3x3 convolutions, each stage at half the resolution.
@@ -31,6 +38,7 @@ class SmallCNN(nn.Module):
           padding=1,
           use_bias=False,
           dtype=self.dtype,
+          conv_general_dilated=_conv,
         )(x)
         x = nn.relu(self.make_norm()(x, train=train))
     return x
