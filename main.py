@@ -1,8 +1,8 @@
 """Trains a network: `python main.py --config=glyphs --workdir=/tmp/run`."""
 
 from proxy_nca_jax import commands
-from proxy_nca_jax.runtime import allocator
+from proxy_nca_jax.runtime import huge_pages
 
 if __name__ == '__main__':
-  allocator.restart()
+  huge_pages.restart()
   commands.train(prog='python main.py')

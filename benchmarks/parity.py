@@ -220,16 +220,10 @@ def _make_model(name: str, size: int, dtype: jnp.dtype):
     embedding_dim=_DIM,
     normalize=False,
     stddev=0.0,
-    num_hidden=0,
   )
   # The images of a comparison are normalized already.
   model = embedding.EmbeddingModel(
-    make_backbone,
-    make_head,
-    mean=(0.0,) * 3,
-    std=(1.0,) * 3,
-    is_bgr=False,
-    input_shape=(size, size, 3),
+    make_backbone, make_head, mean=(0.0,) * 3, std=(1.0,) * 3, is_bgr=False
   )
   init = functools.partial(model.init, train=False)
   shapes = jax.eval_shape(

@@ -25,9 +25,8 @@ Each row is measured in a separate process. `--peer` adds the same step in
 PyTorch: torchvision's, timm's or Cadene's network, channels last, autocast for
 bfloat16, the loss in plain torch, Adam, and torch.compile (--peer=eager omits
 it). Unlike ours, that step computes no metrics beside the loss. Its compile
-time is the time of the first step. On CPUs both sides run with the settings of
-the allocator that the training command makes, from which torch gains as much;
-GLIBC_TUNABLES=glibc.malloc.hugetlb=0 withholds them from both.
+time is the time of the first step. On CPUs both sides get huge pages, as the
+training command does; GLIBC_TUNABLES=glibc.malloc.hugetlb=0 withholds them.
 
 Needs jax, flax, optax, chex, scipy, orbax-checkpoint, huggingface-hub and
 safetensors, none of the project's other requirements, and no dataset. `--peer`
@@ -55,7 +54,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from proxy_nca_jax import losses, train_step
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.models import backbones, embedding
-from proxy_nca_jax.runtime import allocator
+from proxy_nca_jax.runtime import huge_pages
 
 # Batch, image size, pooling, LayerNorm, dimensions.
 _RECIPES = {
@@ -148,12 +147,10 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
       embedding_dim=dim,
       normalize=True,
       stddev=0.0,
-      num_hidden=0,
     ),
     mean=(127.5,) * 3,
     std=(127.5,) * 3,
     is_bgr=False,
-    input_shape=(size, size, 3),
   )
   optimizer = optax.adam(1e-5)
   fn = functools.partial(
@@ -457,5 +454,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  allocator.restart()
+  huge_pages.restart()
   main()

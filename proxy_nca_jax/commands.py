@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from proxy_nca_jax.runtime import allocator
+from proxy_nca_jax.runtime import huge_pages
 
 # Each is a module with a main(arguments, prog=...).
 _COMMANDS = {
@@ -53,7 +53,7 @@ def train(*, prog: str) -> None:
 
 def script() -> None:
   """Runs `proxy-nca COMMAND` as the installed script."""
-  allocator.restart()
+  huge_pages.restart()
   main()
 
 
