@@ -61,6 +61,8 @@ def make_extract(
   if models.BACKBONES[config.model.name].takes_vectors:
     return lambda split: split.vectors
   embed_fn = embed_lib.make_embed_fn(model, mesh, method='features')
+  # Of the weights themselves, also if their averages are evaluated.
+  state = dataclasses.replace(state, averages={})
   compute = functools.partial(embed_lib.embed_split, embed_fn, config, state)
   if not weights_digest or jax.process_count() > 1:
     return compute

@@ -156,7 +156,7 @@ def load_backbone(
     the backbone as it is now.
   """
   if config.model.init_from:
-    state = weights.load(config, state, weights_digest)
+    state = weights.load(config, state, weights_digest).restart_averages()
   extract = features.make_extract(
     config,
     model,

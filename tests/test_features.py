@@ -1,7 +1,10 @@
+import dataclasses
 import os
 import pathlib
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
@@ -71,6 +74,12 @@ class FeaturesTest(absltest.TestCase):
     expected = embed.embed_split(embed_fn, self.config, self.state, split)
     self.assertLen(expected, 4)
     np.testing.assert_array_equal(self._extract(split), expected)
+
+  def test_features_are_those_of_the_weights_not_of_their_averages(self):
+    expected = self._extract(self._split(), weights_digest=None)
+    zeros = jax.tree.map(jnp.zeros_like, self.state.evaluated)
+    self.state = dataclasses.replace(self.state, averages=zeros)
+    np.testing.assert_array_equal(self._extract(self._split()), expected)
 
   def test_second_run_reads_no_image(self):
     first = self._extract(self._split())
