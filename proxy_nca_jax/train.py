@@ -157,7 +157,12 @@ def load_backbone(
   """
   if config.model.init_from:
     state = weights.load(config, state, weights_digest).restart_averages()
-  extract = features.make_extract(
+  return state, _make_extract(config, model, state, data, weights_digest, mesh)
+
+
+def _make_extract(config, model, state, data, weights_digest, mesh):
+  """Returns the function from splits to the features of a state's backbone."""
+  return features.make_extract(
     config,
     model,
     state,
@@ -165,7 +170,6 @@ def load_backbone(
     records_digest=data.records_digest,
     weights_digest=weights_digest,
   )
-  return state, extract
 
 
 def _warm_start(config, model, state, data, extract: features.Extract, mesh):
@@ -376,13 +380,8 @@ def _score_checkpoint(config, saved: Mapping | None, workdir: str) -> dict:
   embed, score = _make_evaluation(config, model, mesh)
   if not config.num_steps and not config.num_epochs:
     # The backbone was not trained: its features are stored.
-    extract = features.make_extract(
-      config,
-      model,
-      state,
-      mesh,
-      records_digest=data.records_digest,
-      weights_digest=saved['weights_digest'],
+    extract = _make_extract(
+      config, model, state, data, saved.get('weights_digest'), mesh
     )
     embed = functools.partial(_embed_features, model, extract)
   results = {
