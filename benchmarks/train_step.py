@@ -57,7 +57,7 @@ from proxy_nca_jax.models import backbones, embedding
 from proxy_nca_jax.runtime import huge_pages
 
 # Batch, image size, pooling, LayerNorm, dimensions.
-_RECIPES = {
+RECIPES = {
   'resnet50': (192, 256, 'max', True, 2048),
   'bn_inception': (32, 227, 'average', False, 64),
   'vit_s16': (180, 224, 'cls', True, 384),
@@ -127,11 +127,10 @@ def make_state(model, optimizer, size, *, num_proxies, dim):
   return init()
 
 
-def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
-  """Measures one row: (model, dtype, batch_size, image_size, num_proxies)."""
-  name, dtype, batch_size, size, num_proxies = row
-  _, _, pooling, layer_norm, dim = _RECIPES[name]
-  model = embedding.EmbeddingModel(
+def make_model(name: str, dtype: str):
+  """Returns the network of a recipe."""
+  _, _, pooling, layer_norm, dim = RECIPES[name]
+  return embedding.EmbeddingModel(
     functools.partial(
       backbones.make_backbone,
       name,
@@ -152,6 +151,13 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
     std=(127.5,) * 3,
     is_bgr=False,
   )
+
+
+def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
+  """Measures one row: (model, dtype, batch_size, image_size, num_proxies)."""
+  name, dtype, batch_size, size, num_proxies = row
+  dim = RECIPES[name][-1]
+  model = make_model(name, dtype)
   optimizer = optax.adam(1e-5)
   fn = functools.partial(
     losses.proxy_nca_pp_loss,
@@ -279,7 +285,7 @@ def measure_peer(row, *, steps: int, rounds: int, mode: str) -> dict:
   from torch.nn import functional
 
   name, dtype, batch_size, size, num_proxies = row
-  _, _, pooling, layer_norm, dim = _RECIPES[name]
+  _, _, pooling, layer_norm, dim = RECIPES[name]
   is_gpu = torch.cuda.is_available()
   device = torch.device('cuda' if is_gpu else 'cpu')
   torch.manual_seed(0)
@@ -351,7 +357,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   for name, value, text in (
-    ('models', ','.join(_RECIPES), 'networks to measure'),
+    ('models', ','.join(RECIPES), 'networks to measure'),
     ('dtypes', 'bfloat16,float32', 'compute dtypes of the backbone'),
     ('proxies', '11318,1000000', 'numbers of proxies'),
   ):
@@ -404,7 +410,7 @@ def main() -> None:
   for name in arguments.models.split(','):
     for dtype in arguments.dtypes.split(','):
       for num_proxies in map(int, arguments.proxies.split(',')):
-        batch_size, size, *_ = _RECIPES[name]
+        batch_size, size, *_ = RECIPES[name]
         batch_size = arguments.batch_size or batch_size
         row = (
           name,

@@ -156,10 +156,19 @@ def _caption(
   )
 
 
-def _write_table(
-  rows: Sequence[Mapping[str, str]], path: str, text: str
+def write_table(
+  rows: Sequence[Mapping[str, str]],
+  path: str,
+  *,
+  text: str,
+  config: ml_collections.ConfigDict,
+  result: Result,
 ) -> None:
-  """Writes PATH.csv, and PATH.md with a caption; logs the latter."""
+  """Writes PATH.csv, and PATH.md with a caption; logs the latter.
+
+  The arguments are those of `publish`.
+  """
+  text = _caption(text, config, result)
   with files.write_atomically(path + '.csv', newline='') as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
@@ -258,6 +267,5 @@ def publish(
     config: config of the runs.
     result: result of one of the runs.
   """
-  text = _caption(text, config, result)
-  _write_table(rows, path, text)
-  figure.save(path, text)
+  write_table(rows, path, text=text, config=config, result=result)
+  figure.save(path, _caption(text, config, result))

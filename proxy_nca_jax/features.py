@@ -4,7 +4,8 @@ A backbone that is not trained gives the same features in every run. They are
 stored below `config.dataset.data_dir`, in one folder for each combination of
 records, weights and preprocessing. A file holds the features of a range of
 records and appears when it is complete, so that a run which is stopped keeps
-the features computed so far.
+the features computed so far. The files are .npz, whose checksum is verified
+when they are read.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Callable
 
 import jax
@@ -116,7 +118,7 @@ def _read_or_compute(compute, split: datasets.Split, folder: str) -> np.ndarray:
     )
     parts[number] = compute(records)
     with files.write_atomically(_path(folder, number), 'wb') as file:
-      np.save(file, parts[number])
+      np.savez(file, features=parts[number])
   positions = np.searchsorted(numbers, split.rows // _RECORDS_PER_FILE)
   starts = np.cumsum([0, *(len(parts[number]) for number in numbers)])
   rows = starts[positions] + split.rows % _RECORDS_PER_FILE
@@ -124,7 +126,7 @@ def _read_or_compute(compute, split: datasets.Split, folder: str) -> np.ndarray:
 
 
 def _path(folder: str, number: int) -> str:
-  return os.path.join(folder, f'{number:06}.npy')
+  return os.path.join(folder, f'{number:06}.npz')
 
 
 def _read(path: str) -> np.ndarray | None:
@@ -132,7 +134,15 @@ def _read(path: str) -> np.ndarray | None:
   if not os.path.exists(path):
     return None
   try:
-    return np.load(path)
-  except (OSError, ValueError, EOFError) as error:
+    with np.load(path) as arrays:
+      return arrays['features']
+  except (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    zipfile.BadZipFile,
+  ) as error:
     _logger.warning('%s is damaged (%s) and written again', path, error)
     return None

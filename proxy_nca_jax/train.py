@@ -551,6 +551,7 @@ def _train(
     num_steps=config.num_steps,
     batch_size=config.batch_size,
     max_skipped=config.optimizer.max_skipped_steps,
+    unit=data.train.noun,
   )
   take_steps = loop.make_take_steps(
     config,

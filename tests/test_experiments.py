@@ -12,6 +12,7 @@ from PIL import Image
 
 from experiments import (
   convergence,
+  fine_tuning,
   identities,
   imbalance,
   proxy_fraction,
@@ -47,6 +48,8 @@ def _fake_train_all(config, changes, workdir):
         {'step': 10, 'images_per_second': 640.0},
         {'step': 10, 'test.recall@1': 0.2},
         {'step': 20, 'test.recall@1': end},
+        {'step': 0, 'validation.recall@1': 0.1, 'validation.map@r': 0.05},
+        {'step': 20, 'validation.recall@1': end, 'validation.map@r': 0.2},
       ],
     )
     assert fields
@@ -54,11 +57,11 @@ def _fake_train_all(config, changes, workdir):
 
 
 class ExperimentsTest(parameterized.TestCase):
-  def _rows(self, experiment, config):
+  def _rows(self, experiment, config, suffixes=('png', 'svg', 'md', 'csv')):
     workdir = self.create_tempdir().full_path
     name = experiment.__name__.split('.')[-1]
     experiment.main(config, workdir)
-    for suffix in ('png', 'svg', 'md', 'csv'):
+    for suffix in suffixes:
       path = os.path.join(workdir, f'{name}.{suffix}')
       self.assertGreater(os.path.getsize(path), 100, suffix)
     with open(os.path.join(workdir, f'{name}.md')) as file:
@@ -69,7 +72,7 @@ class ExperimentsTest(parameterized.TestCase):
       return list(csv.DictReader(file))
 
   @flagsaver.flagsaver(num_seeds=2)
-  def _fake_rows(self, experiment):
+  def _fake_rows(self, experiment, **kwargs):
     config = glyphs_config.get_config()
     config.num_steps = 20
     split = types.SimpleNamespace(
@@ -81,7 +84,7 @@ class ExperimentsTest(parameterized.TestCase):
         datasets, 'load', lambda _: types.SimpleNamespace(train=split)
       ),
     ):
-      return self._rows(experiment, config)
+      return self._rows(experiment, config, **kwargs)
 
   def test_convergence(self):
     rows = self._fake_rows(convergence)
@@ -101,6 +104,22 @@ class ExperimentsTest(parameterized.TestCase):
     self.assertEqual(counts, ['4', '10', '20', '40', '80'])
     self.assertEqual(rows[0]['static, Recall@1, %'], '30.50 [30.00, 31.00]')
     self.assertEqual(rows[0]['dynamic, Recall@1, %'], '40.50 [40.00, 41.00]')
+
+  def test_fine_tuning(self):
+    before, recipe, other, *_ = self._fake_rows(
+      fine_tuning, suffixes=('md', 'csv')
+    )
+    self.assertEqual(before['recall@1, %'], '10.00 [10.00, 10.00]')
+    self.assertEqual(recipe['change'], 'the recipe')
+    # Each of the two seeds has a run of all settings.
+    num_settings = len(fine_tuning._CHANGES)
+    worst, best = 30, 30 + num_settings
+    self.assertEqual(
+      recipe['recall@1, %'],
+      f'{(worst + best) / 2:.2f} [{worst:.2f}, {best:.2f}]',
+    )
+    self.assertEqual(other['change'], 'num_epochs=2.0')
+    self.assertEqual(other['map@r, %'], '20.00 [20.00, 20.00]')
 
   def test_identities(self):
     rows = self._fake_rows(identities)

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import os
 import pathlib
 from unittest import mock
@@ -6,7 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import datasets, features, models
 from proxy_nca_jax import mesh as mesh_lib
@@ -18,7 +19,19 @@ from proxy_nca_jax.evaluate import embed
 _NUM_RECORDS = 10
 
 
-class FeaturesTest(absltest.TestCase):
+def _flip_bit(content, position):
+  changed = bytearray(content)
+  changed[position] ^= 1
+  return bytes(changed)
+
+
+def _npy_file():
+  file = io.BytesIO()
+  np.save(file, np.zeros((4, 3), np.float32))
+  return file.getvalue()
+
+
+class FeaturesTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
@@ -66,7 +79,7 @@ class FeaturesTest(absltest.TestCase):
       return extract(split)
 
   def _files(self):
-    return sorted(self.folder.rglob('*.npy'))
+    return sorted(self.folder.rglob('*.npz'))
 
   def test_features_are_those_of_the_network_in_the_order_of_the_split(self):
     split = self._split([7, 2, 9, 2])
@@ -94,12 +107,21 @@ class FeaturesTest(absltest.TestCase):
     self._extract(self._split([1, 5]))
     self.assertEqual(set(self.read), {4, 5, 6, 7})
 
-  def test_damaged_file_is_written_again(self):
+  @parameterized.named_parameters(
+    ('truncated', lambda content: content[:-10]),
+    ('empty', lambda content: b''),
+    ('other', lambda content: b'text'),
+    ('one bit', lambda content: _flip_bit(content, len(content) // 2)),
+    ('not an archive', lambda content: _npy_file()),
+  )
+  def test_damaged_file_is_written_again(self, damage):
     first = self._extract(self._split())
     path = self._files()[1]
-    path.write_bytes(path.read_bytes()[:-10])
-    np.testing.assert_array_equal(self._extract(self._split()), first)
-    self.assertEqual(np.load(path).shape, (4, first.shape[1]))
+    path.write_bytes(damage(path.read_bytes()))
+    with self.assertLogs('proxy_nca_jax', 'WARNING') as logs:
+      np.testing.assert_array_equal(self._extract(self._split()), first)
+    self.assertIn('is damaged', logs.output[0])
+    self.assertEqual(np.load(path)['features'].shape, (4, first.shape[1]))
 
   def test_features_of_others_are_not_mixed(self):
     self._extract(self._split())

@@ -256,17 +256,25 @@ class SearchTest(parameterized.TestCase):
     image = self.images / 'class0' / '0.png'
     commands = {
       'query': {},
+      'classify': {},
       'cluster': {'clusters': 2},
       'duplicates': {'threshold': 1},
       'export': {'output': f'{index}.npz'},
     }
     for command, flags in commands.items():
-      if expected == 'dimensions' and command != 'query':
+      has_network = command in ('query', 'classify')
+      if expected == 'dimensions' and not has_network:
         continue  # Without a network, an index of any dimension is complete.
-      given = [image] if command == 'query' else []
+      given = [image] if has_network else []
       line = self._error(command, *given, index=index, **flags)
       self.assertIn(expected, line)
       self.assertIn('index', line)
+    # An update mends what it writes, and does not read embeddings.
+    flags = dict(workdir=self.workdirs[0], images=self.images, index=index)
+    if expected in ('not a text', 'no such table', 'no such column'):
+      self.assertIn(expected, self._error('index', **flags))
+    else:
+      self.assertIn('0 added', self._run('index', **flags))
 
   def test_a_file_overwritten_with_equal_size_and_time_is_embedded(self):
     folder, flags = self._copy()

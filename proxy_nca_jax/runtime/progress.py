@@ -46,6 +46,7 @@ class Progress:
     num_steps: int,
     batch_size: int,
     max_skipped: int,
+    unit: str = 'images',
   ):
     """Creates a reporter.
 
@@ -54,10 +55,12 @@ class Progress:
       num_steps: the last step of the run, for the remaining time.
       batch_size: images per step over all processes, for the throughput.
       max_skipped: consecutive skipped steps after which `check` raises.
+      unit: what a batch has, for the log.
     """
     self._writer = writer
     self._num_steps, self._batch_size = num_steps, batch_size
     self._max_skipped = max_skipped
+    self._unit = unit
     self._pending = []  # (last step, metrics) of each dispatch not yet fetched.
     self._is_report_due = False
     self._step, self._input_seconds = 0, 0.0
@@ -155,7 +158,7 @@ class Progress:
       parts.append(f'{scalars["skipped_steps"]} skipped')
     if throughput:
       seconds = (self._num_steps - step) / throughput['steps_per_second']
-      parts.append(f'{throughput["images_per_second"]:.0f} images/s')
+      parts.append(f'{throughput["images_per_second"]:.0f} {self._unit}/s')
       parts.append(f'{_format_seconds(seconds)} left')
     _logger.info('%s', '  '.join(parts))
     self._start_interval(step)
