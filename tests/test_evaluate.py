@@ -415,6 +415,42 @@ class CommandTest(parameterized.TestCase):
     )
     self.assertIn('queries without match: 0', output)
 
+  def test_verification(self):
+    rng = np.random.default_rng(0)
+    embeddings, labels = rng.normal(size=(60, 5)), rng.integers(0, 9, 60)
+    code, output, scores = self._run(
+      '--verification',
+      '--kmeans_iterations=0',
+      embeddings=3 * embeddings,
+      labels=labels,
+    )
+    self.assertEqual(code, 0, output)
+    result = scores['verification']
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    i, j = np.triu_indices(60, 1)
+    distances = np.linalg.norm(unit[i] - unit[j], axis=1)
+    is_genuine = labels[i] == labels[j]
+    self.assertEqual(result['num_genuine'], is_genuine.sum())
+    # 1,580 impostor pairs cannot tell 1e-4 from 0.
+    rates = [point['fmr'] for point in result['operating_points']]
+    self.assertEqual(rates, [0.1, 0.01, 0.001])
+    for point in result['operating_points']:
+      # Thresholds lie at a pair; rounding decides about that one.
+      accepted = distances <= point['distance'] + 1e-5
+      self.assertAlmostEqual(
+        np.mean(~accepted[is_genuine]), point['fnmr'], delta=0.01
+      )
+      self.assertAlmostEqual(
+        np.mean(accepted[~is_genuine]), point['fmr'], delta=0.0011
+      )
+    self.assertIn('(equal error rate)', output)
+    self.assertIn(f'{100 * result["eer"]:.2f}%', output)
+
+  @parameterized.parameters(0.0, 1.0, -1.0, float('nan'))
+  def test_rates_of_verification_are_between_0_and_1(self, rate):
+    with self.assertRaisesRegex(ValueError, 'must be between 0 and 1'):
+      evaluate.verify(_EYE, _LABELS, fmr=(0.1, rate))
+
   def test_queries_and_cameras(self):
     rng = np.random.default_rng(0)
     embeddings, labels = rng.normal(size=(60, 5)), rng.integers(0, 9, 60)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 from absl.testing import absltest, parameterized
+from sklearn import metrics as sklearn_metrics
 
 from proxy_nca_jax import blocked, metrics, retrieval
 from proxy_nca_jax import mesh as mesh_lib
@@ -386,6 +387,67 @@ class PairsAboveTest(parameterized.TestCase):
     pairs = np.concatenate(pairs)
     pairs = pairs[np.lexsort(pairs.T[::-1])]
     np.testing.assert_array_equal(pairs, np.argwhere(products))
+
+
+class VerificationTest(parameterized.TestCase):
+  def _case(self, seed):
+    """Returns points of exact products, and of all pairs the products."""
+    rng = np.random.default_rng(seed)
+    num_items, num_classes = rng.integers(20, 200), rng.integers(2, 20)
+    labels = rng.integers(0, num_classes, num_items)
+    points = rng.normal(size=(num_classes, 3))[labels]
+    points = points + rng.normal(size=points.shape)
+    # Odd seeds have many ties.
+    points = np.round(points * (1 if seed % 2 else 50)).astype(np.float32)
+    i, j = np.triu_indices(num_items, 1)
+    return points, labels, (points @ points.T)[i, j], labels[i] == labels[j]
+
+  @parameterized.parameters(range(8))
+  def test_rates_are_those_of_the_sorted_pairs(self, seed):
+    points, labels, products, is_genuine = self._case(seed)
+    result = retrieval.verification(
+      points, labels, fmr=(0.3, 0.1, 0.01, 1e-9), block_size=64
+    )
+    genuine, impostor = products[is_genuine], products[~is_genuine]
+    self.assertEqual(result.num_genuine, len(genuine))
+    self.assertEqual(result.num_impostor, len(impostor))
+    fpr, tpr, _ = sklearn_metrics.roc_curve(
+      is_genuine, products, drop_intermediate=False
+    )
+    self.assertEqual([*result.fnmr], [0.3, 0.1, 0.01])
+    for rate, fnmr in result.fnmr.items():
+      self.assertAlmostEqual(fnmr, 1 - tpr[fpr <= rate].max(), 12)
+      threshold = np.float32(result.thresholds[rate])
+      self.assertAlmostEqual(fnmr, np.mean(genuine < threshold), 12)
+      self.assertLessEqual(np.mean(impostor >= threshold), rate)
+      lower = np.nextafter(threshold, np.float32(-np.inf))
+      self.assertGreater(np.mean(impostor >= lower), rate)
+    nearest = np.argsort(np.abs(1 - tpr - fpr))[0]
+    self.assertAlmostEqual(
+      result.eer, (1 - tpr[nearest] + fpr[nearest]) / 2, 12
+    )
+    threshold = result.eer_threshold
+    self.assertAlmostEqual(
+      result.eer,
+      (np.mean(genuine < threshold) + np.mean(impostor >= threshold)) / 2,
+      12,
+    )
+    for threshold, fmr, fnmr in result.curve:
+      self.assertAlmostEqual(fmr, np.mean(impostor >= threshold), 12)
+      self.assertAlmostEqual(fnmr, np.mean(genuine < threshold), 12)
+    np.testing.assert_array_equal(result.curve[[0, -1], 1:], [[1, 0], [0, 1]])
+
+  def test_zeros_of_either_sign_are_equal(self):
+    points = np.array([[0], [0], [-1], [1]], np.float32)
+    result = retrieval.verification(points, np.array([0, 1, 0, 1]), fmr=(0.5,))
+    # Genuine: -0, 0. Impostor: 0, 0, -0, -1.
+    self.assertEqual(result.fnmr, {0.5: 1.0})
+    self.assertEqual(result.curve[:, 1].tolist(), [1, 0.75, 0])
+
+  @parameterized.parameters(([0, 0, 0], '3 and 0'), ([0, 1, 2], '0 and 3'))
+  def test_pairs_of_both_kinds_are_needed(self, labels, counts):
+    with self.assertRaisesRegex(ValueError, f'there are {counts}: add items'):
+      retrieval.verification(np.eye(3), np.array(labels))
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
-"""Scores of embeddings: retrieval and clustering, and the step they select."""
+"""Scores of embeddings: retrieval, clustering, verification; selection."""
 
 from proxy_nca_jax.evaluate.scores import format_table, score
+from proxy_nca_jax.evaluate.verification import verify
 
-__all__ = ['format_table', 'score']
+__all__ = ['format_table', 'score', 'verify']

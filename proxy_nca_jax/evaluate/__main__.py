@@ -9,6 +9,7 @@ import numpy as np
 
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax.evaluate import scores as scores_lib
+from proxy_nca_jax.evaluate import verification
 from proxy_nca_jax.runtime import errors, files
 
 _DESCRIPTION = """Scores embeddings by retrieval and by clustering.
@@ -87,6 +88,12 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     default=1000,
     help='bootstrap resamples of the classes, for the confidence intervals; 0 '
     'skips them (default: 1000)',
+  )
+  parser.add_argument(
+    '--verification',
+    action='store_true',
+    help='also compare all pairs of items: the equal error rate, and FNMR and '
+    'distance threshold at false match rates (FMR) of 10%% to 0.0001%%',
   )
   parser.add_argument(
     '--json', metavar='FILE', help='also write the scores to this file'
@@ -181,11 +188,16 @@ def main(
   arguments = _parse(arguments, prog)
   names = (*scores_lib.SETTINGS, 'seed', 'num_resamples')
   with errors.in_one_line():
+    arrays = _read(arguments)
     scores = scores_lib.score(
-      **_read(arguments),
+      **arrays,
       **{name: getattr(arguments, name) for name in names},
       mesh=mesh_lib.make_mesh(),
     )
+    if arguments.verification:
+      scores['verification'] = verification.verify(
+        arrays['embeddings'], arrays['labels']
+      )
     # First, since printing ends early if the reader of a pipe does.
     if arguments.json:
       with files.write_atomically(arguments.json) as file:
@@ -194,6 +206,8 @@ def main(
     for name, value in scores.items():
       if isinstance(value, int):
         print(f'{name.replace("_", " ")}: {value:,}')
+    if arguments.verification:
+      print(verification.format_table(scores['verification']))
 
 
 if __name__ == '__main__':

@@ -92,13 +92,13 @@ def score(
       f'recall_at ({recall_at}) must hold integers of at least 1, and '
       f'num_resamples ({num_resamples}) must not be negative.'
     )
-  labels = encode_labels(labels)
-  _check_shapes(embeddings, labels, is_query=is_query, cameras=cameras)
+  embeddings, labels, num_zeros = prepare(
+    embeddings, labels, is_query=is_query, cameras=cameras
+  )
   if is_query is not None:
     is_query = np.asarray(masks.as_mask(is_query, name='is_query'))
   if cameras is not None:
     cameras = encode_labels(cameras, name='Cameras')
-  embeddings, num_zeros = _project_to_sphere(embeddings)
   signals.check()
   if mesh is not None and mesh.size == 1:
     mesh = None
@@ -151,6 +151,29 @@ def score(
       per_query, query_labels[has_match], num_resamples, seed
     )
   return scores
+
+
+def prepare(
+  embeddings: np.ndarray, labels: np.ndarray, **others: np.ndarray | None
+) -> tuple[jax.Array, np.ndarray, int]:
+  """Checks embeddings and labels, and projects embeddings to the unit sphere.
+
+  Args:
+    embeddings: float [num_items, dim].
+    labels: int or text [num_items].
+    **others: further values [num_items], of which the shape is checked.
+
+  Returns:
+    float32 [num_items, dim]; int64 [num_items], the labels numbered from 0; and
+    the number of embeddings of 0.
+
+  Raises:
+    ValueError: if shapes or types do not fit, or an embedding is not finite.
+  """
+  labels = encode_labels(labels)
+  _check_shapes(embeddings, labels, **others)
+  unit, num_zeros = _project_to_sphere(embeddings)
+  return unit, labels, num_zeros
 
 
 def encode_labels(labels: np.ndarray, *, name: str = 'Labels') -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Exact ranks of positives by counting, and nearest neighbors, in blocks."""
+"""Exact ranks of positives, nearest neighbors and pairs, in blocks."""
 
 from proxy_nca_jax.retrieval.neighbors import (
   nearest,
@@ -6,5 +6,12 @@ from proxy_nca_jax.retrieval.neighbors import (
   pairs_above,
 )
 from proxy_nca_jax.retrieval.ranks import positive_ranks
+from proxy_nca_jax.retrieval.verification import verification
 
-__all__ = ['nearest', 'neighbor_distances', 'pairs_above', 'positive_ranks']
+__all__ = [
+  'nearest',
+  'neighbor_distances',
+  'pairs_above',
+  'positive_ranks',
+  'verification',
+]
