@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 
+import browser
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -15,9 +16,6 @@ from proxy_nca_jax.report import __main__ as comparison
 from proxy_nca_jax.report import charts
 from proxy_nca_jax.report import results as results_lib
 from proxy_nca_jax.report import run as report_of_run
-
-_CHROMIUM = shutil.which('chromium')
-_DRIVER = shutil.which('chromedriver')
 
 _SCORES = {
   'recall@1': 0.5,
@@ -303,42 +301,16 @@ class ChartsTest(absltest.TestCase):
     charts.histograms({'a': [1.0]}, title='t', x_label='x')
 
 
-@absltest.skipUnless(
-  _CHROMIUM and _DRIVER, 'Needs Chromium: apt install chromium-driver.'
-)
+@browser.needed
 class BrowserTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    from selenium import webdriver
-
     cls.root = pathlib.Path(tempfile.mkdtemp())
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.page = cls.root / 'report.html'
     _write(cls.page, _embedded())
-    options = webdriver.ChromeOptions()
-    options.binary_location = _CHROMIUM
-    for flag in (
-      'headless',
-      'no-sandbox',
-      'disable-gpu',
-      'disable-quic',
-      'no-first-run',
-      'disable-background-networking',
-      'disable-component-update',
-      'disable-sync',
-      'disable-dev-shm-usage',
-      f'user-data-dir={cls.root / "profile"}',
-      'window-size=1200,1000',
-    ):
-      options.add_argument(f'--{flag}')
-    options.set_capability(
-      'goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'}
-    )
-    cls.driver = webdriver.Chrome(
-      options, webdriver.ChromeService(executable_path=_DRIVER)
-    )
-    cls.addClassCleanup(cls.driver.quit)
+    cls.driver = browser.start(cls)
 
   def setUp(self):
     super().setUp()

@@ -338,6 +338,27 @@ def export(arguments: argparse.Namespace) -> None:
     )
 
 
+def serve(arguments: argparse.Namespace) -> None:
+  missing = [
+    name
+    for name in ('starlette', 'uvicorn')
+    if not importlib.util.find_spec(name)
+  ]
+  if missing:
+    raise ValueError(f'serve needs: pip install {" ".join(missing)}.')
+  from proxy_nca_jax.search import serve as serve_lib
+
+  content = index_lib.read(arguments.index)
+  serve_lib.serve(
+    arguments.index,
+    content,
+    _load_embedder(content, arguments.workdir),
+    host=arguments.host,
+    port=arguments.port,
+    max_megabytes=arguments.max_megabytes,
+  )
+
+
 def _write(rows: Rows, output: str, columns: Sequence[str] = ()) -> None:
   """Writes a table to a .csv or .json file, or as CSV to stdout if ''.
 
@@ -490,7 +511,41 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
   export_command.add_argument(
     '--output', required=True, metavar='FILE.npz|.parquet', help='output file'
   )
+  serve_command = add(
+    'serve',
+    serve,
+    'Serve an HTTP API and a page where you drop an image to see its '
+    'neighbors. There is no access control: whoever reaches the port sees the '
+    'images of the index.',
+  )
+  serve_command.add_argument(
+    '--host',
+    default='127.0.0.1',
+    help='address to bind to (default: 127.0.0.1, this machine only)',
+  )
+  serve_command.add_argument(
+    '--port', type=_port, default=8000, help='port to bind to (default: 8000)'
+  )
+  serve_command.add_argument(
+    '--max_megabytes',
+    type=_positive,
+    default=32,
+    help='reject larger uploads (default: 32)',
+  )
+  serve_command.add_argument(
+    '--workdir',
+    default='',
+    metavar='RUN',
+    help="location of the index's network, if it has moved",
+  )
   return parser.parse_args(arguments)
+
+
+def _port(text: str) -> int:
+  value = int(text)
+  if not 0 < value < 2**16:
+    raise argparse.ArgumentTypeError(f'{value} must be from 1 to 65535')
+  return value
 
 
 def _positive(text: str) -> int:

@@ -78,12 +78,73 @@ def _load_or_build_lists(path: str, items: np.ndarray):
   return lists
 
 
+class Finder:
+  """An index in memory, for many searches.
+
+  Attributes:
+    items: float32 [num_images, dim], the embeddings, of unit length.
+    is_exact: whether all images are compared with; FAISS searches a part of
+      very large indexes.
+  """
+
+  def __init__(self, path: str, content: index_lib.Content):
+    """Normalizes the embeddings, and loads or builds the lists of FAISS.
+
+    The lists are built once and stored beside the index, in PATH.faiss.
+
+    Args:
+      path: the index file.
+      content: its content.
+    """
+    self.items = normalize(content.embeddings)
+    self.is_exact = not _is_approximate(content)
+    if not self.is_exact:
+      self._lists = _load_or_build_lists(path, self.items)
+
+  def find(
+    self, queries: np.ndarray, k: int, *, rows: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k nearest images of each query.
+
+    Args:
+      queries: float [num_queries, dim], nonzero rows.
+      k: number of neighbors, at least 1; clipped to the number searched.
+      rows: int [num_rows], indices of the images to search, which are then all
+        compared with; by default all images are searched.
+
+    Returns:
+      (distances, indices), as the function `find`, except that FAISS may miss
+      some if not `is_exact`, and that any of several images at the distance of
+      the last neighbor may be found.
+    """
+    queries = normalize(queries)
+    if rows is None and not self.is_exact:
+      indices = _search_lists(self._lists, queries, min(k, len(self.items)))
+      return self._sort(queries, indices)
+    products = queries @ (self.items if rows is None else self.items[rows]).T
+    num_searched = products.shape[1]
+    k = min(k, num_searched)
+    first = num_searched - k
+    if first:
+      top = np.argpartition(products, first, axis=1)[:, first:]
+    else:
+      top = np.broadcast_to(np.arange(k), products.shape)
+    return self._sort(queries, top if rows is None else rows[top])
+
+  def _sort(self, queries, indices) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts neighbors by distance, whose rounding differs from products'."""
+    found = retrieval.neighbor_distances(queries, self.items, indices)
+    order = np.lexsort([indices, found], axis=1)
+    return (
+      np.take_along_axis(found, order, axis=1),
+      np.take_along_axis(indices, order, axis=1),
+    )
+
+
 def find_in_index(
   path: str, content: index_lib.Content, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """As `find`, for an index; uses FAISS for very large ones, approximately.
-
-  The lists of FAISS are built once and stored beside the index, in PATH.faiss.
 
   Args:
     path: the index file.
@@ -94,20 +155,15 @@ def find_in_index(
   Returns:
     (distances, indices), as `find`.
   """
-  is_large = len(content.names) >= _MIN_FAISS_IMAGES
-  if not is_large or not importlib.util.find_spec('faiss'):
+  if not _is_approximate(content):
     return find(queries, content.embeddings, k)
-  queries, items = normalize(queries), normalize(content.embeddings)
-  lists = _load_or_build_lists(path, items)
   print('This search is approximate (FAISS).', file=sys.stderr)
-  indices = _search_lists(lists, queries, min(k, len(items)))
-  found = retrieval.neighbor_distances(queries, items, indices)
-  # FAISS ranks by inner products, whose rounding differs from the distances'.
-  order = np.argsort(found, axis=1, kind='stable')
-  return (
-    np.take_along_axis(found, order, axis=1),
-    np.take_along_axis(indices, order, axis=1),
-  )
+  return Finder(path, content).find(queries, k)
+
+
+def _is_approximate(content: index_lib.Content) -> bool:
+  is_large = len(content.names) >= _MIN_FAISS_IMAGES
+  return is_large and importlib.util.find_spec('faiss') is not None
 
 
 def _search_lists(lists, queries: np.ndarray, k: int) -> np.ndarray:
