@@ -619,7 +619,7 @@ class FindTest(absltest.TestCase):
     scandir = os.scandir
 
     def refuse(path):
-      if str(path).endswith('a'):
+      if os.path.basename(path) == 'a':
         raise PermissionError(errno.EACCES, 'Permission denied')
       return scandir(path)
 
