@@ -16,6 +16,7 @@ import jax
 import made_fonts
 import numpy as np
 import one_convolution
+import uvicorn
 import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
@@ -154,11 +155,19 @@ class DocsTest(parameterized.TestCase):
       if arguments[0] == '-m' and arguments[1].startswith('proxy_nca_jax.')
     ]
     self.assertNotEmpty(commands)
-    replacements = {'/tmp/run': 'run', '=DIR': '=images'}
+    replacements = {
+      '/tmp/run': 'run',
+      '/tmp/mine': 'run',
+      '/tmp/images': 'images',
+      '=DIR': '=images',
+    }
     for module, *arguments in commands:
       for old, new in replacements.items():
         arguments = [x.replace(old, new) for x in arguments]
-      importlib.import_module(f'{module}.__main__').main(arguments)
+      # A server would not end.
+      with mock.patch.object(uvicorn, 'run') as run:
+        importlib.import_module(f'{module}.__main__').main(arguments)
+      self.assertEqual(run.called, 'serve' in arguments)
     written = ('images.index', 'found.html', 'images.npz', 'scores.json')
     for name in written:
       if name in (_ROOT / page).read_text():
