@@ -68,6 +68,24 @@ def make_extract(
   compute = functools.partial(embed_lib.embed_split, embed_fn, config, state)
   if not weights_digest or jax.process_count() > 1:
     return compute
+  folder = _folder(config, records_digest, weights_digest)
+
+  def extract(split):
+    try:
+      os.makedirs(folder, exist_ok=True)
+      with lock.locked(os.path.join(folder, 'lock')):
+        return _read_or_compute(compute, split, folder)
+    except OSError as error:
+      _logger.warning('Features are computed, but not stored: %s', error)
+      return compute(split)
+
+  return extract
+
+
+def _folder(
+  config: ml_collections.ConfigDict, records_digest: str, weights_digest: str
+) -> str:
+  """Returns the folder of the features of some records, weights and config."""
   inputs = {
     'records': records_digest,
     'weights': weights_digest,
@@ -81,22 +99,38 @@ def make_extract(
     },
   }
   digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
-  folder = os.path.join(
+  return os.path.join(
     preparation.find_data_dir(config.dataset.data_dir),
     'features',
     digest.hexdigest()[:16],
   )
 
-  def extract(split):
-    try:
-      os.makedirs(folder, exist_ok=True)
-      with lock.locked(os.path.join(folder, 'lock')):
-        return _read_or_compute(compute, split, folder)
-    except OSError as error:
-      _logger.warning('Features are computed, but not stored: %s', error)
-      return compute(split)
 
-  return extract
+def read_by_file(
+  config: ml_collections.ConfigDict, weights_digest: str
+) -> dict[str, np.ndarray]:
+  """Reads the stored features of the files of an image folder.
+
+  Args:
+    config: the config of a run whose backbone is not trained.
+    weights_digest: the hash of its file of weights.
+
+  Returns:
+    {escaped path in the folder: float32 [width]}; {} if the dataset is not an
+    image folder, if a file has changed since, or if features are missing.
+  """
+  found = datasets.find_files(config.dataset)
+  if not found:
+    return {}
+  names, records_digest = found
+  folder = _folder(config, records_digest, weights_digest)
+  rows = []
+  for begin in range(0, len(names), _RECORDS_PER_FILE):
+    rows.append(_read(_path(folder, begin // _RECORDS_PER_FILE)))
+    if rows[-1] is None:
+      return {}
+  rows = np.concatenate(rows)
+  return dict(zip(names, rows)) if len(rows) == len(names) else {}
 
 
 def _read_or_compute(compute, split: datasets.Split, folder: str) -> np.ndarray:

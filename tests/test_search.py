@@ -1,6 +1,7 @@
 """The commands of search, as a user calls them, on an untrained network."""
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -20,7 +21,16 @@ import one_convolution
 from absl.testing import absltest, parameterized
 from PIL import Image
 
-from proxy_nca_jax import inference, train
+from proxy_nca_jax import (
+  configuration,
+  datasets,
+  features,
+  inference,
+  models,
+  train,
+)
+from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.configs import image_folder
 from proxy_nca_jax.search import __main__ as search_main
 from proxy_nca_jax.search import find
@@ -113,6 +123,58 @@ class SearchTest(parameterized.TestCase):
     self.assertEqual(content.labels[5], 'class1')
     embedder = inference.load(self.workdirs[0])
     np.testing.assert_array_equal(content.embeddings, embedder(content.paths))
+
+  def test_stored_features_of_a_frozen_network_are_used(self):
+    folder, flags = self._copy()
+    embedder = inference.load(self.workdirs[0])
+    config = copy.deepcopy(embedder.config)
+    config.num_steps = 0
+    config.dataset.root = str(folder)
+    config.dataset.data_dir = str(folder.parent / 'data')
+    frozen = dataclasses.replace(embedder, config=config)
+    data = datasets.load(config)
+    mesh = mesh_lib.make_mesh(jax.devices()[:1])
+    model = models.create_model(config)
+    extract = features.make_extract(
+      config,
+      model,
+      state_lib.read(os.path.join(self.workdirs[0], 'checkpoints')),
+      mesh,
+      records_digest=data.records_digest,
+      weights_digest='w',
+    )
+    extract(data.train)
+    saved = configuration.read_run(self.workdirs[0])
+
+    def index(weights_digest):
+      run = saved | {'weights_digest': weights_digest}
+      with (
+        mock.patch.object(inference, 'load', lambda _: frozen),
+        mock.patch.object(configuration, 'read_run', lambda _: run),
+        mock.patch.object(
+          inference.Embedder,
+          'read',
+          autospec=True,
+          side_effect=inference.Embedder.read,
+        ) as read,
+      ):
+        self._run('index', **flags)
+        pathlib.Path(flags['index']).rename(folder.parent / weights_digest)
+      return read.call_count, index_lib.read(
+        str(folder.parent / weights_digest)
+      )
+
+    computed, expected = index('other weights')
+    self.assertEqual(computed, 32)
+    computed, content = index('w')
+    self.assertEqual(computed, 0)
+    self.assertEqual(content.names, expected.names)
+    np.testing.assert_allclose(
+      content.embeddings, expected.embeddings, atol=1e-5
+    )
+    # A file that has changed makes all features those of another dataset.
+    shutil.copy(folder / 'class1' / '0.png', folder / 'class0' / '1.png')
+    self.assertEqual(features.read_by_file(config, 'w'), {})
 
   def test_only_new_or_changed_images_are_embedded(self):
     images, flags = self._copy()

@@ -1,7 +1,7 @@
 """Datasets: TFDS builders, prepared once and split by class."""
 
 from proxy_nca_jax.datasets.embeddings import NAME as EMBEDDINGS
-from proxy_nca_jax.datasets.loading import is_resized_source, load
+from proxy_nca_jax.datasets.loading import find_files, is_resized_source, load
 from proxy_nca_jax.datasets.preparation import (
   DATASETS,
   PUBLISHED,
@@ -19,6 +19,7 @@ __all__ = [
   'Split',
   'Vectors',
   'find_data_dir',
+  'find_files',
   'is_resized_source',
   'load',
   'prepare',

@@ -21,6 +21,7 @@ from proxy_nca_jax.datasets import (
   resized,
   splits,
 )
+from proxy_nca_jax.runtime import folders
 
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +88,34 @@ def load(config: ml_collections.ConfigDict) -> splits.Datasets:
     digest=digest,
     records_digest=_digest(metadata),
   )
+
+
+def find_files(
+  config: ml_collections.ConfigDict,
+) -> tuple[list[str], str] | None:
+  """Finds the records of an image folder, without reading them.
+
+  Args:
+    config: `dataset` of a run's config.
+
+  Returns:
+    The escaped path of each record in the folder, in their order, and the
+    digest of all records, as `Datasets.records_digest`; None if the dataset is
+    not an image folder, or not prepared from its files as they are now.
+  """
+  if config.name != 'image_folder' or config.table or config.huggingface:
+    return None
+  builder = preparation.find_prepared(config)
+  if builder is None:
+    return None
+  metadata = builder.info.metadata
+  skipped = {name for name, _ in metadata['skipped']}
+  names = [
+    folders.escape(image.path)
+    for _, members in builder.builder_config.classes
+    for image in members
+  ]
+  return [name for name in names if name not in skipped], _digest(metadata)
 
 
 def is_resized_source(config: ml_collections.ConfigDict) -> bool:

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import tensorflow_datasets as tfds
 
@@ -68,6 +68,41 @@ def prepare(
   Raises:
     ValueError: if the dataset is unknown, unavailable or cannot be written.
   """
+  # Of two runs that need the same dataset, one prepares it and the other waits.
+  # A builder reads the prepared state when it is created, so that comes after.
+  make_builder, folder = _find_builder(fields)
+  with locked(folder), _without_warnings():
+    builder, skipped = make_builder()
+    _write_records(builder)
+  return builder, [*skipped, *builder.info.metadata.get('skipped', ())]
+
+
+def find_prepared(
+  fields: Mapping[str, str | int],
+) -> tfds.core.DatasetBuilder | None:
+  """Returns the builder of a dataset as it is now; None if not prepared."""
+  make_builder, _ = _find_builder(fields)
+  with _without_warnings():
+    builder, _ = make_builder()
+  return builder if os.path.exists(builder.data_path) else None
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+  """Mutes TFDS, which logs each config of a builder that is not its own."""
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
+
+
+def _find_builder(
+  fields: Mapping[str, str | int],
+) -> tuple[Callable[[], tuple], str]:
+  """Returns the function that makes a dataset's builder, and its folder."""
   name = fields['name']
   if name not in DATASETS:
     raise ValueError(
@@ -79,12 +114,10 @@ def prepare(
   names = set(inspect.signature(DATASETS[name]).parameters)
   names -= {'builder_cls', 'data_dir'}
   arguments = {field: _expand(field, fields[field]) for field in names}
-  # Of two runs that need the same dataset, one prepares it and the other waits.
-  # A builder reads the prepared state when it is created, so that comes after.
-  with locked(os.path.join(data_dir, name)):
-    builder, skipped = DATASETS[name](data_dir=data_dir, **arguments)
-    _write_records(builder)
-  return builder, [*skipped, *builder.info.metadata.get('skipped', ())]
+  return (
+    functools.partial(DATASETS[name], data_dir=data_dir, **arguments),
+    os.path.join(data_dir, name),
+  )
 
 
 def _expand(field: str, value: str | int) -> str | int:

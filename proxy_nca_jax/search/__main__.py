@@ -25,7 +25,16 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from proxy_nca_jax import clustering, inference, losses, retrieval
+from proxy_nca_jax import (
+  clustering,
+  configuration,
+  features,
+  inference,
+  losses,
+  models,
+  retrieval,
+  warm_start,
+)
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax.report import pages
 from proxy_nca_jax.runtime import errors, files, folders
@@ -74,6 +83,9 @@ def make_index(arguments: argparse.Namespace) -> None:
     embedder,
     arguments.images,
     workdir=arguments.workdir,
+    known_embeddings=_stored_embeddings(
+      embedder, arguments.workdir, arguments.images
+    ),
   )
   skipped = [*index_lib.read_errors(arguments.index), *skipped.items()]
   for name, reason in skipped[: errors.MAX_NAMED]:
@@ -85,6 +97,30 @@ def make_index(arguments: argparse.Namespace) -> None:
     kinds = errors.count_kinds(reason for _, reason in skipped)
     print(f'skipped in all: {kinds}. {path} lists them.')
   print(', '.join(f'{n:,} {name}' for name, n in counts._asdict().items()))
+
+
+def _stored_embeddings(
+  embedder: inference.Embedder, workdir: str, root: str
+) -> dict[str, np.ndarray]:
+  """Returns embeddings by file, if features of these images are stored.
+
+  That is so after a run on this folder that did not train its backbone.
+  """
+  config, run = embedder.config, configuration.read_run(workdir)
+  is_frozen = not config.num_steps and not config.num_epochs
+  if not run or not run.get('weights_digest') or not is_frozen:
+    return {}
+  if os.path.realpath(config.dataset.root) != os.path.realpath(root):
+    return {}
+  rows = features.read_by_file(config, run['weights_digest'])
+  if not rows:
+    return {}
+  embeddings = warm_start.project(
+    models.create_model(config),
+    embedder.params['head'],
+    np.stack(list(rows.values())),
+  )
+  return dict(zip(rows, embeddings))
 
 
 def query(arguments: argparse.Namespace) -> None:

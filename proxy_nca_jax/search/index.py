@@ -92,7 +92,12 @@ class Content(NamedTuple):
 
 
 def update(
-  path: str, embedder, root: str, *, workdir: str
+  path: str,
+  embedder,
+  root: str,
+  *,
+  workdir: str,
+  known_embeddings: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Counts, dict[str, str]]:
   """Updates an index to the current files of a folder, or creates it.
 
@@ -104,6 +109,8 @@ def update(
     embedder: an `inference.Embedder`.
     root: the folder of images, searched recursively as by `folders.list_files`.
     workdir: the path that the embedder was loaded from.
+    known_embeddings: {escaped path in the folder: float32 [dim]} of files that
+      need not be read.
 
   Returns:
     (counts, skipped): the numbers of images added, changed and so on; {escaped
@@ -168,7 +175,7 @@ def update(
     with tqdm.tqdm(total=len(due), unit=' images', disable=None) as bar:
       for begin in range(0, len(due), _BATCH_SIZE):
         names = due[begin : begin + _BATCH_SIZE]
-        rows = _embed(embedder, root, names)
+        rows = _embed(embedder, root, names, known_embeddings or {})
         database.executemany(
           'INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?)',
           [
@@ -203,11 +210,16 @@ def _with_parents(name: str) -> list[str]:
 
 
 def _embed(
-  embedder, root: str, names: Sequence[str]
+  embedder,
+  root: str,
+  names: Sequence[str],
+  known_embeddings: Mapping[str, np.ndarray],
 ) -> list[tuple[bytes | None, str | None]]:
   """Embeds files; returns (float32 bytes, None) or (None, error) for each."""
 
   def read_image(name):
+    if name in known_embeddings:
+      return None, None
     try:
       return embedder.read(os.path.join(root, folders.unescape(name))), None
     except (ValueError, OSError, MemoryError) as error:
@@ -217,12 +229,15 @@ def _embed(
     images, reasons = zip(*pool.map(read_image, names))
   readable = [image for image in images if image is not None]
   embeddings = iter(embedder.embed(np.stack(readable)) if readable else ())
-  return [
-    (None, reason)
-    if reason
-    else (next(embeddings).astype('<f4').tobytes(), None)
-    for reason in reasons
-  ]
+
+  def row(name, reason):
+    if reason:
+      return None, reason
+    known = known_embeddings.get(name)
+    embedding = next(embeddings) if known is None else known
+    return embedding.astype('<f4').tobytes(), None
+
+  return [row(name, reason) for name, reason in zip(names, reasons)]
 
 
 def read(path: str) -> Content:
