@@ -5,8 +5,9 @@ python benchmarks/layers.py [--model=small_cnn] [--batch_size=0]
 
 Convolutions, products and normalizations are timed one at a time, each with the
 input that it has in the network: the forward pass, and the forward and the
-backward pass together. Both libraries run in one process, alternately, on two
-threads; columns are medians over the rounds:
+backward pass together. Each library runs in a process of its own, on as many
+threads as there are cores: the threads of one would spin beside the other.
+Columns are medians over the rounds:
 
   GFLOP         operations of the forward pass, counted by XLA
   forward, step milliseconds of the forward pass, and with the gradients of
@@ -27,12 +28,13 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from importlib import metadata
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import linen as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -42,25 +44,26 @@ from proxy_nca_jax.runtime import huge_pages
 
 
 class Layer(NamedTuple):
-  """A layer of the network.
+  """A layer of the network, measured.
 
   Attributes:
     kind: 'normalization', or the size of the filter.
     shape: of its input.
     flops: operations of its forward pass.
-    forward: computes it.
-    step: computes it and its gradients.
+    forward: milliseconds of the forward pass.
+    step: milliseconds of the forward pass and the gradients.
   """
 
   kind: str
   shape: tuple[int, ...]
   flops: float
-  forward: callable
-  step: callable
+  forward: float
+  step: float
 
 
-def find_layers(model, batch_size: int, size: int) -> list[Layer]:
-  """Returns the layers of a Flax network of which none contains another."""
+def measure(name: str, batch_size: int, size: int, rounds: int) -> list[Layer]:
+  """Measures the layers of the network of which none contains another."""
+  model = train_step.make_model(name, 'float32', size)
   leaves, num_calls = [], 0
 
   def record(next_fn, args, kwargs, context):
@@ -82,12 +85,14 @@ def find_layers(model, batch_size: int, size: int) -> list[Layer]:
   # The head is not among the layers of images.
   leaves = [leaf for leaf in leaves if len(leaf[1]) == 4]
   return [
-    _make_layer(*leaf, has_images=index == 0)
+    _measure_layer(*leaf, has_images=index == 0, rounds=rounds)
     for index, leaf in enumerate(leaves)
   ]
 
 
-def _make_layer(module, shape, kwargs, *, has_images: bool) -> Layer:
+def _measure_layer(
+  module, shape, kwargs, *, has_images: bool, rounds: int
+) -> Layer:
   x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
   variables = module.init(jax.random.key(0), x, **kwargs)
   params = variables['params']
@@ -120,13 +125,21 @@ def _make_layer(module, shape, kwargs, *, has_images: bool) -> Layer:
     kind=kind,
     shape=shape,
     flops=lowered.cost_analysis().get('flops', 0),
-    forward=lambda: jax.block_until_ready(forward(params, x)),
-    step=lambda: jax.block_until_ready(backward(params, x, gradient)),
+    forward=time_calls(
+      lambda: jax.block_until_ready(forward(params, x)), rounds
+    ),
+    step=time_calls(
+      lambda: jax.block_until_ready(backward(params, x, gradient)), rounds
+    ),
   )
 
 
-def find_torch_steps(name: str, batch_size: int, size: int) -> list[callable]:
-  """Returns the functions that compute torch's layers and their gradients."""
+def measure_peer(
+  name: str, batch_size: int, size: int, rounds: int
+) -> list[float]:
+  """Returns the milliseconds of the steps of torch's layers."""
+  import torch
+
   _, _, pooling, layer_norm, dim = train_step.RECIPES[name]
   net = train_step.make_peer(
     name, size, pooling=pooling, layer_norm=layer_norm, dim=dim
@@ -151,21 +164,20 @@ def find_torch_steps(name: str, batch_size: int, size: int) -> list[callable]:
     return lambda: module(x).backward(gradient)
 
   return [
-    make_step(module, shape, has_images=index == 0)
+    time_calls(make_step(module, shape, has_images=index == 0), rounds)
     for index, (module, shape) in enumerate(layers)
   ]
 
 
-def time_alternately(functions, rounds: int) -> list[float]:
-  """Returns the median milliseconds of each function."""
-  times = [[] for _ in functions]
-  for number in range(rounds + 1):
-    for function, values in zip(functions, times):
-      start = time.perf_counter()
-      function()
-      if number:  # The first call allocates.
-        values.append(1e3 * (time.perf_counter() - start))
-  return [statistics.median(values) for values in times]
+def time_calls(function: Callable[[], object], rounds: int) -> float:
+  """Returns the median milliseconds of a call, after one that allocates."""
+  function()
+  times = []
+  for _ in range(rounds):
+    start = time.perf_counter()
+    function()
+    times.append(1e3 * (time.perf_counter() - start))
+  return statistics.median(times)
 
 
 def format_row(title, flops, forward, step, peer) -> str:
@@ -192,17 +204,22 @@ def main() -> None:
   ):
     parser.add_argument(f'--{name}', type=int, default=value, help=text)
   arguments = parser.parse_args()
-  torch.set_num_threads(2)
   batch_size, size, *_ = train_step.RECIPES[arguments.model]
   batch_size = arguments.batch_size or batch_size
   size = arguments.image_size or size
-  layers = find_layers(
-    train_step.make_model(arguments.model, 'float32'), batch_size, size
+  layers, peers = (
+    train_step.run_in_process(
+      fn, arguments.model, batch_size, size, arguments.rounds
+    )
+    for fn in (measure, measure_peer)
   )
-  peers = find_torch_steps(arguments.model, batch_size, size)
+  for result in (layers, peers):
+    if isinstance(result, BaseException):
+      raise result
   print(
     f'{arguments.model}, batch {batch_size}, {size} pixels; jax '
-    f'{jax.__version__}, torch {torch.__version__}, {arguments.rounds} rounds'
+    f'{jax.__version__}, torch {metadata.version("torch")}, '
+    f'{arguments.rounds} rounds'
   )
   print(
     f'{"layer, input":38}{"GFLOP":>8}{"forward":>9}{"step":>9}'
@@ -210,10 +227,7 @@ def main() -> None:
   )
   sums = collections.defaultdict(lambda: np.zeros(4))
   for layer, peer in zip(layers, peers, strict=True):
-    times = time_alternately(
-      [layer.forward, layer.step, peer], arguments.rounds
-    )
-    row = np.array([layer.flops, *times])
+    row = np.array([layer.flops, layer.forward, layer.step, peer])
     shape = ' x '.join(map(str, layer.shape))
     print(format_row(f'{layer.kind}, {shape}', *row), flush=True)
     sums[layer.kind] += row

@@ -127,8 +127,8 @@ def make_state(model, optimizer, size, *, num_proxies, dim):
   return init()
 
 
-def make_model(name: str, dtype: str):
-  """Returns the network of a recipe."""
+def make_model(name: str, dtype: str, size: int):
+  """Returns the network of a recipe, for images of `size` pixels."""
   _, _, pooling, layer_norm, dim = RECIPES[name]
   return embedding.EmbeddingModel(
     functools.partial(
@@ -143,6 +143,7 @@ def make_model(name: str, dtype: str):
       embedding.Head,
       pooling=pooling,
       layer_norm=layer_norm,
+      num_hidden=0,
       embedding_dim=dim,
       normalize=True,
       stddev=0.0,
@@ -150,6 +151,7 @@ def make_model(name: str, dtype: str):
     mean=(127.5,) * 3,
     std=(127.5,) * 3,
     is_bgr=False,
+    input_shape=(size, size, 3),
   )
 
 
@@ -157,7 +159,7 @@ def measure(row, *, steps: int, rounds: int, proxy_chunk: int) -> dict:
   """Measures one row: (model, dtype, batch_size, image_size, num_proxies)."""
   name, dtype, batch_size, size, num_proxies = row
   dim = RECIPES[name][-1]
-  model = make_model(name, dtype)
+  model = make_model(name, dtype, size)
   optimizer = optax.adam(1e-5)
   fn = functools.partial(
     losses.proxy_nca_pp_loss,

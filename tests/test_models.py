@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from benchmarks import train_step as train_step_benchmark
 from proxy_nca_jax import models
 from proxy_nca_jax.configs import default
 
@@ -88,6 +89,19 @@ class ModelsTest(parameterized.TestCase):
       (model.mean, model.std, model.is_bgr),
       (backbone.mean, backbone.std, backbone.is_bgr),
     )
+
+
+class BenchmarkTest(parameterized.TestCase):
+  @parameterized.parameters(*train_step_benchmark.RECIPES)
+  def test_its_network_can_be_built(self, name):
+    model = train_step_benchmark.make_model(name, 'float32', 64)
+    variables = jax.eval_shape(
+      lambda images: model.init(jax.random.key(0), images, train=False),
+      model.example(2),
+    )
+    dim = train_step_benchmark.RECIPES[name][-1]
+    kernel = variables['params']['head']['embedding']['kernel']
+    self.assertEqual(kernel.shape[1], dim)
 
 
 if __name__ == '__main__':
