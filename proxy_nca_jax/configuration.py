@@ -827,19 +827,6 @@ def keep_num_steps(
       config.num_steps = saved['num_steps']
 
 
-def check_devices(config: ml_collections.ConfigDict, num_devices: int) -> None:
-  """Raises ValueError if the devices cannot divide the batches evenly."""
-  for field, size in (
-    ('batch_size', config.batch_size),
-    ('evaluation.batch_size', config.evaluation.batch_size),
-  ):
-    if size % num_devices:
-      raise ValueError(
-        f'Batch size ({size}, config.{field}) must be divisible by the number '
-        f'of devices ({num_devices}).'
-      )
-
-
 def check_same_run(
   config: ml_collections.ConfigDict,
   saved: Mapping,

@@ -543,6 +543,7 @@ def _train(
     config,
     first_step=first_step,
     process=(jax.process_index(), jax.process_count()),
+    num_devices=mesh.size,
   )
   stack.callback(batches.close)
   watchdog = stack.enter_context(monitoring.Watchdog(config.stall_seconds))
@@ -667,7 +668,6 @@ def train_and_evaluate(
   """
   configuration.check(config)
   configuration.check_length(config)
-  configuration.check_devices(config, jax.device_count())
   config = config.copy_and_resolve_references()
   if config.dry_run:
     data, mesh = load_data(config), mesh_lib.make_mesh()

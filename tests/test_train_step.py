@@ -1,5 +1,6 @@
 """The training step on a network of two layers, and on a small one."""
 
+import functools
 import itertools
 import types
 
@@ -300,6 +301,78 @@ class TrainStepTest(parameterized.TestCase):
     np.testing.assert_allclose(
       embed(one, batch), embed_by_eight(eight, batch), atol=1e-4
     )
+
+
+class PaddedBatchTest(parameterized.TestCase):
+  @parameterized.parameters(
+    # Whose statistics, centers and metrics have a row for each example, and a
+    # loss of the batch as a whole.
+    {'loss.name': 'center_softmax'},
+    {'loss.name': 'proxy_anchor', 'proxies.sharded': True},
+  )
+  def test_a_batch_of_thirteen_on_eight_devices_equals_one(self, **fields):
+    fields |= {'batch_size': 13, 'optimizer.name': 'sgd'}
+    one_config = _config(**fields | {'proxies.sharded': False})
+    model = models.create_model(one_config)
+    one, one_history, _ = _run(
+      one_config, num_steps=2, devices=jax.devices()[:1], model=model
+    )
+
+    def pad(batch):
+      # Other pixels and another label would change all results.
+      rows = {
+        name: np.concatenate([x, x[:1], x[:1], x[:1]])
+        for name, x in batch.items()
+      }
+      rows['image'][13:] = 255 - rows['image'][13:]
+      return rows | {'mask': np.arange(16) < 13}
+
+    eight, eight_history, _ = _run(
+      _config(**fields), num_steps=2, model=model, change=pad
+    )
+    for a, b in zip(one_history, eight_history):
+      self.assertSameElements(a, b)
+      for metric in a:
+        np.testing.assert_allclose(
+          a[metric], b[metric], rtol=1e-4, atol=1e-5, err_msg=metric
+        )
+    eight.params['proxies'] = eight.params['proxies'][:_NUM_CLASSES]
+    for name in ('params', 'model_state', 'loss_state'):
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        getattr(one, name),
+        getattr(eight, name),
+      )
+
+  def test_masked_statistics_and_gradients_are_those_of_the_rows(self):
+    config = _config()
+    model = models.create_model(config)
+    batch = next(_batches(config, 1))['image']
+    where = np.arange(16) < 13
+    variables = model.init(jax.random.key(0), batch, train=True)
+    params, stats = variables['params'], variables['batch_stats']
+
+    @functools.partial(jax.jit, static_argnames='num_rows')
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients(params, batch, mask, num_rows):
+      with models.masked_statistics(mask):
+        y, state = model.apply(
+          {'params': params, 'batch_stats': stats},
+          batch,
+          train=True,
+          mutable=['batch_stats'],
+        )
+      return jnp.sum(jnp.sin(9 * y[:num_rows])), state
+
+    expected = gradients(params, batch[:13], None, 13)
+    actual = gradients(params, batch, where, 13)
+    without = gradients(params, batch, None, 13)
+    compare = functools.partial(
+      np.testing.assert_allclose, rtol=1e-3, atol=1e-4
+    )
+    jax.tree.map(compare, actual, expected)
+    with self.assertRaises(AssertionError):
+      jax.tree.map(compare, without, expected)
 
 
 class ShardedProxiesTest(parameterized.TestCase):
