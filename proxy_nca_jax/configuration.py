@@ -329,6 +329,7 @@ FIELDS = {
   'model.dtype': Choice(('float32', 'bfloat16')),
   'model.remat': _BOOL,
   'loss.name': Choice(losses.LOSSES),
+  'loss.precision': Choice(('highest', 'high', 'default')),
   'loss.num_centers': _count(1, 1024),
   'loss.num_proxies': _count(),
   'loss.class_weighting': _real(0, 10),

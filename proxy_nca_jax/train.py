@@ -235,6 +235,15 @@ def make_loss(
   )
 
 
+def _make_is_logged(config) -> Callable | None:
+  """Returns the function from a step to whether its metrics are written."""
+  if config.log_every == 1:
+    return None
+  return lambda step: (
+    (step % config.log_every == 0) | (step == config.num_steps)
+  )
+
+
 def make_train_step(
   config: ml_collections.ConfigDict,
   model,
@@ -249,6 +258,7 @@ def make_train_step(
     make_loss(config, train),
     reshard=train_step_lib.make_reshard(config, train.num_classes, mesh),
     learning_rates=optimizer_lib.make_learning_rates(config),
+    is_logged=_make_is_logged(config),
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
     stop_frozen=functools.partial(fine_tuning.stop_frozen, config.model),
     ema_decay=config.optimizer.ema_decay,

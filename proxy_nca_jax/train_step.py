@@ -28,7 +28,12 @@ def make_loss(config: ml_collections.ConfigDict) -> losses.Loss:
   """Returns the loss that `config.loss` names, with its arguments bound."""
   loss = losses.LOSSES[config.loss.name]
   fn = functools.partial(loss.fn, **config.loss[config.loss.name])
-  return loss._replace(fn=fn)
+
+  def with_precision(**arrays):
+    with jax.default_matmul_precision(config.loss.precision):
+      return fn(**arrays)
+
+  return loss._replace(fn=with_precision)
 
 
 def correct_for_frequency(
@@ -84,6 +89,7 @@ def make_train_step(
   *,
   reshard: Callable[..., tuple] = lambda *arrays: arrays,
   learning_rates: Callable[[jax.Array], dict] = lambda num_updates: {},
+  is_logged: Callable[[jax.Array], jax.Array] | None = None,
   skip_nonfinite: bool = False,
   stop_frozen: Callable[[dict], dict] = lambda params: params,
   ema_decay: float = 0.0,
@@ -103,6 +109,9 @@ def make_train_step(
     reshard: the placement of the loss's arrays, from `make_reshard`.
     learning_rates: the learning rate of each group by the number of updates,
       for the metrics.
+    is_logged: whether the metrics of the proxies are computed in a step, which
+      multiplies the batch by all proxies twice more than the loss; otherwise
+      they are NaN. By default they are in every step.
     skip_nonfinite: whether a step whose loss or gradient norm is not finite
       changes nothing but the step and the counters of skipped steps.
     stop_frozen: maps the parameters to the same without gradients of frozen
@@ -111,7 +120,7 @@ def make_train_step(
       averages.
   """
   loss_and_gradients = jax.value_and_grad(
-    _make_mean_loss(model, loss, reshard, stop_frozen), has_aux=True
+    _make_mean_loss(model, loss, reshard, stop_frozen, is_logged), has_aux=True
   )
 
   def train_step(state, batch, lr_scale=1.0, *, freeze_batch_norm=False):
@@ -175,7 +184,9 @@ def make_train_step(
   )
 
 
-def _make_mean_loss(model, loss, reshard, stop_frozen) -> Callable[..., tuple]:
+def _make_mean_loss(
+  model, loss, reshard, stop_frozen, is_logged
+) -> Callable[..., tuple]:
   """Returns the function that a step differentiates: a batch's mean loss.
 
   It maps (params, state, batch, train) to (loss, (embeddings, metrics, model
@@ -203,7 +214,13 @@ def _make_mean_loss(model, loss, reshard, stop_frozen) -> Callable[..., tuple]:
       **({'proxies': points} if loss.proxies else {}),
       **state.loss_state,
     )
-    metrics = _proxy_metrics(loss.proxies, embeddings, points, labels, where)
+    metrics = _if_logged(
+      is_logged and is_logged(state.step + 1),
+      functools.partial(_proxy_metrics, loss.proxies),
+      *jax.lax.stop_gradient((embeddings, points)),
+      labels,
+      where,
+    )
     if value.ndim:  # Otherwise it is a loss of the batch as a whole.
       value = jnp.mean(value, where=where)
     return value, (embeddings, metrics, model_state)
@@ -260,6 +277,20 @@ def _group_metrics(params, gradients, rates, lr_scale) -> dict[str, jax.Array]:
   return metrics
 
 
+def _if_logged(
+  is_logged: jax.Array | None, fn: Callable[..., dict], *arrays
+) -> dict[str, jax.Array]:
+  """Returns fn(*arrays), computed only in steps that are logged, or NaN."""
+  if is_logged is None:
+    return fn(*arrays)
+  shapes = jax.eval_shape(fn, *arrays)
+
+  def skip(*unused):
+    return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+
+  return jax.lax.cond(is_logged, fn, skip, *arrays)
+
+
 def _proxy_metrics(
   form, embeddings, points, labels, where
 ) -> dict[str, jax.Array]:
@@ -272,7 +303,6 @@ def _proxy_metrics(
   """
   if form is None:
     return {}
-  embeddings, points = jax.lax.stop_gradient((embeddings, points))
   norm = jnp.mean(jnp.linalg.norm(points, axis=-1))
   if form == losses.UNASSIGNED:
     return {'proxy_norm': norm}
