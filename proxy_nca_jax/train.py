@@ -343,24 +343,28 @@ def _write_report(
   if losses.LOSSES[config.loss.name].has_class_proxies:
     points = state.evaluated['params']['proxies']
     proxies = mesh_lib.fetch(points)[: data.train.num_classes]
-  if not processes.is_primary():
-    return
   path = os.path.join(workdir, _REPORT)
-  report.write(
-    path,
-    results=results,
-    config=configuration.as_json(config),
-    overrides=configuration.overrides(config),
-    facts={
-      'step shown': str(results.get('selected_step', results['step'])),
-      'wall time': monitoring.wall_time(),
-      'commit': provenance.commit(),
-    },
-    rows=metric_writer.read_metrics(workdir),
-    test=report.Embedded(data.test, tested),
-    train=report.Embedded(some, trained),
-    proxies=proxies,
-  )
+
+  def write():
+    report.write(
+      path,
+      results=results,
+      config=configuration.as_json(config),
+      overrides=configuration.overrides(config),
+      facts={
+        'step shown': str(results.get('selected_step', results['step'])),
+        'wall time': monitoring.wall_time(),
+        'commit': provenance.commit(),
+      },
+      rows=metric_writer.read_metrics(workdir),
+      test=report.Embedded(data.test, tested),
+      train=report.Embedded(some, trained),
+      proxies=proxies,
+    )
+
+  # All else is saved, and a run that starts again writes the report.
+  with signals.raised_at_once():
+    processes.run_on_primary(write)
   _logger.info('The report is %s', path)
 
 

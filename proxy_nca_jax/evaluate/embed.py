@@ -77,7 +77,7 @@ def embed_batches(
   for batch in tqdm.tqdm(
     batches, desc='embedding', unit='batch', disable=None, leave=False, delay=1
   ):
-    signals.check()
+    signals.check_on_all()
     computing, done = embed_fn(batch), computing
     if done is not None:
       fetched.append(_fetch(done))

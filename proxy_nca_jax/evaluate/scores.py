@@ -99,7 +99,7 @@ def score(
   if cameras is not None:
     cameras = encode_labels(cameras, name='Cameras')
   embeddings, num_zeros = _project_to_sphere(embeddings)
-  signals.check()
+  signals.check_on_all()
   if mesh is not None and mesh.size == 1:
     mesh = None
   over = {'mesh': mesh, 'axis_name': mesh_lib.AXIS}
@@ -325,7 +325,7 @@ def _score_clusters(
   ) as bar:
 
     def progress(num_updates):
-      signals.check()
+      signals.check_on_all()
       bar.update(num_updates)
 
     clusters = clustering.kmeans(
