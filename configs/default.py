@@ -170,6 +170,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.loss = ml_collections.ConfigDict()
   config.loss.name = 'proxy_nca'
+  # Precision of the loss's products on accelerators: highest is float32; high
+  # and default are faster and round more (docs/performance.md).
+  config.loss.precision = 'highest'
   # Centers per class of soft_triple, subcenter_arcface and magnet.
   config.loss.num_centers = 3
   # Number of proxies of dynamic_proxy_nca and fractional_proxy_nca; 0 is the

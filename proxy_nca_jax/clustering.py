@@ -16,6 +16,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from proxy_nca_jax import blocked
 
@@ -132,8 +133,10 @@ def kmeans(
     )
   layout = blocked.make_layout(mesh, axis_name, block_size, num_points)
   padding = -num_points % (layout.num_devices * layout.block_size)
-  points = jnp.pad(jnp.asarray(points, jnp.float32), ((0, padding), (0, 0)))
-  points = layout.put(points)
+  points = blocked.as_float32(points)
+  # Points on the host are sharded from there: no device holds them all.
+  pad = jnp.pad if isinstance(points, jax.Array) else np.pad
+  points = layout.put(pad(points, ((0, padding), (0, 0))))
   best, least = None, float('inf')
   for run_key in jax.random.split(key, n_init):
     state = _initialize(points, centroids, run_key, init=init, layout=layout)

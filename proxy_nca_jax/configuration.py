@@ -329,6 +329,7 @@ FIELDS = {
   'model.dtype': Choice(('float32', 'bfloat16')),
   'model.remat': _BOOL,
   'loss.name': Choice(losses.LOSSES),
+  'loss.precision': Choice(('highest', 'high', 'default')),
   'loss.num_centers': _count(1, 1024),
   'loss.num_proxies': _count(),
   'loss.class_weighting': _real(0, 10),
@@ -825,19 +826,6 @@ def keep_num_steps(
   if config.num_epochs and config.num_epochs == saved.get('num_epochs'):
     with config.unlocked():
       config.num_steps = saved['num_steps']
-
-
-def check_devices(config: ml_collections.ConfigDict, num_devices: int) -> None:
-  """Raises ValueError if the devices cannot divide the batches evenly."""
-  for field, size in (
-    ('batch_size', config.batch_size),
-    ('evaluation.batch_size', config.evaluation.batch_size),
-  ):
-    if size % num_devices:
-      raise ValueError(
-        f'Batch size ({size}, config.{field}) must be divisible by the number '
-        f'of devices ({num_devices}).'
-      )
 
 
 def check_same_run(

@@ -1,7 +1,8 @@
 """Inner products and distances of rows, in float32, with finite gradients.
 
-All pairs are computed by one matmul at full precision. By default accelerators
-round the factors to bfloat16, but a ranking depends on the last digits.
+All pairs are computed by one matmul at full precision, unless the caller sets
+another by `jax.default_matmul_precision`. By default accelerators round the
+factors to bfloat16, but a ranking depends on the last digits.
 """
 
 import chex
@@ -42,10 +43,11 @@ def _inverse_norm(x: chex.Array) -> jax.Array:
 
 def products(x: chex.Array, y: chex.Array) -> jax.Array:
   """Returns x.y of all pairs: float [n, d] and [m, d] to float32 [n, m]."""
+  is_set = jax.config.jax_default_matmul_precision is not None
   return jnp.dot(
     x.astype(jnp.float32),
     y.astype(jnp.float32).T,
-    precision=jax.lax.Precision.HIGHEST,
+    precision=None if is_set else jax.lax.Precision.HIGHEST,
   )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 from clu import parameter_overview
 
-from proxy_nca_jax import datasets, warm_start, weights
+from proxy_nca_jax import blocked, datasets, warm_start, weights
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 
@@ -84,13 +84,15 @@ def _describe(config, model, train, state, train_step, mesh) -> str:
 
 def _batch(config, model, mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes, dtypes and shardings of a training batch."""
-  size = config.batch_size
+  size = blocked.round_up(config.batch_size, mesh.size)
   images = model.example(size)
   shapes = {
     'image': (images.shape, images.dtype),
     'label': ((size,), jnp.int32),
     'id': ((size,), jnp.int32),
   }
+  if size > config.batch_size:
+    shapes['mask'] = ((size,), jnp.bool_)
   return {
     name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.by_row(mesh))
     for name, (shape, dtype) in shapes.items()

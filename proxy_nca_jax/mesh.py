@@ -65,6 +65,21 @@ def fetch(x: jax.Array) -> np.ndarray:
   return multihost_utils.process_allgather(x, tiled=True)
 
 
+def local_rows(x: jax.Array) -> np.ndarray:
+  """Returns this process's rows of an array that is sharded by row.
+
+  Arrays with the same sharding give the same rows in the same order.
+  """
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return np.concatenate(
+    [
+      np.asarray(shard.data)
+      for shard in sorted(x.addressable_shards, key=lambda x: x.index[0].start)
+    ]
+  )
+
+
 def shard_batch(
   batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:

@@ -235,6 +235,15 @@ def make_loss(
   )
 
 
+def _make_is_logged(config) -> Callable | None:
+  """Returns the function from a step to whether its metrics are written."""
+  if config.log_every == 1:
+    return None
+  return lambda step: (
+    (step % config.log_every == 0) | (step == config.num_steps)
+  )
+
+
 def make_train_step(
   config: ml_collections.ConfigDict,
   model,
@@ -249,6 +258,7 @@ def make_train_step(
     make_loss(config, train),
     reshard=train_step_lib.make_reshard(config, train.num_classes, mesh),
     learning_rates=optimizer_lib.make_learning_rates(config),
+    is_logged=_make_is_logged(config),
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
     stop_frozen=functools.partial(fine_tuning.stop_frozen, config.model),
     ema_decay=config.optimizer.ema_decay,
@@ -333,24 +343,28 @@ def _write_report(
   if losses.LOSSES[config.loss.name].has_class_proxies:
     points = state.evaluated['params']['proxies']
     proxies = mesh_lib.fetch(points)[: data.train.num_classes]
-  if not processes.is_primary():
-    return
   path = os.path.join(workdir, _REPORT)
-  report.write(
-    path,
-    results=results,
-    config=configuration.as_json(config),
-    overrides=configuration.overrides(config),
-    facts={
-      'step shown': str(results.get('selected_step', results['step'])),
-      'wall time': monitoring.wall_time(),
-      'commit': provenance.commit(),
-    },
-    rows=metric_writer.read_metrics(workdir),
-    test=report.Embedded(data.test, tested),
-    train=report.Embedded(some, trained),
-    proxies=proxies,
-  )
+
+  def write():
+    report.write(
+      path,
+      results=results,
+      config=configuration.as_json(config),
+      overrides=configuration.overrides(config),
+      facts={
+        'step shown': str(results.get('selected_step', results['step'])),
+        'wall time': monitoring.wall_time(),
+        'commit': provenance.commit(),
+      },
+      rows=metric_writer.read_metrics(workdir),
+      test=report.Embedded(data.test, tested),
+      train=report.Embedded(some, trained),
+      proxies=proxies,
+    )
+
+  # All else is saved, and a run that starts again writes the report.
+  with signals.raised_at_once():
+    processes.run_on_primary(write)
   _logger.info('The report is %s', path)
 
 
@@ -543,6 +557,7 @@ def _train(
     config,
     first_step=first_step,
     process=(jax.process_index(), jax.process_count()),
+    num_devices=mesh.size,
   )
   stack.callback(batches.close)
   watchdog = stack.enter_context(monitoring.Watchdog(config.stall_seconds))
@@ -668,7 +683,6 @@ def train_and_evaluate(
   """
   configuration.check(config)
   configuration.check_length(config)
-  configuration.check_devices(config, jax.device_count())
   config = config.copy_and_resolve_references()
   if config.dry_run:
     data, mesh = load_data(config), mesh_lib.make_mesh()

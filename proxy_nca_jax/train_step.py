@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from proxy_nca_jax import fine_tuning, losses, proxies
+from proxy_nca_jax import fine_tuning, losses, models, proxies
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
@@ -28,7 +28,12 @@ def make_loss(config: ml_collections.ConfigDict) -> losses.Loss:
   """Returns the loss that `config.loss` names, with its arguments bound."""
   loss = losses.LOSSES[config.loss.name]
   fn = functools.partial(loss.fn, **config.loss[config.loss.name])
-  return loss._replace(fn=fn)
+
+  def with_precision(**arrays):
+    with jax.default_matmul_precision(config.loss.precision):
+      return fn(**arrays)
+
+  return loss._replace(fn=with_precision)
 
 
 def correct_for_frequency(
@@ -58,9 +63,10 @@ def correct_for_frequency(
 def make_reshard(
   config: ml_collections.ConfigDict, num_classes: int, mesh: jax.sharding.Mesh
 ) -> Callable[..., tuple]:
-  """Returns (embeddings, proxies, labels) -> the same, placed for the loss.
+  """Returns (embeddings, proxies, *rows) -> the same, placed for the loss.
 
-  To be called inside `jit`. By default each device compares its rows of the
+  `rows` are further arrays of the batch, such as labels, or None. To be called
+  inside `jit`. By default each device compares its rows of the
   batch with its copy of the proxies. With `config.proxies.sharded` each device
   holds some of the proxies, and the whole batch is sent to each of them: only
   embeddings are communicated, and no device holds a [batch, num_classes]
@@ -69,9 +75,9 @@ def make_reshard(
   if not config.proxies.sharded:
     return lambda *arrays: arrays
 
-  def reshard(embeddings, points, labels):
-    embeddings, labels = mesh_lib.replicate((embeddings, labels), mesh)
-    return embeddings, mesh_lib.unpad_rows(points, num_classes, mesh), labels
+  def reshard(embeddings, points, *rows):
+    embeddings, *rows = mesh_lib.replicate((embeddings, *rows), mesh)
+    return embeddings, mesh_lib.unpad_rows(points, num_classes, mesh), *rows
 
   return reshard
 
@@ -83,6 +89,7 @@ def make_train_step(
   *,
   reshard: Callable[..., tuple] = lambda *arrays: arrays,
   learning_rates: Callable[[jax.Array], dict] = lambda num_updates: {},
+  is_logged: Callable[[jax.Array], jax.Array] | None = None,
   skip_nonfinite: bool = False,
   stop_frozen: Callable[[dict], dict] = lambda params: params,
   ema_decay: float = 0.0,
@@ -92,7 +99,8 @@ def make_train_step(
   `lr_scale` multiplies all learning rates; it is 1 by default. With
   `freeze_batch_norm=True` the running statistics are used and not updated. The
   mean of the loss, the batch statistics and the metrics are those of the global
-  batch, on any number of devices. The state is donated.
+  batch, on any number of devices; rows whose 'mask' is False, if the batch has
+  one, count nowhere. The state is donated.
 
   Args:
     model: `apply` maps uint8 images to embeddings.
@@ -101,6 +109,9 @@ def make_train_step(
     reshard: the placement of the loss's arrays, from `make_reshard`.
     learning_rates: the learning rate of each group by the number of updates,
       for the metrics.
+    is_logged: whether the metrics of the proxies are computed in a step, which
+      multiplies the batch by all proxies twice more than the loss; otherwise
+      they are NaN. By default they are in every step.
     skip_nonfinite: whether a step whose loss or gradient norm is not finite
       changes nothing but the step and the counters of skipped steps.
     stop_frozen: maps the parameters to the same without gradients of frozen
@@ -109,7 +120,7 @@ def make_train_step(
       averages.
   """
   loss_and_gradients = jax.value_and_grad(
-    _make_mean_loss(model, loss, reshard, stop_frozen), has_aux=True
+    _make_mean_loss(model, loss, reshard, stop_frozen, is_logged), has_aux=True
   )
 
   def train_step(state, batch, lr_scale=1.0, *, freeze_batch_norm=False):
@@ -128,7 +139,10 @@ def make_train_step(
     loss_state = state.loss_state
     if loss.centers:
       centers = losses.update_centers(
-        loss_state['centers'], embeddings, batch['label']
+        loss_state['centers'],
+        embeddings,
+        batch['label'],
+        where=batch.get('mask'),
       )
       loss_state = {'centers': centers}
     updates, opt_state = optimizer.update(
@@ -170,7 +184,9 @@ def make_train_step(
   )
 
 
-def _make_mean_loss(model, loss, reshard, stop_frozen) -> Callable[..., tuple]:
+def _make_mean_loss(
+  model, loss, reshard, stop_frozen, is_logged
+) -> Callable[..., tuple]:
   """Returns the function that a step differentiates: a batch's mean loss.
 
   It maps (params, state, batch, train) to (loss, (embeddings, metrics, model
@@ -180,22 +196,34 @@ def _make_mean_loss(model, loss, reshard, stop_frozen) -> Callable[..., tuple]:
   def mean_loss(params, state, batch, *, train):
     params = fine_tuning.merge(stop_frozen(params))
     points = params.pop('proxies')
-    embeddings, model_state = model.apply(
-      {'params': params, **state.model_state},
-      batch['image'],
-      train=train,
-      mutable=list(state.model_state),
+    where = batch.get('mask')
+    with models.masked_statistics(where):
+      embeddings, model_state = model.apply(
+        {'params': params, **state.model_state},
+        batch['image'],
+        train=train,
+        mutable=list(state.model_state),
+      )
+    embeddings, points, labels, where = reshard(
+      embeddings, points, batch['label'], where
     )
-    embeddings, points, labels = reshard(embeddings, points, batch['label'])
     value = loss.fn(
       embeddings=embeddings,
       labels=labels,
+      where=where,
       **({'proxies': points} if loss.proxies else {}),
       **state.loss_state,
     )
-    metrics = _proxy_metrics(loss.proxies, embeddings, points, labels)
-    # A loss of the batch as a whole is a scalar, which `mean` keeps.
-    return jnp.mean(value), (embeddings, metrics, model_state)
+    metrics = _if_logged(
+      is_logged and is_logged(state.step + 1),
+      functools.partial(_proxy_metrics, loss.proxies),
+      *jax.lax.stop_gradient((embeddings, points)),
+      labels,
+      where,
+    )
+    if value.ndim:  # Otherwise it is a loss of the batch as a whole.
+      value = jnp.mean(value, where=where)
+    return value, (embeddings, metrics, model_state)
 
   return mean_loss
 
@@ -249,7 +277,23 @@ def _group_metrics(params, gradients, rates, lr_scale) -> dict[str, jax.Array]:
   return metrics
 
 
-def _proxy_metrics(form, embeddings, points, labels) -> dict[str, jax.Array]:
+def _if_logged(
+  is_logged: jax.Array | None, fn: Callable[..., dict], *arrays
+) -> dict[str, jax.Array]:
+  """Returns fn(*arrays), computed only in steps that are logged, or NaN."""
+  if is_logged is None:
+    return fn(*arrays)
+  shapes = jax.eval_shape(fn, *arrays)
+
+  def skip(*unused):
+    return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+
+  return jax.lax.cond(is_logged, fn, skip, *arrays)
+
+
+def _proxy_metrics(
+  form, embeddings, points, labels, where
+) -> dict[str, jax.Array]:
   """Metrics of the proxies, and of the batch beside them if labels index them.
 
   `proxy_norm` is the mean norm: where a loss depends only on directions, an
@@ -259,7 +303,6 @@ def _proxy_metrics(form, embeddings, points, labels) -> dict[str, jax.Array]:
   """
   if form is None:
     return {}
-  embeddings, points = jax.lax.stop_gradient((embeddings, points))
   norm = jnp.mean(jnp.linalg.norm(points, axis=-1))
   if form == losses.UNASSIGNED:
     return {'proxy_norm': norm}
@@ -268,12 +311,16 @@ def _proxy_metrics(form, embeddings, points, labels) -> dict[str, jax.Array]:
   nearest = proxies.nearest_proxies(embeddings, rows) // num_centers
   metrics = {
     'proxy_norm': norm,
-    'proxy_accuracy': jnp.mean(nearest == labels),
+    'proxy_accuracy': jnp.mean(nearest == labels, where=where),
   }
   if form == losses.PER_CLASS:
-    error = proxies.proxy_approximation_error(embeddings, points, labels)
+    error = proxies.proxy_approximation_error(
+      embeddings, points, labels, where=where
+    )
     metrics |= {
       'proxy_error': error,
-      'ranking_bound': proxies.ranking_bound(embeddings, points, labels, error),
+      'ranking_bound': proxies.ranking_bound(
+        embeddings, points, labels, error, where=where
+      ),
     }
   return metrics

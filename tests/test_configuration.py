@@ -369,13 +369,6 @@ class RulesTest(parameterized.TestCase):
     for steps in ((), (1, 1), (1, 1000)):
       configuration.check(_config(profile_steps=steps))
 
-  @parameterized.parameters('batch_size', 'evaluation.batch_size')
-  def test_batches_must_be_divisible_by_the_devices(self, name):
-    config = _config(**{name: 15})
-    configuration.check_devices(config, 1)
-    with self.assertRaisesRegex(ValueError, 'number of devices .8.'):
-      configuration.check_devices(config, 8)
-
 
 class SameRunTest(parameterized.TestCase):
   def _check(self, saved, mode='train', **fields):

@@ -8,14 +8,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 
+import jax
 import numpy as np
 import oracles
 import whole_runs
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import evaluate
+from proxy_nca_jax import datasets, evaluate
 from proxy_nca_jax import mesh as mesh_lib
+from proxy_nca_jax.configs import default
 from proxy_nca_jax.evaluate import __main__ as evaluate_main
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.evaluate import scores as scores_lib
@@ -266,9 +269,30 @@ class EmbedTest(absltest.TestCase):
         'mask': np.array([True, False]),
       },
     ]
-    embeddings = embed_lib.embed_batches(lambda batch: batch, batches)
+    embeddings = embed_lib.embed_batches(jax.device_put, batches)
     np.testing.assert_array_equal(embeddings, [[0], [1], [2]])
     self.assertEqual(embeddings.dtype, np.float32)
+
+  def test_a_batch_size_that_eight_devices_do_not_divide_is_padded(self):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(23, 3)).astype(np.float32)
+    split = datasets.Split(
+      source=datasets.Vectors(vectors),
+      images=None,
+      rows=np.arange(23),
+      labels=np.zeros(23, np.int32),
+      class_names=('a',),
+    )
+    model = types.SimpleNamespace(apply=lambda variables, x, train: x)
+    params = {name: np.zeros(1) for name in ('backbone', 'head')}
+    state = types.SimpleNamespace(
+      evaluated={'params': params, 'model_state': {}}
+    )
+    config = default.get_config()
+    config.evaluation.batch_size = 10
+    embed_fn = embed_lib.make_embed_fn(model, mesh_lib.make_mesh())
+    embeddings = embed_lib.embed_split(embed_fn, config, state, split)
+    np.testing.assert_array_equal(embeddings, vectors)
 
   def test_a_signal_ends_it_after_the_batch(self):
     num_batches = 0
@@ -278,7 +302,7 @@ class EmbedTest(absltest.TestCase):
       num_batches += 1
       if num_batches == 2:
         signal.raise_signal(signal.SIGINT)
-      return batch
+      return jax.device_put(batch)
 
     batches = 4 * [
       {

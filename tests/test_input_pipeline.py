@@ -131,6 +131,28 @@ class TrainBatchesTest(parameterized.TestCase):
       }
       _assert_equal(actual, expected)
 
+  @parameterized.parameters((1, 3), (2, 8), (4, 16))
+  def test_devices_change_no_record_and_padding_is_masked(self, count, devices):
+    whole = _take(3, first_step=2)
+    parts = [
+      _take(3, first_step=2, process=(index, count), num_devices=devices)
+      for index in range(count)
+    ]
+    for step, expected in enumerate(whole):
+      rows = [part[step] for part in parts]
+      actual = {
+        name: np.concatenate([part[name] for part in rows]) for name in rows[0]
+      }
+      mask = actual.pop('mask')
+      self.assertEqual(len(mask) % devices, 0)
+      np.testing.assert_array_equal(mask, np.arange(len(mask)) < 4)
+      _assert_equal({name: x[mask] for name, x in actual.items()}, expected)
+      self.assertIn(actual['label'][-1], expected['label'])
+
+  def test_a_batch_that_devices_divide_evenly_has_no_mask(self):
+    (batch,) = _take(1, num_devices=4)
+    self.assertNotIn('mask', batch)
+
   def test_reading_processes_change_nothing(self):
     config = _config(num_workers=1)
     for actual, expected in zip(_take(3, config), _take(3)):

@@ -13,7 +13,7 @@ import numpy as np
 import whole_runs
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax.runtime import metric_writer, processes
+from proxy_nca_jax.runtime import metric_writer, processes, signals
 
 _SMALL = {
   'num_steps': 24,
@@ -162,24 +162,78 @@ class RunTest(parameterized.TestCase):
       self.assertRegex(output, 'Error: This workdir holds a run with another')
 
 
+def _unreachable():
+  raise OSError('no such host')
+
+
 class InitializeTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ({},),
-    ({'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'},),
-    ({'TPU_WORKER_HOSTNAMES': 'localhost'},),
+  @parameterized.named_parameters(
+    # Name, variables, hosts in the metadata of a TPU VM, whether others exist.
+    ('plain host', {}, None, False),
+    ('jax', {'JAX_COORDINATOR_ADDRESS': 'host:1234'}, None, True),
+    ('slurm', {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_PROCID': '0'}, None, True),
+    ('slurm, one task', {'SLURM_STEP_NUM_TASKS': '1'}, None, False),
+    ('sbatch without srun', {'SLURM_NTASKS': '8'}, None, False),
+    ('open mpi', {'OMPI_COMM_WORLD_SIZE': '2'}, None, True),
+    ('open mpi, one process', {'OMPI_COMM_WORLD_SIZE': '1'}, None, False),
+    ('mpich', {'PMI_SIZE': '2'}, None, True),
+    ('torchrun', {'WORLD_SIZE': '2', 'RANK': '0'}, None, True),
+    ('gke', {'TPU_PROCESS_ADDRESSES': 'a:8476,b:8476'}, None, True),
+    ('gke, older', {'TPU_WORKER_HOSTNAMES': 'host-0,host-1'}, None, True),
+    ('gke, one host', {'TPU_WORKER_HOSTNAMES': 'localhost'}, None, False),
+    (
+      'multislice of one host each',
+      {'TPU_WORKER_HOSTNAMES': 'localhost', 'MEGASCALE_NUM_SLICES': '2'},
+      None,
+      True,
+    ),
+    (
+      'kubernetes, pods of their own',
+      {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '1'},
+      None,
+      False,
+    ),
+    ('tpu slice', {'TPU_ML_PLATFORM': 'JAX'}, '10.0.0.1,10.0.0.2', True),
+    ('tpu host', {'TPU_ML_PLATFORM': 'JAX'}, 'a:0:10.0.0.1', False),
+    ('tpu elsewhere', {'TPU_ML_PLATFORM': 'JAX'}, None, False),
+    (
+      'tpu slice, on the cpu',
+      {'TPU_ML_PLATFORM': 'JAX', 'JAX_PLATFORMS': 'cpu'},
+      '10.0.0.1,10.0.0.2',
+      False,
+    ),
+    (
+      'tpu without metadata',
+      {'TPU_ML_PLATFORM': 'JAX', 'TPU_SKIP_MDS_QUERY': '1'},
+      '10.0.0.1,10.0.0.2',
+      False,
+    ),
   )
-  def test_a_single_process_joins_nothing(self, environment):
-    processes.initialize(environment=environment)
-    self.assertEqual(jax.process_count(), 1)
+  def test_processes_are_found_by(self, environment, hosts, expected):
+    read = _unreachable if hosts is None else lambda: hosts
+    self.assertEqual(processes._has_cluster(environment, read), expected)
+
+  @parameterized.parameters(True, False)
+  def test_only_a_run_of_several_processes_joins(self, joins):
+    environment = {'SLURM_STEP_NUM_TASKS': '4'} if joins else {}
+    with mock.patch.object(jax.distributed, 'initialize') as initialize:
+      processes.initialize(environment=environment)
+      self.assertEqual(initialize.call_count, joins)
+      processes.initialize(environment={}, multiprocess=True)
+      self.assertEqual(initialize.call_count, joins + 1)
 
   @parameterized.parameters(
-    ({'SLURM_STEP_NUM_TASKS': '4'},),
-    ({'OMPI_COMM_WORLD_SIZE': '2'},),
-    ({'TPU_WORKER_HOSTNAMES': 'host-0,host-1'},),
-    ({'JAX_COORDINATOR_ADDRESS': 'host:1234'},),
+    ValueError('coordinator_address should be defined.'),
+    KeyError('OMPI_COMM_WORLD_RANK'),
   )
-  def test_clusters_are_detected_by_their_environment(self, environment):
-    self.assertTrue(processes._has_cluster(environment))
+  def test_processes_that_jax_does_not_find_need_the_flags(self, error):
+    with (
+      mock.patch.object(jax.distributed, 'initialize', side_effect=error),
+      self.assertRaisesRegex(
+        ValueError, 'give --coordinator_address=HOST:PORT'
+      ),
+    ):
+      processes.initialize(environment={'OMPI_COMM_WORLD_SIZE': '2'})
 
   @parameterized.parameters(
     (dict(num_processes=2, process_id=0), 'require --coordinator_address'),
@@ -208,6 +262,7 @@ class InitializeTest(parameterized.TestCase):
     (KeyError('name'), "^Process 0 has failed: KeyError: 'name'$"),
     (SystemExit(3), '^Process 0 has failed: SystemExit: 3$'),
     (None, 'Process 0 has failed: TypeError: .* not JSON serializable'),
+    (signals.Stopped(signal.SIGTERM), '^SIGTERM$'),
   )
   def test_whatever_fails_on_the_primary_ends_the_others(self, error, text):
     sent = []
@@ -231,7 +286,10 @@ class InitializeTest(parameterized.TestCase):
       processes, _broadcast=lambda _: sent[0], is_primary=lambda: False
     ):
       with mock.patch.object(jax, 'process_count', return_value=2):
-        with self.assertRaisesRegex(ValueError, text):
+        kind = ValueError
+        if isinstance(error, signals.Stopped):
+          kind = signals.Stopped
+        with self.assertRaisesRegex(kind, text):
           processes.run_on_primary(self.fail)
 
   def test_a_single_process_is_its_own_primary(self):

@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest import mock
 
+import jax
 from absl.testing import absltest, parameterized
+from jax.experimental import multihost_utils
 
 from proxy_nca_jax.runtime import errors, signals
 
@@ -83,6 +86,36 @@ class StopSignalsTest(parameterized.TestCase):
       signals.check()
       with self.assertRaises(signals.Stopped):
         inner.check()
+
+  def test_work_that_may_end_anywhere_ends_at_once(self):
+    with self.assertRaises(signals.Stopped) as raised:
+      with signals.StopSignals(), signals.raised_at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.fail('The signal was ignored.')
+    self.assertEqual(raised.exception.number, signal.SIGTERM)
+    with signals.StopSignals() as stop_signals:
+      with signals.raised_at_once():
+        pass
+      os.kill(os.getpid(), signal.SIGTERM)
+      with self.assertRaises(signals.Stopped):
+        stop_signals.check()
+
+  def test_all_processes_check_as_in_the_loop(self):
+    signals.check_on_all()
+    with (
+      mock.patch.object(jax, 'process_count', return_value=2),
+      mock.patch.object(
+        multihost_utils,
+        'reached_preemption_sync_point',
+        side_effect=lambda number: number == 3,
+      ),
+      signals.StopSignals() as stop_signals,
+    ):
+      stop_signals.check()
+      signals.check()
+      signals.check_on_all()
+      with self.assertRaises(signals.Stopped):
+        signals.check_on_all()
 
   def test_previous_handlers_are_restored(self):
     before = signal.getsignal(signal.SIGTERM)

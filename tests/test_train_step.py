@@ -1,5 +1,6 @@
 """The training step on a network of two layers, and on a small one."""
 
+import functools
 import itertools
 import types
 
@@ -9,6 +10,7 @@ import numpy as np
 import one_convolution
 import optax
 from absl.testing import absltest, parameterized
+from jax.extend import core as jax_core
 
 from proxy_nca_jax import (
   losses,
@@ -97,6 +99,7 @@ def _run(
   lr_scale=1.0,
   states=None,
   model=None,
+  is_logged=None,
 ):
   mesh = mesh_lib.make_mesh(devices)
   model = model or _Layers()
@@ -107,6 +110,7 @@ def _run(
     loss or train_step.make_loss(config),
     learning_rates=optimizer_lib.make_learning_rates(config),
     reshard=train_step.make_reshard(config, _NUM_CLASSES, mesh),
+    is_logged=is_logged,
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
   )
   state = state_lib.create(
@@ -300,6 +304,164 @@ class TrainStepTest(parameterized.TestCase):
     np.testing.assert_allclose(
       embed(one, batch), embed_by_eight(eight, batch), atol=1e-4
     )
+
+
+class PaddedBatchTest(parameterized.TestCase):
+  @parameterized.parameters(
+    # Whose statistics, centers and metrics have a row for each example, and a
+    # loss of the batch as a whole.
+    {'loss.name': 'center_softmax'},
+    {'loss.name': 'proxy_anchor', 'proxies.sharded': True},
+  )
+  def test_a_batch_of_thirteen_on_eight_devices_equals_one(self, **fields):
+    fields |= {'batch_size': 13, 'optimizer.name': 'sgd'}
+    one_config = _config(**fields | {'proxies.sharded': False})
+    model = models.create_model(one_config)
+    one, one_history, _ = _run(
+      one_config, num_steps=2, devices=jax.devices()[:1], model=model
+    )
+
+    def pad(batch):
+      # Other pixels and another label would change all results.
+      rows = {
+        name: np.concatenate([x, x[:1], x[:1], x[:1]])
+        for name, x in batch.items()
+      }
+      rows['image'][13:] = 255 - rows['image'][13:]
+      return rows | {'mask': np.arange(16) < 13}
+
+    eight, eight_history, _ = _run(
+      _config(**fields), num_steps=2, model=model, change=pad
+    )
+    for a, b in zip(one_history, eight_history):
+      self.assertSameElements(a, b)
+      for metric in a:
+        np.testing.assert_allclose(
+          a[metric], b[metric], rtol=1e-4, atol=1e-5, err_msg=metric
+        )
+    eight.params['proxies'] = eight.params['proxies'][:_NUM_CLASSES]
+    for name in ('params', 'model_state', 'loss_state'):
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        getattr(one, name),
+        getattr(eight, name),
+      )
+
+  def test_masked_statistics_and_gradients_are_those_of_the_rows(self):
+    config = _config()
+    model = models.create_model(config)
+    batch = next(_batches(config, 1))['image']
+    where = np.arange(16) < 13
+    variables = model.init(jax.random.key(0), batch, train=True)
+    params, stats = variables['params'], variables['batch_stats']
+
+    @functools.partial(jax.jit, static_argnames='num_rows')
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients(params, batch, mask, num_rows):
+      with models.masked_statistics(mask):
+        y, state = model.apply(
+          {'params': params, 'batch_stats': stats},
+          batch,
+          train=True,
+          mutable=['batch_stats'],
+        )
+      return jnp.sum(jnp.sin(9 * y[:num_rows])), state
+
+    expected = gradients(params, batch[:13], None, 13)
+    actual = gradients(params, batch, where, 13)
+    without = gradients(params, batch, None, 13)
+    compare = functools.partial(
+      np.testing.assert_allclose, rtol=1e-3, atol=1e-4
+    )
+    jax.tree.map(compare, actual, expected)
+    with self.assertRaises(AssertionError):
+      jax.tree.map(compare, without, expected)
+
+
+def _products(jaxpr):
+  """Yields the products of a step that logs nothing."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      yield equation
+    elif equation.primitive.name != 'cond':
+      for inner in jax_core.jaxprs_in_params(equation.params):
+        yield from _products(inner)
+
+
+def _traced_products(config, num_classes):
+  """Returns the products of a step with all proxies, if it logs nothing."""
+  model, optimizer = _Layers(), optimizer_lib.make_optimizer(config)
+  mesh = mesh_lib.make_mesh()
+  step = train_step.make_train_step(
+    model,
+    optimizer,
+    train_step.make_loss(config),
+    reshard=train_step.make_reshard(config, num_classes, mesh),
+    is_logged=lambda step: step % 10 == 0,
+  )
+  state = state_lib.abstract(
+    config,
+    model,
+    optimizer,
+    class_sizes=np.ones(num_classes, int),
+    mesh=mesh,
+  )
+  (batch,) = _batches(config, 1)
+  jaxpr = jax.make_jaxpr(step)(state, batch, 1.0).jaxpr
+  return [
+    equation
+    for equation in _products(jaxpr)
+    if any(
+      size % num_classes == 0
+      for x in (*equation.invars, *equation.outvars)
+      for size in x.aval.shape
+    )
+  ]
+
+
+class CostTest(parameterized.TestCase):
+  @parameterized.parameters(
+    *(name for name, loss in losses.LOSSES.items() if loss.has_class_proxies)
+  )
+  def test_a_step_multiplies_all_proxies_three_times(self, name):
+    config = _config(**{'loss.name': name, 'loss.num_centers': 2})
+    num_classes = 499  # No other array has a multiple of it.
+    products = _traced_products(config, num_classes)
+    flops = 0
+    for equation in products:
+      (axes, _), _ = equation.params['dimension_numbers']
+      shape = equation.invars[0].aval.shape
+      flops += 2 * np.prod(equation.outvars[0].aval.shape) * shape[axes[0]]
+    num_centers = 2 if losses.LOSSES[name].proxies == 'multi_center' else 1
+    batch, dim = config.batch_size, config.model.embedding_dim
+    self.assertEqual(flops, 6 * batch * num_classes * num_centers * dim)
+
+  @parameterized.parameters('highest', 'high', 'default')
+  def test_the_products_of_the_loss_have_the_configured_precision(self, name):
+    for loss in ('proxy_nca', 'center_softmax'):
+      config = _config(**{'loss.name': loss, 'loss.precision': name})
+      products = _traced_products(config, 499)
+      self.assertLen(products, 3)
+      for equation in products:
+        expected = (jax.lax.Precision[name.upper()],) * 2
+        self.assertEqual(equation.params['precision'], expected)
+
+  def test_metrics_of_proxies_are_those_of_steps_that_are_logged(self):
+    config = _config(**{'proxies.sharded': True})
+    _, every, _ = _run(config, num_steps=4)
+    _, second, _ = _run(
+      config, num_steps=4, is_logged=lambda step: step % 2 == 0
+    )
+    names = ('proxy_norm', 'proxy_accuracy', 'proxy_error', 'ranking_bound')
+    for step, (expected, actual) in enumerate(zip(every, second), 1):
+      self.assertSameElements(actual, expected)
+      for name in expected:
+        if name in names and step % 2:
+          self.assertTrue(np.isnan(actual[name]), name)
+        else:
+          np.testing.assert_allclose(
+            actual[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name
+          )
 
 
 class ShardedProxiesTest(parameterized.TestCase):

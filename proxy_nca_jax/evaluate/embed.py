@@ -7,8 +7,9 @@ import jax
 import ml_collections
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
-from proxy_nca_jax import datasets, fine_tuning, input_pipeline
+from proxy_nca_jax import blocked, datasets, fine_tuning, input_pipeline
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax.evaluate import scores as scores_lib
@@ -23,9 +24,9 @@ def make_embed_fn(
   """Returns (state, batch) -> the batch with embeddings in place of images.
 
   The batch holds this process's rows; the result holds the rows of all
-  processes, replicated, 'embedding' float32 [batch, dim] among them. The order
-  of a mesh's devices need not be that of the processes, so every array of the
-  batch passes through the mesh together.
+  processes, sharded by row, 'embedding' float32 [batch, dim] among them. The
+  order of a mesh's devices need not be that of the processes, so every array of
+  the batch passes through the mesh together.
 
   Args:
     model: the network.
@@ -36,7 +37,7 @@ def make_embed_fn(
   # Any model has `apply`; only one with other methods takes their name.
   kwargs = {'method': method} if method else {}
 
-  @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
+  @functools.partial(jax.jit, out_shardings=mesh_lib.by_row(mesh))
   def forward(params, model_state, batch):
     batch, params = dict(batch), fine_tuning.merge(params)
     params = {name: params[name] for name in ('backbone', 'head')}
@@ -60,6 +61,9 @@ def embed_batches(
 ) -> np.ndarray:
   """Embeds all batches; rows whose mask is False are dropped.
 
+  The host fetches a batch while the devices compute the next one. Processes
+  exchange their rows once, at the end.
+
   Args:
     embed_fn: maps this process's rows of a batch to the rows of all processes,
       {'embedding': float [batch, dim], 'mask': bool [batch], 'id': int32
@@ -69,16 +73,28 @@ def embed_batches(
   Returns:
     float32 [num_records, dim], ordered by id.
   """
-  rows, ids = [], []
+  fetched, computing = [], None
   for batch in tqdm.tqdm(
     batches, desc='embedding', unit='batch', disable=None, leave=False, delay=1
   ):
-    signals.check()
-    outputs = jax.device_get(embed_fn(batch))
-    mask = outputs['mask']
-    rows.append(outputs['embedding'][mask].astype(np.float32))
-    ids.append(outputs['id'][mask])
-  return np.concatenate(rows)[np.argsort(np.concatenate(ids))]
+    signals.check_on_all()
+    computing, done = embed_fn(batch), computing
+    if done is not None:
+      fetched.append(_fetch(done))
+  fetched.append(_fetch(computing))
+  rows = jax.tree.map(lambda *parts: np.concatenate(parts), *fetched)
+  if jax.process_count() > 1:
+    rows = multihost_utils.process_allgather(rows, tiled=True)
+  rows = {name: x[rows['mask']] for name, x in rows.items()}
+  return rows['embedding'][np.argsort(rows['id'])].astype(np.float32)
+
+
+def _fetch(outputs: dict[str, jax.Array]) -> Batch:
+  """Returns this process's rows."""
+  return {
+    name: mesh_lib.local_rows(outputs[name])
+    for name in ('embedding', 'mask', 'id')
+  }
 
 
 def embed_split(
@@ -91,7 +107,10 @@ def embed_split(
   batches = input_pipeline.evaluation_batches(
     split,
     image_size=config.dataset.image_size,
-    batch_size=config.evaluation.batch_size,
+    # Padding costs nothing but time: only the last batch is short of records.
+    batch_size=blocked.round_up(
+      config.evaluation.batch_size, jax.device_count()
+    ),
     process=(jax.process_index(), jax.process_count()),
   )
   return embed_batches(functools.partial(embed_fn, state), batches)

@@ -99,7 +99,7 @@ def score(
     is_query = np.asarray(masks.as_mask(is_query, name='is_query'))
   if cameras is not None:
     cameras = encode_labels(cameras, name='Cameras')
-  signals.check()
+  signals.check_on_all()
   if mesh is not None and mesh.size == 1:
     mesh = None
   over = {'mesh': mesh, 'axis_name': mesh_lib.AXIS}
@@ -348,7 +348,7 @@ def _score_clusters(
   ) as bar:
 
     def progress(num_updates):
-      signals.check()
+      signals.check_on_all()
       bar.update(num_updates)
 
     clusters = clustering.kmeans(

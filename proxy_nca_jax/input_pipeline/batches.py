@@ -2,7 +2,8 @@
 
 A training batch is {'image': uint8 [batch, height, width, 3], 'label': int32
 [batch], 'id': int32 [batch]}, `id` the index of the record in its split. An
-evaluation batch has 'mask': bool [batch] too, False for padding. Of a split of
+evaluation batch has 'mask': bool [batch] too, False for padding, and so has a
+training batch that the devices cannot divide evenly. Of a split of
 vectors, 'image' is float32 [batch, dim]: they are neither cropped nor flipped,
 and gathered for a whole batch at a time.
 
@@ -23,7 +24,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from proxy_nca_jax import images
+from proxy_nca_jax import blocked, images
 from proxy_nca_jax.datasets import Split
 from proxy_nca_jax.input_pipeline import sampling, workers
 
@@ -36,10 +37,13 @@ def train_batches(
   *,
   first_step: int = 0,
   process: tuple[int, int] = (0, 1),
+  num_devices: int = 1,
 ) -> grain.DatasetIterator | Generator[Batch, None, None]:
   """Yields this process's rows of the batches from `first_step` on, endlessly.
 
-  Close the iterator: it may hold worker processes.
+  The records of a step do not depend on processes and devices: a batch that
+  these cannot divide evenly is padded at its end. Close the iterator: it may
+  hold worker processes.
 
   Args:
     split: the records. Each epoch visits every record once, in a new random
@@ -48,18 +52,23 @@ def train_batches(
     config: the run's config.
     first_step: number of steps already taken.
     process: the index of this process, and the number of processes.
+    num_devices: of all processes.
   """
   index, count = process
-  rows = config.batch_size // count
+  rows = blocked.round_up(config.batch_size, max(num_devices, count)) // count
+  slots = np.arange(index * rows, (index + 1) * rows)
+  is_record = slots < config.batch_size
+  # Padding repeats the last record: its pixels and its label are valid.
+  slots = np.minimum(slots, config.batch_size - 1)
   if split.vectors is not None:
-    batches = sampling.batch_positions(split, config, rows).map(
+    batches = sampling.batch_positions(split, config, slots).map(
       functools.partial(_read_vectors, split)
     )
   else:
-    batches = _read_records(split, config).batch(rows)
-  # Process p takes piece s * count + p of the record stream in step s.
-  batches = batches[first_step * count + index :: count]
-  dataset = batches.to_iter_dataset(
+    batches = sampling.batches(_read_records(split, config), config, slots)
+  if rows * count > config.batch_size:
+    batches = batches.map(lambda batch: batch | {'mask': is_record})
+  dataset = batches[first_step:].to_iter_dataset(
     grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   )
   if not config.dataset.num_workers:

@@ -140,21 +140,27 @@ def make_cut(
   def cut(part, crops):
     """Runs on each device, with its images and its rows of the batch."""
     crops = jax.lax.all_gather(crops, mesh_lib.AXIS, tiled=True)
-    local = crops['id'] - jax.lax.axis_index(mesh_lib.AXIS) * part.shape[0]
-    # Images of other devices read as zeros, like the padding.
-    found = part.at[local].get(
-      mode='fill', fill_value=0, wrap_negative_indices=False
-    )
-    found = found.reshape(-1, height, width, 3)
-    sides = (padding, padding)
-    found = jnp.pad(found, ((0, 0), sides, sides, (0, 0)))
-    images = jax.vmap(
-      lambda image, top, left: jax.lax.dynamic_slice(
-        image, (top, left, 0), (image_size, image_size, 3)
+    num_images = part.shape[0]
+    first = jax.lax.axis_index(mesh_lib.AXIS) * num_images
+
+    def cut_one(crop):
+      local = crop['id'] - first
+      is_here = (local >= 0) & (local < num_images)
+      image = jax.lax.dynamic_index_in_dim(
+        part, jnp.clip(local, 0, num_images - 1), keepdims=False
       )
-    )(found, crops['top'], crops['left'])
-    flip = crops['flip'][:, None, None, None]
-    images = jnp.where(flip, images[:, :, ::-1], images)
+      image = jnp.pad(
+        image.reshape(height, width, 3),
+        ((padding,) * 2, (padding,) * 2, (0, 0)),
+      )
+      image = jax.lax.dynamic_slice(
+        image, (crop['top'], crop['left'], 0), (image_size, image_size, 3)
+      )
+      image = jnp.where(crop['flip'], image[:, ::-1], image)
+      return jnp.where(is_here, image, 0)
+
+    # One at a time: for a gather of rows this long, TPUs copy all images.
+    images = jax.lax.map(cut_one, crops)
     return jax.lax.psum_scatter(images, mesh_lib.AXIS, tiled=True)
 
   by_row = PartitionSpec(mesh_lib.AXIS)

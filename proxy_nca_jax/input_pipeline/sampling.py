@@ -18,8 +18,27 @@ def positions(split, config) -> grain.MapDataset:
   return grain.MapDataset.range(_LENGTH).seed(config.seed).map(position)
 
 
-def batch_positions(split, config, num_rows: int) -> grain.MapDataset:
-  """Returns the record indices of whole batches, int64 [num_rows] each.
+def batches(
+  records: grain.MapDataset, config, slots: np.ndarray
+) -> grain.MapDataset:
+  """Returns the rows of each batch in these slots, of an endless stream.
+
+  A slot that occurs several times is read once.
+  """
+
+  def read(step):
+    begin = int(step) * config.batch_size
+    rows = {slot: records[begin + slot] for slot in np.unique(slots).tolist()}
+    return {
+      name: np.stack([rows[slot][name] for slot in slots.tolist()])
+      for name in rows[slots[0]]
+    }
+
+  return grain.MapDataset.range(_LENGTH // config.batch_size).map(read)
+
+
+def batch_positions(split, config, slots: np.ndarray) -> grain.MapDataset:
+  """Returns the record indices of each batch in these slots, int64 [rows].
 
   Records that are read in a microsecond would otherwise wait for their indices,
   each of which takes Grain twenty. The order is another than that of
@@ -34,11 +53,11 @@ def batch_positions(split, config, num_rows: int) -> grain.MapDataset:
       epoch, offset = divmod(index, total)
       return _epoch(config.seed, epoch, total)[offset]
 
-  def draw(piece):
-    begin = piece * num_rows
-    return np.array([position(begin + slot) for slot in range(num_rows)])
+  def draw(step):
+    begin = int(step) * config.batch_size
+    return np.array([position(begin + slot) for slot in slots.tolist()])
 
-  return grain.MapDataset.range(_LENGTH // num_rows).map(draw)
+  return grain.MapDataset.range(_LENGTH // config.batch_size).map(draw)
 
 
 # An order takes 8 bytes a record; a batch needs that of two epochs at most.

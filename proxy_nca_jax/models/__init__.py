@@ -1,6 +1,7 @@
 """Networks from images to embeddings, chosen by name from `BACKBONES`."""
 
 from proxy_nca_jax.models.backbones import BACKBONES
+from proxy_nca_jax.models.batch_norm import masked_statistics
 from proxy_nca_jax.models.embedding import POOLINGS, create_model, normalize
 from proxy_nca_jax.models.pretrained import (
   BUNDLED,
@@ -16,6 +17,7 @@ __all__ = [
   'create_model',
   'find_weights',
   'load_weights',
+  'masked_statistics',
   'normalize',
   'read_classifier',
 ]

@@ -61,8 +61,8 @@ def run(
   flags.DEFINE_string(
     'coordinator_address',
     None,
-    'HOST:PORT on which process 0 of several listens. Under SLURM, Open MPI '
-    'and on TPU pods it is found, and so are the number and the index.',
+    'HOST:PORT on which process 0 of several listens. Under SLURM, Open MPI 4 '
+    'and on TPU slices it is found, and so are the number and the index.',
   )
   flags.DEFINE_integer(
     'num_processes', None, 'Number of processes in the run.', lower_bound=1
@@ -71,7 +71,10 @@ def run(
     'process_id', None, 'Index of this process, from 0.', lower_bound=0
   )
   flags.DEFINE_bool(
-    'multiprocess', False, 'Join the other hosts of a TPU pod slice.'
+    'multiprocess',
+    False,
+    'Join the other pods of an Indexed Job of Kubernetes; elsewhere processes '
+    'that JAX can find are joined without it.',
   )
   flags.mark_flags_as_required(['workdir'] if config else ['config', 'workdir'])
   module = sys.modules[work.__module__]
@@ -121,9 +124,11 @@ def _run(work, argv: list[str]) -> None:
     sys.exit(128 + stopped.number)
   except (ValueError, OSError) as error:
     _logger.debug('The run failed', exc_info=True)
+    processes.leave_after_failure()
     errors.fail(_describe(error))
   except jax.errors.JaxRuntimeError as error:
     _logger.debug('The run failed', exc_info=True)
+    processes.leave_after_failure()
     reason = errors.one_line(error, max_length=300)
     if 'RESOURCE_EXHAUSTED' in str(error):
       errors.fail(

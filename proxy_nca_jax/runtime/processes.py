@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import urllib.request
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -9,14 +11,26 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from proxy_nca_jax.runtime import errors
+from proxy_nca_jax.runtime import errors, signals
 
 _T = TypeVar('_T')
 
-# A process without a heartbeat for this long counts as dead; the others stop.
-_HEARTBEAT_SECONDS = 30
-# How long a process that ends waits for the others.
-_SHUTDOWN_SECONDS = 10
+# How long a process that failed waits for the others, so that all of them can
+# print their error. A process that succeeded waits as long as JAX does.
+_FAILURE_SECONDS = 10
+# Variables with a number of processes or slices. JAX does not find the address
+# of the last two, which need the flags.
+_SIZES = (
+  'SLURM_STEP_NUM_TASKS',
+  'OMPI_COMM_WORLD_SIZE',
+  'MEGASCALE_NUM_SLICES',
+  'PMI_SIZE',
+  'WORLD_SIZE',
+)
+_TPU_METADATA = (
+  'http://metadata.google.internal/computeMetadata/v1/instance/attributes/'
+  'worker-network-endpoints'
+)
 
 
 def devices() -> list[jax.Device]:
@@ -56,7 +70,7 @@ def initialize(
     process_id: index of this process, in [0, num_processes); detected on a
       cluster.
     multiprocess: joins other processes even if the environment does not show
-      them, as on TPU pods, where JAX queries the metadata server.
+      them, as in an Indexed Job of Kubernetes, whose pods can be a run each.
     environment: the environment variables of this process.
 
   Raises:
@@ -80,27 +94,63 @@ def initialize(
       f'--process_id ({process_id}) must be in [0, {num_processes}), the range '
       'given by --num_processes.'
     )
-  jax.distributed.initialize(
-    coordinator_address,
-    num_processes,
-    process_id,
-    heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-    shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-  )
+  try:
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+  except (ValueError, KeyError) as error:
+    raise ValueError(
+      'JAX does not find the other processes of this run '
+      f'({errors.one_line(error)}): give --coordinator_address=HOST:PORT of '
+      'process 0, --num_processes and --process_id. For a run of one process, '
+      f'unset those of these variables that are set: {", ".join(_SIZES)}.'
+    ) from error
 
 
-def _has_cluster(environment: Mapping[str, str]) -> bool:
-  """Whether the environment shows several processes that JAX can detect."""
-  sizes = [
-    environment.get(name, '1')
-    for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-  ]
-  hosts = environment.get('TPU_WORKER_HOSTNAMES', '').split(',')
-  return (
-    'JAX_COORDINATOR_ADDRESS' in environment
-    or any(size.isdigit() and int(size) > 1 for size in sizes)
-    or len(hosts) > 1
+def _has_cluster(
+  environment: Mapping[str, str],
+  read_metadata: Callable[[], str] = lambda: _read_tpu_metadata(),
+) -> bool:
+  """Whether the environment shows several processes.
+
+  Args:
+    environment: the environment variables of this process.
+    read_metadata: returns the hosts of a slice of TPU VMs, comma-separated.
+  """
+  sizes = [environment.get(name, '1') for name in _SIZES]
+  if 'JAX_COORDINATOR_ADDRESS' in environment or any(
+    size.isdigit() and int(size) > 1 for size in sizes
+  ):
+    return True
+  for name in ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'):
+    if name in environment:  # GKE sets them, also on a single host.
+      return ',' in environment[name]
+  # `import jax` sets it on a machine with TPUs.
+  is_tpu = environment.get('TPU_ML_PLATFORM') == 'JAX'
+  is_used = 'tpu' in environment.get('JAX_PLATFORMS', 'tpu')
+  if not is_tpu or not is_used or 'TPU_SKIP_MDS_QUERY' in environment:
+    return False
+  try:
+    return ',' in read_metadata()
+  except OSError:  # Not a TPU VM of Google Cloud.
+    return False
+
+
+def _read_tpu_metadata() -> str:
+  request = urllib.request.Request(
+    _TPU_METADATA, headers={'Metadata-Flavor': 'Google'}
   )
+  with urllib.request.urlopen(request, timeout=5) as response:
+    return response.read().decode()
+
+
+def leave_after_failure() -> None:
+  """Ends this process soon, even if other processes do not end.
+
+  Otherwise it would wait for them as long as after a success.
+  """
+  if jax.process_count() > 1:
+    timer = threading.Timer(_FAILURE_SECONDS, os._exit, (2,))
+    timer.daemon = True
+    timer.start()
 
 
 def is_primary() -> bool:
@@ -119,7 +169,8 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
 
   Raises:
     BaseException: whatever fn raises, on the primary process; on the others a
-      ValueError with the same text, since they would wait forever otherwise.
+      ValueError with the same text, since they would wait forever otherwise, or
+      `signals.Stopped` if the primary process was stopped.
   """
   if jax.process_count() == 1:
     return fn()
@@ -131,10 +182,13 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
       error, text = raised, str(raised)
       if not isinstance(raised, ValueError | OSError):
         text = f'Process 0 has failed: {type(raised).__name__}: {text}'
-      content = json.dumps({'error': text}).encode()
+      stopped = raised.number if isinstance(raised, signals.Stopped) else 0
+      content = json.dumps({'error': text, 'stopped': stopped}).encode()
   outcome = json.loads(_broadcast(content))
   if error is not None:
     raise error
+  if outcome.get('stopped'):
+    raise signals.Stopped(outcome['stopped'])
   if 'error' in outcome:
     raise ValueError(outcome['error'])
   return outcome['value']

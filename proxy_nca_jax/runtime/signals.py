@@ -5,9 +5,11 @@ held, and libraries mistake it for a failure of their own. So handlers only
 record the signal, and long-running code calls `check` between units of work.
 """
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -102,11 +104,41 @@ class StopSignals:
     )
 
 
+def check_on_all() -> None:
+  """Raises `Stopped` on all processes if any of them has received a signal.
+
+  Inside of `StopSignals`, all processes must call it equally often.
+  """
+  if StopSignals._current is not None:
+    StopSignals._current.check()
+
+
+@contextlib.contextmanager
+def raised_at_once() -> Iterator[None]:
+  """Raises `Stopped` where a signal arrives, for work that may end anywhere."""
+
+  def stop(number, frame):
+    del frame
+    raise Stopped(number)
+
+  check()
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  numbers = StopSignals._stop_signals()
+  previous = {number: signal.signal(number, stop) for number in numbers}
+  try:
+    yield
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
 def check() -> None:
   """Raises `Stopped` if a stop signal has arrived in a single-process run.
 
   Does nothing outside of `StopSignals`, nor in a run of several processes,
-  which stop only between steps.
+  which stop where all of them check.
   """
   signals = StopSignals._current
   if signals is not None and signals._received is not None:
