@@ -115,7 +115,10 @@ def arcface_loss(
   """
   embeddings, where = _prepare(embeddings, proxies, labels, 2, where)
   cosines = distances.cosines(embeddings, proxies)
-  logits = scale * _add_angular_margin(cosines, labels, margin)
+  targets = jnp.asarray(proxies).at[labels].get(mode='clip')
+  logits = scale * _add_angular_margin(
+    cosines, labels, embeddings, targets, margin
+  )
   return _cross_entropy(logits, labels, where)
 
 
@@ -145,8 +148,13 @@ def subcenter_arcface_loss(
     float32 [batch], the loss of each example.
   """
   embeddings, where = _prepare(embeddings, proxies, labels, 3, where)
-  cosines = jnp.max(_center_cosines(embeddings, proxies), axis=2)
-  logits = scale * _add_angular_margin(cosines, labels, margin)
+  cosines = _center_cosines(embeddings, proxies)
+  is_target = inputs.one_hot(labels, proxies.shape[0])
+  nearest = jnp.sum(jnp.argmax(cosines, axis=2), axis=1, where=is_target)
+  targets = jnp.asarray(proxies).at[labels, nearest].get(mode='clip')
+  logits = scale * _add_angular_margin(
+    jnp.max(cosines, axis=2), labels, embeddings, targets, margin
+  )
   return _cross_entropy(logits, labels, where)
 
 
@@ -215,22 +223,50 @@ def _cross_entropy(logits, labels, where, *, plus=0.0):
   return inputs.mask_loss(loss, labels, num_classes, where)
 
 
-def _add_angular_margin(cosines, labels, margin):
+def _add_angular_margin(cosines, labels, embeddings, targets, margin):
   """Replaces the target's cos(theta) by cos(theta + margin).
 
   For theta > pi - margin, where that would increase again, it is replaced by
   cos(theta) - margin sin(margin), as in the authors' code.
+
+  Args:
+    cosines: float32 [batch, num_classes].
+    labels: int [batch].
+    embeddings: float32 [batch, dim].
+    targets: float [batch, dim], the proxy of each example.
+    margin: in [0, pi] radians.
+
+  Returns:
+    float32 [batch, num_classes].
   """
-  is_target = inputs.one_hot(labels, cosines.shape[1])
-  cosine = jnp.sum(cosines, axis=1, where=is_target)
-  # Rounded cosines can exceed 1, and the sine has no derivative at 0.
-  sine = distances.safe_sqrt(jnp.maximum(1 - cosine**2, 0))
+  cosine, sine = _angle(embeddings, targets)
   with_margin = jnp.where(
     cosine >= -jnp.cos(margin),
     cosine * jnp.cos(margin) - sine * jnp.sin(margin),
     cosine - margin * jnp.sin(margin),
   )
+  is_target = inputs.one_hot(labels, cosines.shape[1])
   return jnp.where(is_target, with_margin[:, None], cosines)
+
+
+def _angle(x, y):
+  """Returns the cosine and the sine of the angle between rows, exact near 0.
+
+  sin^2 = (1 - cos) (1 + cos). Of nearby unit vectors 1 - cos is ||x - y||^2 / 2
+  from their difference: the rounding of a cosine near 1 would change the sine
+  by 3e-4. The sine of 0 has derivative 0.
+
+  Args:
+    x, y: float [batch, dim].
+
+  Returns:
+    Two arrays float32 [batch].
+  """
+  x, y = distances.unit_norm(x), distances.unit_norm(y)
+  cosine = jnp.sum(x * y, axis=1)
+  half = jnp.sum((x - y) ** 2, axis=1) / 2
+  versine = jnp.where(cosine > 0.5, half, 1 - cosine)
+  return cosine, distances.safe_sqrt(versine * (1 + cosine))
 
 
 def _center_cosines(embeddings, proxies):
