@@ -78,6 +78,16 @@ def without_proxies(loss, miner=None):
   return total
 
 
+def in_square_batches(loss, library):
+  """Wraps a loss as that of the first n^2 examples, n of each of n classes."""
+
+  def total(x, labels):
+    n = math.isqrt(len(labels))
+    return loss(x[: n * n], library.arange(n * n) // n)
+
+  return total
+
+
 def softplus_of_proxy_nca(x, p, labels):
   return jax.nn.softplus(losses.proxy_nca_loss(x, p, labels))
 
@@ -183,6 +193,32 @@ def rows():
     None,
     'the peer has linear penalties, averaged over nonzero ones; those '
     'of the paper are squared and averaged over all pairs',
+  )
+  yield (
+    'soft_margin_triplet',
+    losses.LOSSES['soft_margin_triplet'].fn,
+    without_proxies(
+      peer_losses.TripletMarginLoss(
+        margin=0,
+        smooth_loss=True,
+        distance=plain,
+        reducer=reducers.MeanReducer(),
+      ),
+      miners.BatchHardMiner(distance=plain),
+    ),
+    'embeddings not normalized',
+  )
+  for name, loss in (
+    ('circle', peer_losses.CircleLoss()),
+    ('nt_xent', peer_losses.NTXentLoss(temperature=0.1)),
+    ('sup_con', peer_losses.SupConLoss()),
+  ):
+    yield name, losses.LOSSES[name].fn, without_proxies(loss), ''
+  yield (
+    'smooth_ap',
+    in_square_batches(losses.LOSSES['smooth_ap'].fn, np),
+    in_square_batches(peer_losses.SmoothAPLoss(), torch),
+    'n sorted classes of n examples: the peer groups others across classes',
   )
   yield (
     'n_pairs',

@@ -252,6 +252,7 @@ def make_train_step(
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
     stop_frozen=functools.partial(fine_tuning.stop_frozen, config.model),
     ema_decay=config.optimizer.ema_decay,
+    update_memory=train_step_lib.make_update_memory(config, mesh),
   )
 
 
