@@ -204,7 +204,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.proxies = ml_collections.ConfigDict()
   # How proxies start: random; kaiming or xavier, random with the norm that a
-  # layer would have; or class_means, the mean embeddings of classes.
+  # layer would have; or class_means, the mean embeddings of classes, and with
+  # several centers per class those of k-means within the class.
   config.proxies.init = 'random'
   # random and class_means: expected norm of the initial proxies.
   config.proxies.init_norm = 1.0

@@ -632,10 +632,10 @@ def _check_loss(config) -> Iterator[str]:
       'config.proxies.sharded is for losses whose classes have proxies of '
       f'their own, without proxy_chunk; config.loss.name is {name!r}.'
     )
-  if config.proxies.init == 'class_means' and loss.proxies != losses.PER_CLASS:
+  if config.proxies.init == 'class_means' and not loss.has_class_proxies:
     yield (
-      'config.proxies.init=class_means is for losses with one proxy per class; '
-      f'config.loss.name is {name!r}.'
+      'config.proxies.init=class_means is for losses whose classes have '
+      f'proxies of their own; config.loss.name is {name!r}.'
     )
   if config.loss.pairs != 'all' and not _takes(loss, 'pairs'):
     yield (

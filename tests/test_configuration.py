@@ -248,6 +248,10 @@ class RulesTest(parameterized.TestCase):
     ),
     ({'loss.name': 'adaface'}, 'set config.model.normalize to False'),
     (
+      {'loss.name': 'dynamic_proxy_nca', 'proxies.init': 'class_means'},
+      "class_means is for .* config.loss.name is 'dynamic_proxy_nca'",
+    ),
+    (
       {'loss.pairs': 'semi_hard'},
       "loss 'proxy_nca' compares no pairs .* circle, contrastive, multi_sim",
     ),
