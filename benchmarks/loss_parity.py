@@ -78,6 +78,23 @@ def without_proxies(loss, miner=None):
   return total
 
 
+def adaface(x, p, labels):
+  """AdaFace as in the authors' code, with the statistics of the batch.
+
+  https://github.com/mk-minchul/AdaFace, whose `t_alpha` is 1 here.
+  """
+  norms = torch.linalg.norm(x, dim=1).clip(1e-3, 100).detach()
+  quality = (norms - norms.mean()) / (norms.std() + 1e-3)
+  quality = (0.333 * quality).clip(-1, 1)
+  normalize = torch.nn.functional.normalize
+  cosines = (normalize(x) @ normalize(p).T).clip(-1 + 1e-3, 1 - 1e-3)
+  is_target = torch.nn.functional.one_hot(labels, len(p)).to(x.dtype)
+  angles = cosines.acos() - 0.4 * quality[:, None] * is_target
+  rotated = angles.clip(1e-3, math.pi - 1e-3).cos()
+  logits = 64 * (rotated - 0.4 * (1 + quality[:, None]) * is_target)
+  return torch.nn.functional.cross_entropy(logits, labels)
+
+
 def in_square_batches(loss, library):
   """Wraps a loss as that of the first n^2 examples, n of each of n classes."""
 
@@ -159,6 +176,12 @@ def rows():
     losses.LOSSES['soft_triple'].fn,
     with_proxies(soft_triple, 'fc'),
     'with its SparseCentersRegularizer',
+  )
+  yield (
+    'adaface',
+    losses.LOSSES['adaface'].fn,
+    adaface,
+    "not of the library: the authors' formula, written in torch",
   )
   triplet = functools.partial(losses.LOSSES['triplet'].fn, margin=5.0)
   for mining, miner, reducer in (
