@@ -103,13 +103,14 @@ class MinersTest(parameterized.TestCase):
     expected[[0, 1, 4, 2, 3], [2, 2, 2, 4, 4]] = True
     np.testing.assert_array_equal(pairs.is_negative, expected)
 
-  def test_semi_hard_by_hand(self):
-    pairs = losses.semi_hard_pairs(_LINE, _LABELS, margin=10.0)
-    # Squared distances from 0: positives 1 and 16, negatives 9 and 49: only 9
-    # is within 10 of the positive before it. From 1: positives 1 and 9,
-    # negatives 4 and 36. From 4: 16 and 9; 1 and 9, neither of them farther.
+  @parameterized.parameters((10.0, [0, 1]), (7.0, [1]))
+  def test_semi_hard_by_hand(self, margin, anchors):
+    pairs = losses.semi_hard_pairs(_LINE, _LABELS, margin=margin)
+    # Squared distances from 0: positives 1 and 16, negatives 9 and 49: 9 is
+    # within 10 of the positive before it, and not within 7. From 1: positives 1
+    # and 9, negatives 4 and 36. From 4: 16 and 9; 1 and 9, none of them farther.
     expected = np.zeros((5, 5), bool)
-    expected[[0, 1], [2, 2]] = True
+    expected[anchors, 2] = True
     np.testing.assert_array_equal(pairs.is_negative, expected)
     labels = _LABELS[:, None] == _LABELS[None, :]
     np.testing.assert_array_equal(
