@@ -108,7 +108,7 @@ class MinersTest(parameterized.TestCase):
     pairs = losses.semi_hard_pairs(_LINE, _LABELS, margin=margin)
     # Squared distances from 0: positives 1 and 16, negatives 9 and 49: 9 is
     # within 10 of the positive before it, and not within 7. From 1: positives 1
-    # and 9, negatives 4 and 36. From 4: 16 and 9; 1 and 9, none of them farther.
+    # and 9, negatives 4 and 36. From 4: positives 16 and 9, negatives 1 and 9.
     expected = np.zeros((5, 5), bool)
     expected[anchors, 2] = True
     np.testing.assert_array_equal(pairs.is_negative, expected)
