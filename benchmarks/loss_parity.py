@@ -78,6 +78,33 @@ def without_proxies(loss, miner=None):
   return total
 
 
+def adaface(x, p, labels):
+  """AdaFace as in the authors' code, with the statistics of the batch.
+
+  https://github.com/mk-minchul/AdaFace, whose `t_alpha` is 1 here.
+  """
+  norms = torch.linalg.norm(x, dim=1).clip(1e-3, 100).detach()
+  quality = (norms - norms.mean()) / (norms.std() + 1e-3)
+  quality = (0.333 * quality).clip(-1, 1)
+  normalize = torch.nn.functional.normalize
+  cosines = (normalize(x) @ normalize(p).T).clip(-1 + 1e-3, 1 - 1e-3)
+  is_target = torch.nn.functional.one_hot(labels, len(p)).to(x.dtype)
+  angles = cosines.acos() - 0.4 * quality[:, None] * is_target
+  rotated = angles.clip(1e-3, math.pi - 1e-3).cos()
+  logits = 64 * (rotated - 0.4 * (1 + quality[:, None]) * is_target)
+  return torch.nn.functional.cross_entropy(logits, labels)
+
+
+def in_square_batches(loss, library):
+  """Wraps a loss as that of the first n^2 examples, n of each of n classes."""
+
+  def total(x, labels):
+    n = math.isqrt(len(labels))
+    return loss(x[: n * n], library.arange(n * n) // n)
+
+  return total
+
+
 def softplus_of_proxy_nca(x, p, labels):
   return jax.nn.softplus(losses.proxy_nca_loss(x, p, labels))
 
@@ -150,6 +177,12 @@ def rows():
     with_proxies(soft_triple, 'fc'),
     'with its SparseCentersRegularizer',
   )
+  yield (
+    'adaface',
+    losses.LOSSES['adaface'].fn,
+    adaface,
+    "not of the library: the authors' formula, written in torch",
+  )
   triplet = functools.partial(losses.LOSSES['triplet'].fn, margin=5.0)
   for mining, miner, reducer in (
     ('batch_all', None, reducers.AvgNonZeroReducer()),
@@ -183,6 +216,32 @@ def rows():
     None,
     'the peer has linear penalties, averaged over nonzero ones; those '
     'of the paper are squared and averaged over all pairs',
+  )
+  yield (
+    'soft_margin_triplet',
+    losses.LOSSES['soft_margin_triplet'].fn,
+    without_proxies(
+      peer_losses.TripletMarginLoss(
+        margin=0,
+        smooth_loss=True,
+        distance=plain,
+        reducer=reducers.MeanReducer(),
+      ),
+      miners.BatchHardMiner(distance=plain),
+    ),
+    'embeddings not normalized',
+  )
+  for name, loss in (
+    ('circle', peer_losses.CircleLoss()),
+    ('nt_xent', peer_losses.NTXentLoss(temperature=0.1)),
+    ('sup_con', peer_losses.SupConLoss()),
+  ):
+    yield name, losses.LOSSES[name].fn, without_proxies(loss), ''
+  yield (
+    'smooth_ap',
+    in_square_batches(losses.LOSSES['smooth_ap'].fn, np),
+    in_square_batches(peer_losses.SmoothAPLoss(), torch),
+    'n sorted classes of n examples: the peer groups others across classes',
   )
   yield (
     'n_pairs',

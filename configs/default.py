@@ -7,9 +7,11 @@ from ml_collections import config_dict
 def _loss_arguments() -> dict[str, dict]:
   # Built for each config: configs that share a placeholder share its value.
   return {
+    'adaface': dict(scale=64.0, margin=0.4, concentration=0.333),
     'arcface': dict(scale=64.0, margin=0.5),
     'center': dict(),
     'center_softmax': dict(weight=0.003),
+    'circle': dict(scale=80.0, margin=0.4),
     'contrastive': dict(margin=1.0),
     'cosface': dict(scale=64.0, margin=0.35),
     'dynamic_proxy_nca': dict(temperature=1 / 9, normalize=True),
@@ -20,6 +22,7 @@ def _loss_arguments() -> dict[str, dict]:
     'multi_similarity': dict(alpha=2.0, beta=50.0, base=0.5, epsilon=0.1),
     'n_pairs': dict(regularization=0.0),
     'normalized_softmax': dict(temperature=0.05),
+    'nt_xent': dict(temperature=0.1),
     'proxy_anchor': dict(alpha=32.0, margin=0.1),
     'proxy_nca': dict(
       temperature=1 / 9,  # From ProxyNCA++; the paper gives none.
@@ -33,8 +36,11 @@ def _loss_arguments() -> dict[str, dict]:
       temperature=1 / 9, proxy_chunk=config_dict.placeholder(int)
     ),
     'proxy_triplet': dict(margin=0.2, normalize=True),
+    'smooth_ap': dict(temperature=0.01),
+    'soft_margin_triplet': dict(mining='batch_hard'),
     'soft_triple': dict(scale=20.0, margin=0.01, gamma=0.1, tau=0.2),
     'subcenter_arcface': dict(scale=64.0, margin=0.5),
+    'sup_con': dict(temperature=0.1),
     'triplet': dict(margin=0.2, mining='semi_hard'),
   }
 
@@ -185,6 +191,15 @@ def get_config() -> ml_collections.ConfigDict:
   # proxy_nca and proxy_nca_pp: add this times the log frequency of each class
   # to its logit; 0 disables.
   config.loss.logit_adjustment = 0.0
+  # Losses between examples: pairs to compare: all, or those that a miner of
+  # proxy_nca_jax/losses/pairs.py selects: batch_hard, semi_hard or
+  # multi_similarity.
+  config.loss.pairs = 'all'
+  # Losses between examples: number of embeddings of earlier batches to compare
+  # each batch with as well (cross-batch memory); 0 disables.
+  config.loss.memory_size = 0
+  # Steps before the first embeddings are remembered; the paper's is 1000.
+  config.loss.memory_start = 0
   # Arguments of every loss; only those of `loss.name` are used. The docstrings
   # in proxy_nca_jax/losses explain them.
   for name, arguments in _loss_arguments().items():
@@ -192,7 +207,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.proxies = ml_collections.ConfigDict()
   # How proxies start: random; kaiming or xavier, random with the norm that a
-  # layer would have; or class_means, the mean embeddings of classes.
+  # layer would have; or class_means, the mean embeddings of classes, and with
+  # several centers per class those of k-means within the class.
   config.proxies.init = 'random'
   # random and class_means: expected norm of the initial proxies.
   config.proxies.init_norm = 1.0

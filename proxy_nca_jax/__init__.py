@@ -18,9 +18,11 @@ _parent.watch_if_worker()
 __version__ = '0.2.0.dev0'
 
 _LOSSES = (
+  'adaface_loss',
   'arcface_loss',
   'center_loss',
   'center_softmax_loss',
+  'circle_loss',
   'contrastive_loss',
   'cosface_loss',
   'dynamic_proxy_nca_loss',
@@ -31,12 +33,16 @@ _LOSSES = (
   'multi_similarity_loss',
   'n_pairs_loss',
   'normalized_softmax_loss',
+  'nt_xent_loss',
   'proxy_anchor_loss',
   'proxy_nca_loss',
   'proxy_nca_pp_loss',
   'proxy_triplet_loss',
+  'smooth_ap_loss',
+  'soft_margin_triplet_loss',
   'soft_triple_loss',
   'subcenter_arcface_loss',
+  'sup_con_loss',
   'triplet_loss',
 )
 # The module of each public name. It is imported at the first use, so that

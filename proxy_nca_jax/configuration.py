@@ -210,10 +210,18 @@ _SEED = _count(0, 2**32 - 1)
 _STEPS = Sequence(_count(1), is_ascending=True)
 _BOOL, _TEXT = Kind(bool), Kind(str)
 
+_MINING = Choice(('batch_all', 'batch_hard', 'semi_hard'))
+
 _LOSS_FIELDS = {
+  'adaface': {
+    'scale': _POSITIVE,
+    'margin': _real(0, math.pi / 2),
+    'concentration': _POSITIVE,
+  },
   'arcface': {'scale': _POSITIVE, 'margin': _real(0, math.pi)},
   'center': {},
   'center_softmax': {'weight': _NOT_NEGATIVE},
+  'circle': {'scale': _POSITIVE, 'margin': _real(0, 2)},
   'contrastive': {'margin': _NOT_NEGATIVE},
   'cosface': {'scale': _POSITIVE, 'margin': _real(0, 2)},
   'dynamic_proxy_nca': {'temperature': _POSITIVE, 'normalize': _BOOL},
@@ -232,6 +240,7 @@ _LOSS_FIELDS = {
   },
   'n_pairs': {'regularization': _NOT_NEGATIVE},
   'normalized_softmax': {'temperature': _POSITIVE},
+  'nt_xent': {'temperature': _POSITIVE},
   'proxy_anchor': {'alpha': _POSITIVE, 'margin': _real(0, 2)},
   'proxy_nca': {
     'temperature': _POSITIVE,
@@ -245,6 +254,8 @@ _LOSS_FIELDS = {
     'proxy_chunk': Optional(_count(1)),
   },
   'proxy_triplet': {'margin': _NOT_NEGATIVE, 'normalize': _BOOL},
+  'smooth_ap': {'temperature': _POSITIVE},
+  'soft_margin_triplet': {'mining': _MINING},
   'soft_triple': {
     'scale': _POSITIVE,
     'margin': _NOT_NEGATIVE,
@@ -252,10 +263,8 @@ _LOSS_FIELDS = {
     'tau': _NOT_NEGATIVE,
   },
   'subcenter_arcface': {'scale': _POSITIVE, 'margin': _real(0, math.pi)},
-  'triplet': {
-    'margin': _NOT_NEGATIVE,
-    'mining': Choice(('batch_all', 'batch_hard', 'semi_hard')),
-  },
+  'sup_con': {'temperature': _POSITIVE},
+  'triplet': {'margin': _NOT_NEGATIVE, 'mining': _MINING},
 }
 
 _GROUP_FIELDS = {
@@ -334,6 +343,9 @@ FIELDS = {
   'loss.num_proxies': _count(),
   'loss.class_weighting': _real(0, 10),
   'loss.logit_adjustment': _real(0, 10),
+  'loss.pairs': Choice(('all', *losses.MINERS)),
+  'loss.memory_size': _count(0, 10**8),
+  'loss.memory_start': _count(),
   'proxies.init': Choice(('random', 'class_means', 'kaiming', 'xavier')),
   'proxies.init_norm': _real(0, 1e6, '(]'),
   'proxies.by_size': _BOOL,
@@ -621,14 +633,27 @@ def _check_loss(config) -> Iterator[str]:
       'config.proxies.sharded is for losses whose classes have proxies of '
       f'their own, without proxy_chunk; config.loss.name is {name!r}.'
     )
-  if config.proxies.init == 'class_means' and loss.proxies != losses.PER_CLASS:
+  if config.proxies.init == 'class_means' and not loss.has_class_proxies:
     yield (
-      'config.proxies.init=class_means is for losses with one proxy per class; '
-      f'config.loss.name is {name!r}.'
+      'config.proxies.init=class_means is for losses whose classes have '
+      f'proxies of their own; config.loss.name is {name!r}.'
     )
-  if config.loss.logit_adjustment and 'log_priors' not in (
-    inspect.signature(loss.fn).parameters
-  ):
+  if config.loss.pairs != 'all' and not _takes(loss, 'pairs'):
+    yield (
+      f'The loss {name!r} compares no pairs that could be mined: '
+      f'config.loss.pairs is for {_losses_that_take("pairs")}.'
+    )
+  if config.loss.memory_size and not _takes(loss, 'memory'):
+    yield (
+      f'The loss {name!r} takes no memory: config.loss.memory_size is for '
+      f'{_losses_that_take("memory")}.'
+    )
+  if name == 'adaface' and config.model.normalize:
+    yield (
+      'The loss adaface takes the norm of an embedding as the quality of its '
+      'image: set config.model.normalize to False.'
+    )
+  if config.loss.logit_adjustment and not _takes(loss, 'log_priors'):
     yield (
       f'The loss {name!r} takes no log_priors: config.loss.logit_adjustment is '
       'for proxy_nca and proxy_nca_pp.'
@@ -643,6 +668,16 @@ def _check_loss(config) -> Iterator[str]:
         f'The loss {name!r} is defined on the batch as a whole: its examples '
         'cannot be weighted (config.loss.class_weighting).'
       )
+
+
+def _takes(loss: losses.Loss, argument: str) -> bool:
+  return argument in inspect.signature(loss.fn).parameters
+
+
+def _losses_that_take(argument: str) -> str:
+  return ', '.join(
+    name for name, loss in losses.LOSSES.items() if _takes(loss, argument)
+  )
 
 
 def _loss_shape(config) -> tuple[int, ...]:

@@ -101,23 +101,30 @@ def squared_distances(x: chex.Array, y: chex.Array) -> jax.Array:
 _NEAR = 1e-4
 
 
-def lengths_of_differences(x: chex.Array) -> jax.Array:
-  """Returns ||x_i - x_j|| of all pairs of rows, float32 [n, n].
+def lengths_of_differences(x: chex.Array, y: chex.Array) -> jax.Array:
+  """Returns ||x_i - y_j|| of all pairs of rows, float32 [n, m].
 
   Rows that coincide are at a distance of exactly 0, and near ones lose no
   digits: the square root would turn the rounding of `squared_distances`, 1e-7
   of the squared norms, into 3e-4. If some rows are that near, all rows are
   compared one by one, in both passes, since all differences at a time would
-  take n^2 dim; this takes up to fifteen times as long.
+  take n m dim; this takes up to fifteen times as long.
+
+  Args:
+    x: float [n, dim].
+    y: float [m, dim], whose first n rows are those of x.
   """
-  x = x.astype(jnp.float32)
-  itself = jnp.eye(len(x), dtype=bool)
-  squares = jnp.where(itself, 0, squared_distances(x, x))
-  norms = jnp.sum(x**2, axis=1)
-  is_near = squares < _NEAR * jnp.maximum(norms[:, None], norms[None, :])
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  squares = squared_distances(x, y)
+  itself = jnp.eye(*squares.shape, dtype=bool)
+  squares = jnp.where(itself, 0, squares)
+  norms = jnp.maximum(
+    jnp.sum(x**2, axis=1)[:, None], jnp.sum(y**2, axis=1)[None, :]
+  )
+  is_near = squares < _NEAR * norms
 
   def lengths_of_row(row):
-    return safe_sqrt(jnp.sum((row[None, :] - x) ** 2, axis=1))
+    return safe_sqrt(jnp.sum((row[None, :] - y) ** 2, axis=1))
 
   return jax.lax.cond(
     jnp.any(is_near & ~itself),

@@ -1,12 +1,14 @@
 """A trained network for any images or vectors: called, saved and exported."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -18,7 +20,13 @@ from jax import export as jax_export
 from PIL import Image
 from safetensors import numpy as safetensors
 
-from proxy_nca_jax import configuration, fine_tuning, losses, models
+from proxy_nca_jax import (
+  configuration,
+  fine_tuning,
+  losses,
+  models,
+  warm_start,
+)
 from proxy_nca_jax import images as images_lib
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import state as state_lib
@@ -227,6 +235,55 @@ class Embedder:
     )
     return functools.partial(
       forward, jax.device_put(self._variables, replicated)
+    )
+
+  def add_classes(
+    self, images: Iterable[ImageLike], labels: Sequence[str]
+  ) -> Embedder:
+    """Returns an embedder with proxies for new classes, without training.
+
+    A new proxy is the mean embedding of its class, with the mean norm of the
+    other proxies; with several centers per class, those of k-means within it.
+    The network stays as it is.
+
+    Args:
+      images: as for a call.
+      labels: the name of each image's class, of classes that are new.
+
+    Raises:
+      ValueError: if the loss has no proxies of classes, or a class is not new.
+    """
+    name, proxies = self.config.loss.name, np.asarray(self.params['proxies'])
+    if not losses.LOSSES[name].has_class_proxies or not self.class_names:
+      raise ValueError(
+        f'Classes can be added if they have proxies and names; the loss of '
+        f'this run is {name}, and it has {len(self.class_names)} names.'
+      )
+    labels = [str(label) for label in labels]
+    new = list(dict.fromkeys(labels))
+    if known := sorted(set(new) & set(self.class_names)):
+      raise ValueError(
+        f'{len(known)} of the {len(new)} classes have proxies already, such as '
+        f'{known[0]!r}: give new classes only.'
+      )
+    embeddings = self(images)
+    if not labels or len(embeddings) != len(labels):
+      raise ValueError(
+        f'There are {len(embeddings)} images and {len(labels)} labels: give '
+        'one label for each image, and at least one.'
+      )
+    centers = warm_start.class_centers(
+      lambda: [embeddings],
+      np.array([new.index(label) for label in labels]),
+      1 if proxies.ndim == 2 else proxies.shape[1],
+      seed=self.config.seed,
+    )
+    norm = np.mean(np.linalg.norm(proxies, axis=-1))
+    added = norm * centers.reshape(-1, *proxies.shape[1:])
+    return dataclasses.replace(
+      self,
+      params=self.params | {'proxies': np.concatenate([proxies, added])},
+      class_names=(*self.class_names, *new),
     )
 
   def save(self, folder: str | os.PathLike) -> None:

@@ -36,7 +36,8 @@ class TrainState:
     params: {'backbone', 'head', 'proxies'}: trees of arrays, the groups of the
       optimizer; 'proxies' is {} if the loss has none.
     loss_state: arrays of the loss that are not trained: `centers`, which follow
-      the embeddings, or the `assignment` of classes to proxies.
+      the embeddings, the `assignment` of classes to proxies, or the `memory` of
+      earlier batches.
     model_state: untrained variables of the network: batch statistics.
     averages: {'params', 'model_state'}, exponential moving averages of both
       over the steps; {} without `config.optimizer.ema_decay`.
@@ -48,7 +49,7 @@ class TrainState:
 
   step: jax.Array
   params: dict[str, Any]
-  loss_state: dict[str, jax.Array]
+  loss_state: dict[str, Any]
   model_state: dict[str, Any]
   averages: dict[str, Any]
   skipped_steps: jax.Array
@@ -87,7 +88,7 @@ def create_loss_arrays(
   keys: Sequence[jax.Array],
   *,
   class_sizes: np.ndarray,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
   """Draws the arrays that the loss takes beyond embeddings and labels.
 
   Args:
@@ -97,7 +98,7 @@ def create_loss_arrays(
 
   Returns:
     Those of `proxies`, `centers` and `assignment` that the loss's row in
-    `losses.LOSSES` names.
+    `losses.LOSSES` names, and `memory` if it is configured.
   """
   loss, num_classes = losses.LOSSES[config.loss.name], len(class_sizes)
   num_unassigned = config.loss.num_proxies or num_classes
@@ -125,6 +126,8 @@ def create_loss_arrays(
       if config.proxies.by_size
       else proxies.random_assignment(keys[2], num_classes, num_unassigned)
     )
+  if config.loss.memory_size:
+    arrays['memory'] = losses.init_memory(config.loss.memory_size, dim)
   return arrays
 
 

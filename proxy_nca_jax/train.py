@@ -141,6 +141,11 @@ def _make_evaluation(config, model, mesh) -> tuple[_Embed, _Score]:
   )
 
 
+def _as_test_images(data: datasets.Datasets) -> datasets.Split:
+  """Returns the train images as the test images are: resized, not augmented."""
+  return dataclasses.replace(data.train, images=data.test.images)
+
+
 def load_backbone(
   config: ml_collections.ConfigDict,
   model,
@@ -151,12 +156,19 @@ def load_backbone(
 ) -> tuple[state_lib.TrainState, features.Extract]:
   """Loads pretrained weights, if configured.
 
+  Random weights whose features a run begins with get the batch statistics of
+  the train images instead.
+
   Returns:
     The state with the weights, and a function from splits to the features of
     the backbone as it is now.
   """
   if config.model.init_from:
     state = weights.load(config, state, weights_digest).restart_averages()
+  elif warm_start.is_configured(config) and state.model_state:
+    state = warm_start.measure_statistics(
+      config, model, state, _as_test_images(data), mesh
+    ).restart_averages()
   return state, _make_extract(config, model, state, data, weights_digest, mesh)
 
 
@@ -176,8 +188,7 @@ def _warm_start(config, model, state, data, extract: features.Extract, mesh):
   """Returns the state before step 1."""
   if not warm_start.is_configured(config):
     return state
-  # Training images as the test images are: resized, not augmented.
-  train = dataclasses.replace(data.train, images=data.test.images)
+  train = _as_test_images(data)
   return warm_start.apply(
     config,
     model,
@@ -262,6 +273,7 @@ def make_train_step(
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
     stop_frozen=functools.partial(fine_tuning.stop_frozen, config.model),
     ema_decay=config.optimizer.ema_decay,
+    update_memory=train_step_lib.make_update_memory(config, mesh),
   )
 
 
@@ -335,9 +347,8 @@ def _write_report(
   config, state, embed: _Embed, tested, results, data, workdir: str
 ) -> None:
   """Writes report.html; all processes embed, and the primary writes."""
-  # Training images as the test images are: resized, not augmented.
   some = np.random.default_rng(0).permutation(len(data.train))[:2000]
-  some = dataclasses.replace(data.train, images=data.test.images).subset(some)
+  some = _as_test_images(data).subset(some)
   trained = embed(state, some)
   proxies = None
   if losses.LOSSES[config.loss.name].has_class_proxies:

@@ -28,12 +28,24 @@ def make_loss(config: ml_collections.ConfigDict) -> losses.Loss:
   """Returns the loss that `config.loss` names, with its arguments bound."""
   loss = losses.LOSSES[config.loss.name]
   fn = functools.partial(loss.fn, **config.loss[config.loss.name])
+  if config.loss.pairs != 'all':
+    fn = _with_miner(fn, losses.MINERS[config.loss.pairs])
 
   def with_precision(**arrays):
     with jax.default_matmul_precision(config.loss.precision):
       return fn(**arrays)
 
   return loss._replace(fn=with_precision)
+
+
+def _with_miner(fn, miner):
+  """Returns a loss that compares the pairs that a miner selects."""
+
+  def mined(*, embeddings, labels, **others):
+    pairs = miner(embeddings, labels, **others)
+    return fn(embeddings, labels, pairs=pairs, **others)
+
+  return mined
 
 
 def correct_for_frequency(
@@ -82,6 +94,25 @@ def make_reshard(
   return reshard
 
 
+def make_update_memory(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> Callable[..., losses.Memory]:
+  """Returns (memory, step, embeddings, labels, mask) -> the memory after it.
+
+  To be called inside `jit`. Every device holds the whole memory, and each batch
+  that enters is the global one.
+  """
+
+  def update(memory, step, embeddings, labels, mask):
+    where = jnp.full(labels.shape, step >= config.loss.memory_start)
+    if mask is not None:
+      where &= mask
+    memory = losses.update_memory(memory, embeddings, labels, where=where)
+    return mesh_lib.replicate(memory, mesh)
+
+  return update
+
+
 def make_train_step(
   model,
   optimizer: optax.GradientTransformation,
@@ -93,6 +124,7 @@ def make_train_step(
   skip_nonfinite: bool = False,
   stop_frozen: Callable[[dict], dict] = lambda params: params,
   ema_decay: float = 0.0,
+  update_memory: Callable[..., losses.Memory] | None = None,
 ) -> _Step:
   """Returns the jitted step: (state, batch, lr_scale) -> (state, metrics).
 
@@ -118,6 +150,7 @@ def make_train_step(
       ones.
     ema_decay: the fraction of the averages that a step keeps, if the state has
       averages.
+    update_memory: from `make_update_memory`; needed if the state has a memory.
   """
   loss_and_gradients = jax.value_and_grad(
     _make_mean_loss(model, loss, reshard, stop_frozen, is_logged), has_aux=True
@@ -145,6 +178,15 @@ def make_train_step(
         where=batch.get('mask'),
       )
       loss_state = {'centers': centers}
+    if 'memory' in loss_state:
+      memory = update_memory(
+        loss_state['memory'],
+        state.step,
+        embeddings,
+        batch['label'],
+        batch.get('mask'),
+      )
+      loss_state = {'memory': memory}
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )

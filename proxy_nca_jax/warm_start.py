@@ -9,7 +9,7 @@ https://arxiv.org/abs/2202.10054).
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from proxy_nca_jax import datasets, input_pipeline, losses
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
@@ -25,6 +26,13 @@ from proxy_nca_jax.runtime import signals
 # Fraction of the covariance within classes that is replaced by its mean
 # variance; experiments/heads.py compares others.
 SHRINKAGE = 0.7
+
+# k-means within classes: iterations, and the offsets of initial centers as a
+# fraction of their norm.
+_NUM_ITERATIONS, _SMALL_OFFSET = 10, 0.01
+
+# Images by which the batch statistics of random weights are measured.
+_NUM_MEASURED = 2048
 
 # Rows of features in memory at a time: 100 MB in float64 at a width of 768.
 _BLOCK = 2**14
@@ -39,6 +47,63 @@ def is_configured(config: ml_collections.ConfigDict) -> bool:
     or config.proxies.init == 'class_means'
     or config.head_steps > 0
   )
+
+
+def measure_statistics(
+  config: ml_collections.ConfigDict,
+  model,
+  state: state_lib.TrainState,
+  split: datasets.Split,
+  mesh: jax.sharding.Mesh,
+) -> state_lib.TrainState:
+  """Returns a state of random weights with the batch statistics of images.
+
+  A network starts with running means of 0 and variances of 1, which are not
+  those of its layers. Evaluated with them, it gives other features than in
+  training, in which every batch is normalized by its own statistics.
+
+  Args:
+    config: the run's config: `evaluation.batch_size`, `seed`.
+    model: the network.
+    state: the initial state.
+    split: the images; about `_NUM_MEASURED` of them are drawn.
+    mesh: the devices.
+  """
+  size, momentum = (
+    config.evaluation.batch_size,
+    config.model.batch_norm_momentum,
+  )
+  num_batches = max(min(len(split), _NUM_MEASURED) // size, 1)
+  # No batch is padded, since padding would count.
+  rows = np.random.default_rng(config.seed).permutation(len(split))
+  split = split.subset(np.resize(rows, num_batches * size))
+
+  @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
+  def measure(params, running, images):
+    params = {name: params[name] for name in ('backbone', 'head')}
+    _, new = model.apply(
+      {'params': params, **running}, images, train=True, mutable=list(running)
+    )
+    # A step moves the running statistics toward those of its batch.
+    return jax.tree.map(
+      lambda new, old: old + (new - old) / (1 - momentum), new, running
+    )
+
+  measured = [
+    measure(
+      state.params,
+      state.model_state,
+      mesh_lib.shard_batch(batch, mesh)['image'],
+    )
+    for batch in input_pipeline.evaluation_batches(
+      split,
+      image_size=config.dataset.image_size,
+      batch_size=size,
+      process=(jax.process_index(), jax.process_count()),
+    )
+  ]
+  mean = jax.tree.map(lambda *arrays: sum(arrays) / len(arrays), *measured)
+  return dataclasses.replace(state, model_state=mean)
 
 
 def apply(
@@ -76,8 +141,20 @@ def apply(
       seed=config.seed,
     )
     params['head'] = _put(params['head'] | head, params['head'])
+  elif config.proxies.init == 'class_means':
+    # Features of a random network are all alike: so would be the means.
+    head = center_head(params['head'], features)
+    params['head'] = _put(head, params['head'])
   if config.proxies.init == 'class_means':
-    proxies = class_means(model, params['head'], features, labels)
+    if loss.proxies == losses.MULTI_CENTER:
+      proxies = class_centers(
+        functools.partial(_project_blocks, model, params['head'], features),
+        labels,
+        config.loss.num_centers,
+        seed=config.seed,
+      )
+    else:
+      proxies = class_means(model, params['head'], features, labels)
     if config.proxies.sharded:
       proxies = jax.jit(functools.partial(mesh_lib.pad_rows, mesh=mesh))(
         proxies
@@ -169,6 +246,27 @@ def make_head(
   # Outputs beyond the width of the features are 0.
   kernel = np.pad(kernel, ((0, 0), (0, dim - kernel.shape[1])))
   return _linear(kernel, -mean @ kernel)
+
+
+def center_head(head: _Group, features: np.ndarray) -> _Group:
+  """Returns a head with the bias that gives its outputs a mean of 0.
+
+  Args:
+    head: the parameters of the head.
+    features: float32 [num_images, width]; it is sliced, and may be read only
+      then.
+  """
+  head = jax.tree.map(np.asarray, head)
+  total = 0
+  for block in _blocks(features):
+    if hidden := head.get('hidden'):
+      block = np.maximum(block @ hidden['kernel'] + hidden['bias'], 0)
+    total += np.sum(block, axis=0, dtype=np.float64)
+  kernel = head['embedding']['kernel']
+  bias = -(total / len(features)) @ kernel
+  return head | {
+    'embedding': {'kernel': kernel, 'bias': bias.astype(np.float32)}
+  }
 
 
 def check_identity(width: int, dim: int) -> None:
@@ -279,9 +377,74 @@ def class_means(
   """
   blocks = _project_blocks(model, head, features)
   dim = head['embedding']['kernel'].shape[1]
-  means = _class_means(blocks, labels, dim)
-  norms = np.linalg.norm(means, axis=1, keepdims=True)
-  return (means / np.maximum(norms, 1e-12)).astype(np.float32)
+  return _unit_norm(_class_means(blocks, labels, dim))
+
+
+def class_centers(
+  make_blocks: Callable[[], Iterable[np.ndarray]],
+  labels: np.ndarray,
+  num_centers: int,
+  *,
+  seed: int,
+) -> np.ndarray:
+  """Returns several centers of each class by k-means of its embeddings.
+
+  The centers start at embeddings of random images. A class with fewer images
+  than centers repeats them. Small random offsets keep equal centers apart,
+  which otherwise would stay equal in training.
+
+  Args:
+    make_blocks: returns the embeddings, float32 [num_images, dim], in blocks of
+      rows; called for each pass over them.
+    labels: int32 [num_images], each of [0, num_classes) at least once.
+    num_centers: of each class.
+    seed: of the images and the offsets.
+
+  Returns:
+    float32 [num_classes, num_centers, dim], of unit norm.
+  """
+  rng = np.random.default_rng(seed)
+  shuffled = rng.permutation(len(labels))
+  shuffled = shuffled[np.argsort(labels[shuffled], kind='stable')]
+  sizes = np.bincount(labels)[:, None]
+  picks = np.arange(num_centers)[None, :] % sizes
+  rows = shuffled[np.cumsum(sizes)[:, None] - sizes + picks]
+  centers = None
+  for begin, block in _numbered(make_blocks()):
+    if centers is None:
+      centers = np.zeros((*rows.shape, block.shape[1]))
+    is_inside = (rows >= begin) & (rows < begin + len(block))
+    centers[is_inside] = block[rows[is_inside] - begin]
+  lengths = np.linalg.norm(centers, axis=2, keepdims=True)
+  offsets = rng.normal(size=centers.shape) / np.sqrt(centers.shape[2])
+  centers += _SMALL_OFFSET * lengths * offsets
+  for _ in range(_NUM_ITERATIONS):
+    sums, counts = np.zeros_like(centers), np.zeros(rows.shape)
+    for begin, block in _numbered(make_blocks()):
+      classes = labels[begin : begin + len(block)]
+      distances = [
+        np.sum((block - centers[classes, k]) ** 2, axis=1)
+        for k in range(num_centers)
+      ]
+      index = classes, np.argmin(distances, axis=0)
+      np.add.at(sums, index, block)
+      np.add.at(counts, index, 1)
+    counts = counts[:, :, None]
+    centers = np.where(counts > 0, sums / np.maximum(counts, 1), centers)
+  return _unit_norm(centers)
+
+
+def _numbered(blocks: Iterable[np.ndarray]) -> Iterator[tuple]:
+  """Yields (index of the first row, block)."""
+  begin = 0
+  for block in blocks:
+    yield begin, block
+    begin += len(block)
+
+
+def _unit_norm(x: np.ndarray) -> np.ndarray:
+  norms = np.linalg.norm(x, axis=-1, keepdims=True)
+  return (x / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
 def project(model, head: _Group, features: np.ndarray) -> np.ndarray:

@@ -150,6 +150,30 @@ def subcenter_arcface_loss(
   return _cross_entropy(logits, labels)
 
 
+def adaface_loss(
+  embeddings,
+  proxies,
+  labels,
+  *,
+  scale=64,
+  margin=0.4,
+  concentration=0.333,
+  at=None,
+):
+  """`at`: the embeddings whose norms count, if these are moved from there."""
+  norms = np.linalg.norm(embeddings if at is None else at, axis=1)
+  norms = np.clip(np.asarray(norms, np.float64), 1e-3, 100)
+  z = (norms - norms.mean()) / (norms.std(ddof=1) + 1e-3)
+  z = np.clip(concentration * z, -1, 1)
+  cosines = unit(embeddings) @ unit(proxies).T
+  logits = scale * cosines
+  for i, label in enumerate(labels):
+    angle = np.arccos(cosines[i, label]) - margin * z[i]
+    target = np.cos(np.clip(angle, 0, np.pi)) - margin * z[i] - margin
+    logits[i, label] = scale * target
+  return _cross_entropy(logits, labels)
+
+
 def soft_triple_loss(
   embeddings, proxies, labels, *, scale=20, margin=0.01, gamma=0.1, tau=0.2
 ):
@@ -197,19 +221,28 @@ def contrastive_loss(embeddings, labels, *, margin=1.0):
 
 def triplet_loss(embeddings, labels, *, margin=0.2, mining='semi_hard'):
   d = _lengths(embeddings) ** 2
+  return _triplets(d, labels, mining, lambda p, n: max(p + margin - n, 0))
+
+
+def soft_margin_triplet_loss(embeddings, labels, *, mining='batch_hard'):
+  d = _lengths(embeddings)
+  return _triplets(d, labels, mining, lambda p, n: np.log1p(np.exp(p - n)))
+
+
+def _triplets(d, labels, mining, penalty):
   pairs, _ = _pairs(labels)
   hinges = []
   if mining == 'batch_hard':
     for a in sorted({a for a, _ in pairs}):
       others = [d[a, n] for n in range(len(d)) if labels[n] != labels[a]]
       farthest = max(d[a, p] for b, p in pairs if b == a)
-      hinges += [max(farthest + margin - min(others), 0)] if others else []
+      hinges += [penalty(farthest, min(others))] if others else []
     return _mean(hinges)
   for a, p in pairs:
     others = [d[a, n] for n in range(len(d)) if labels[n] != labels[a]]
     if mining == 'semi_hard' and others:
       others = [min([n for n in others if n > d[a, p]], default=max(others))]
-    hinges += [max(d[a, p] + margin - n, 0) for n in others]
+    hinges += [penalty(d[a, p], n) for n in others]
   if mining == 'batch_all':
     hinges = [h for h in hinges if h > 0]
   return _mean(hinges)
@@ -260,6 +293,64 @@ def multi_similarity_loss(
       np.log1p(sum(np.exp(-alpha * (p - base)) for p in pulls)) / alpha
       + np.log1p(sum(np.exp(beta * (n - base)) for n in pushes)) / beta
     )
+  return np.array(losses)
+
+
+def _rows(embeddings, labels):
+  """Yields the cosines of each example, by positives and negatives."""
+  s = unit(embeddings) @ unit(embeddings).T
+  for i in range(len(s)):
+    others = [j for j in range(len(s)) if j != i]
+    near = [s[i, j] for j in others if labels[j] == labels[i]]
+    yield near, [s[i, j] for j in others if labels[j] != labels[i]]
+
+
+def sup_con_loss(embeddings, labels, *, temperature=0.1):
+  losses = []
+  for near, far in _rows(embeddings, labels):
+    log_sum = _log_sum([s / temperature for s in near + far])
+    losses.append(_mean([log_sum - s / temperature for s in near]))
+  return np.array(losses)
+
+
+def nt_xent_loss(embeddings, labels, *, temperature=0.1):
+  losses = []
+  for near, far in _rows(embeddings, labels):
+    terms = [_log_sum([(x - s) / temperature for x in [s, *far]]) for s in near]
+    losses.append(_mean(terms))
+  return np.array(losses)
+
+
+def circle_loss(embeddings, labels, *, scale=80, margin=0.4, at=None):
+  """`at`: the embeddings that give the weights, if these are moved."""
+  losses = []
+  fixed = _rows(embeddings if at is None else at, labels)
+  for (near, far), (near_at, far_at) in zip(_rows(embeddings, labels), fixed):
+    pulls = [
+      -scale * max(1 + margin - a, 0) * (s - 1 + margin)
+      for s, a in zip(near, near_at)
+    ]
+    pushes = [
+      scale * max(a + margin, 0) * (s - margin) for s, a in zip(far, far_at)
+    ]
+    has_both = pulls and pushes
+    total = _log_sum(pulls) + _log_sum(pushes) if has_both else -np.inf
+    losses.append(np.logaddexp(0, total))
+  return np.array(losses)
+
+
+def smooth_ap_loss(embeddings, labels, *, temperature=0.01):
+  def above(scores, score):
+    return sum(1 / (1 + np.exp((score - s) / temperature)) for s in scores)
+
+  losses = []
+  for near, far in _rows(embeddings, labels):
+    relevant = [1.0, *near]  # The example itself comes first.
+    precisions = []
+    for i, score in enumerate(relevant):
+      rank = 1 + above(relevant[:i] + relevant[i + 1 :], score)
+      precisions.append(rank / (rank + above(far, score)))
+    losses.append(1 - np.mean(precisions) if near else 0)
   return np.array(losses)
 
 

@@ -115,7 +115,14 @@ class ConfigsTest(parameterized.TestCase):
         if argument.kind is argument.KEYWORD_ONLY
       }
       # Arguments that the trainer supplies.
-      for given in ('where', 'centers', 'assignment', 'log_priors'):
+      for given in (
+        'where',
+        'centers',
+        'assignment',
+        'log_priors',
+        'memory',
+        'pairs',
+      ):
         arguments.pop(given, None)
       self.assertEqual(
         default.get_config().loss[name].to_dict(), arguments, name

@@ -101,7 +101,7 @@ class FieldsTest(parameterized.TestCase):
       crop_ratio width embedding_dim num_centers init_norm eps max_skipped_steps
       plateau_factor layer_decay recall_at kmeans_num_starts steps_per_dispatch
       log_every save_every keep_checkpoints profile_steps scale temperature
-      alpha beta proxy_chunk gamma decay_rate decay_every decay_at
+      alpha beta concentration proxy_chunk gamma decay_rate decay_every decay_at
       """.split(),
     )
 
@@ -232,7 +232,9 @@ class FieldsTest(parameterized.TestCase):
 class RulesTest(parameterized.TestCase):
   @parameterized.parameters(*losses.LOSSES)
   def test_every_loss_passes(self, name):
-    configuration.check(_config(**{'loss.name': name}))
+    configuration.check(
+      _config(**{'loss.name': name, 'model.normalize': name != 'adaface'})
+    )
 
   @parameterized.parameters(*datasets.DATASETS)
   def test_every_dataset_passes(self, name):
@@ -243,6 +245,19 @@ class RulesTest(parameterized.TestCase):
       {'steps_per_dispatch': 4, 'save_every': 6, 'num_steps': 1001},
       r'config.num_steps \(1001\), config.log_every \(50\), config.save_every '
       r'\(6\) must be divisible by config.steps_per_dispatch \(4\)',
+    ),
+    ({'loss.name': 'adaface'}, 'set config.model.normalize to False'),
+    (
+      {'loss.name': 'dynamic_proxy_nca', 'proxies.init': 'class_means'},
+      "class_means is for .* config.loss.name is 'dynamic_proxy_nca'",
+    ),
+    (
+      {'loss.pairs': 'semi_hard'},
+      "loss 'proxy_nca' compares no pairs .* circle, contrastive, multi_sim",
+    ),
+    (
+      {'loss.name': 'n_pairs', 'loss.memory_size': 10},
+      "loss 'n_pairs' takes no memory: .* circle, contrastive, multi_sim",
     ),
     ({'profile_steps': (999, 1001)}, 'at most config.num_steps .1000.'),
     (

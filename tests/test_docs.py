@@ -32,6 +32,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 _PAGES = (
   'README.md',
   'docs/data.md',
+  'docs/losses.md',
   'docs/search.md',
   'docs/pytorch_metric_learning.md',
 )

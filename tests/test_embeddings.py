@@ -433,6 +433,7 @@ class StepTest(_Case):
       '',
       **{
         'loss.name': name,
+        'model.normalize': name != 'adaface',
         'model.head_init': 'random',
         'model.head_hidden': 6,
         'proxies.init': 'random',

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import io
 import json
@@ -126,6 +127,41 @@ class InferenceTest(parameterized.TestCase):
         self.embedder([self.paths[0], image])
     with self.assertRaisesRegex(ValueError, 'Give a list'):
       self.embedder(str(self.paths[0]))
+
+  def test_new_classes_get_the_means_of_their_images_as_proxies(self):
+    old = self.embedder
+    images, labels = self.paths[:5], ['x', 'y', 'x', 'x', 'y']
+    new = old.add_classes(images, labels)
+    self.assertEqual(new.class_names, (*old.class_names, 'x', 'y'))
+    proxies, before = new.params['proxies'], old.params['proxies']
+    np.testing.assert_array_equal(proxies[: len(before)], before)
+    embeddings = old(images)
+    for proxy, rows in zip(proxies[-2:], ([0, 2, 3], [1, 4])):
+      mean = np.mean(embeddings[rows], axis=0)
+      norm = np.mean(np.linalg.norm(before, axis=1))
+      np.testing.assert_allclose(
+        proxy, norm * mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-5
+      )
+    # It can be saved, and the given one is as before.
+    new.save(self.root / 'extended')
+    loaded = proxy_nca_jax.load(self.root / 'extended')
+    np.testing.assert_array_equal(loaded.params['proxies'], proxies)
+    self.assertLen(old.class_names, len(before))
+
+  def test_classes_that_cannot_be_added_are_named(self):
+    known = self.embedder.class_names[0]
+    for count, labels, message in (
+      (2, ['x', known], f"1 of the 2 classes .* such as '{known}'"),
+      (2, ['x'], 'There are 2 images and 1 labels'),
+      (0, [], 'There are 0 images and 0 labels'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        self.embedder.add_classes(self.paths[:count], labels)
+    config = self.config.copy_and_resolve_references()
+    config.loss.name = 'triplet'
+    other = dataclasses.replace(self.embedder, config=config)
+    with self.assertRaisesRegex(ValueError, 'loss of this run is triplet'):
+      other.add_classes(self.paths[:1], ['x'])
 
   def test_a_saved_embedder_is_the_same(self):
     folder = self.root / 'saved'

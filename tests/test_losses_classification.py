@@ -58,6 +58,30 @@ class ClassificationTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(loss, [np.log1p(np.exp(-2 * target))], atol=2e-3)
 
+  @parameterized.parameters(0, 1e-6, 1e-4, 1e-2)
+  def test_embeddings_near_their_proxy_lose_no_digits(self, offset):
+    rng = np.random.default_rng(0)
+    proxies = rng.normal(size=(16, 2, 64)).astype(np.float32)
+    x = (3 * proxies[:, 1] + offset * rng.normal(size=(16, 64))).astype('f4')
+    # Each proxy belongs to a second class, with which the target competes.
+    proxies = np.concatenate([proxies, proxies])
+    labels = np.arange(16)
+    units, rows = oracles.unit(proxies), oracles.unit(x)
+    # From differences: the arccosine of a cosine near 1 loses half the digits.
+    angles = 2 * np.arcsin(np.linalg.norm(rows - units[:16, 1], axis=1) / 2)
+    cosines = np.einsum('bd,ckd->bck', rows, units)
+    for loss, points, logits in (
+      (losses.arcface_loss, proxies[:, 1], 64 * cosines[:, :, 1]),
+      (losses.subcenter_arcface_loss, proxies, 64 * cosines.max(axis=2)),
+    ):
+      logits[labels, labels] = 64 * np.cos(angles + 0.5)
+      others = np.where(np.eye(16, 32), -np.inf, logits)
+      log_sum = np.log(np.exp(others).sum(axis=1))
+      expected = np.logaddexp(0, log_sum - logits[labels, labels])
+      self.assertGreater(expected.min(), 7)
+      actual = loss(x, points, labels, scale=64.0, margin=0.5)
+      np.testing.assert_allclose(actual, expected, atol=1e-4)
+
   def test_arcface_increases_with_the_angle(self):
     angles = np.arange(0, 181, 3.0)
     x = jnp.asarray(np.stack([_at(angle) for angle in angles]))

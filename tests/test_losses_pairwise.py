@@ -45,6 +45,12 @@ class PairwiseTest(parameterized.TestCase):
     loss = losses.triplet_loss(x, labels, margin=0.5)
     np.testing.assert_allclose(loss, (0 + (4 + 0.5 - 1)) / 2, rtol=1e-6)
 
+  def test_semi_hard_skips_negatives_as_near_as_the_positive(self):
+    x = np.array([[0.0], [1.0], [-1.0], [3.0]], np.float32)
+    # From 0 the positive and a negative are at 1; the next negative is at 3.
+    loss = losses.triplet_loss(x, np.array([0, 0, 1, 2]), margin=0.5)
+    np.testing.assert_array_equal(loss, 0)
+
   @parameterized.parameters(
     ('contrastive', 1.0, 5),
     # Far beyond the distances, so that every pair has a loss.

@@ -35,8 +35,10 @@ class _Network:
 
 
 @functools.cache
-def _create(seed=0, num_devices=8, *, sharded=False):
+def _create(seed=0, num_devices=8, *, sharded=False, memory_size=0):
   config = default.get_config()
+  if memory_size:
+    config.loss.name, config.loss.memory_size = 'sup_con', memory_size
   config.proxies.sharded = sharded
   config.seed = seed
   config.dataset.image_size = 8
@@ -110,6 +112,22 @@ class StateTest(absltest.TestCase):
 
   def _path(self, step):
     return os.path.join(self.workdir, 'checkpoints', str(step))
+
+  def test_a_memory_is_restored_onto_other_devices(self):
+    state = _create(memory_size=5)
+    memory = {
+      'embeddings': np.arange(320, dtype=np.float32).reshape(5, 64),
+      'labels': np.arange(5, dtype=np.int32),
+      'where': np.arange(5) < 3,
+    }
+    state = dataclasses.replace(
+      state,
+      loss_state=jax.device_put({'memory': memory}, state.step.sharding),
+    )
+    checkpoints = self._open()
+    checkpoints.save(0, state)
+    restored = checkpoints.restore(_create(num_devices=2, memory_size=5))
+    _assert_equal(restored.loss_state, {'memory': memory})
 
   def test_proxies_have_the_variance_of_kaiming_or_xavier(self):
     for init, fan in (('kaiming', 300), ('xavier', 300 + 64)):

@@ -112,6 +112,7 @@ def _run(
     reshard=train_step.make_reshard(config, _NUM_CLASSES, mesh),
     is_logged=is_logged,
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
+    update_memory=train_step.make_update_memory(config, mesh),
   )
   state = state_lib.create(
     config,
@@ -250,6 +251,37 @@ class TrainStepTest(parameterized.TestCase):
         after.loss_state['assignment'], before.loss_state['assignment']
       )
       self.assertEqual(after.loss_state['assignment'].shape, (_NUM_CLASSES, 1))
+
+  def test_eight_devices_remember_the_batches_that_one_does(self):
+    config = _config(
+      **{
+        'loss.name': 'multi_similarity',
+        'loss.pairs': 'semi_hard',
+        'loss.memory_size': 40,
+        'loss.memory_start': 1,
+        'optimizer.name': 'sgd',
+        'optimizer.head.learning_rate': 0.1,
+      }
+    )
+    states = []
+    one, one_history, _ = _run(
+      config, num_steps=5, devices=jax.devices()[:1], states=states
+    )
+    eight, eight_history, _ = _run(config, num_steps=5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      (one_history, jax.device_get(one.loss_state)),
+      (eight_history, jax.device_get(eight.loss_state)),
+    )
+    for array in jax.tree.leaves(eight.loss_state):
+      self.assertTrue(array.is_fully_replicated)
+    counts = [np.sum(x.loss_state['memory']['where']) for x in states]
+    self.assertEqual(counts, [0, 0, 16, 32, 40, 40])
+    labels = [batch['label'] for batch in _batches(config, 5)]
+    np.testing.assert_array_equal(
+      eight.loss_state['memory']['labels'],
+      np.concatenate(labels[:1:-1])[:40],
+    )
 
   def test_several_steps_of_one_dispatch_are_those_one_by_one(self):
     config = _config()

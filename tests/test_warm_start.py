@@ -128,6 +128,87 @@ class HeadTest(parameterized.TestCase):
       warm_start.make_head(features, labels, 5, init='identity', seed=0)
 
 
+class StatisticsTest(absltest.TestCase):
+  def test_measured_statistics_give_the_features_of_training(self):
+    config = default.get_config()
+    config.evaluation.batch_size, config.dataset.image_size = 24, 8
+    config.model.width = 4
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 8, 8, 3)).astype(np.uint8)
+    batches = mock.Mock(
+      return_value=[
+        {'image': images[:24], 'mask': np.ones(24, bool)},
+      ]
+    )
+    model, mesh = models.create_model(config), mesh_lib.make_mesh()
+    state = state_lib.create(
+      config,
+      model,
+      optimizer_lib.make_optimizer(config),
+      class_sizes=np.ones(2, int),
+      mesh=mesh,
+    )
+    split = mock.MagicMock()
+    split.__len__.return_value = 30
+    with mock.patch.object(
+      warm_start.input_pipeline, 'evaluation_batches', batches
+    ):
+      measured = warm_start.measure_statistics(
+        config, model, state, split, mesh
+      )
+    rows = split.subset.call_args[0][0]
+    self.assertLen(set(rows.tolist()), 24)
+    params = {name: state.params[name] for name in ('backbone', 'head')}
+    expected, _ = model.apply(
+      {'params': params, **state.model_state},
+      images[:24],
+      train=True,
+      mutable=['batch_stats'],
+    )
+    actual = model.apply(
+      {'params': params, **measured.model_state}, images[:24], train=False
+    )
+    # The running variance is unbiased: the last layer has 24 positions.
+    np.testing.assert_allclose(actual, expected, atol=0.05)
+    before = model.apply(
+      {'params': params, **state.model_state}, images[:24], train=False
+    )
+    self.assertGreater(np.abs(before - expected).max(), 0.2)
+
+
+class CentersTest(absltest.TestCase):
+  def test_k_means_finds_the_groups_of_each_class(self):
+    # Two classes with two groups of images each, in blocks that cut them.
+    rng = np.random.default_rng(0)
+    groups = np.eye(4)[rng.integers(0, 4, 60)]
+    labels = np.argmax(groups, axis=1) % 2
+    embeddings = groups + 0.01 * rng.normal(size=(60, 4))
+
+    centers = warm_start.class_centers(
+      lambda: np.split(embeddings, [7, 31]), labels, 2, seed=0
+    )
+    for label in range(2):
+      found = np.sort(np.argmax(centers[label], axis=1))
+      np.testing.assert_array_equal(found, [label, label + 2])
+      self.assertGreater(centers[label].max(axis=1).min(), 0.99)
+
+  def test_one_center_is_the_mean(self):
+    embeddings = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+    centers = warm_start.class_centers(
+      lambda: [embeddings], np.array([0, 0, 1]), 1, seed=0
+    )
+    np.testing.assert_allclose(
+      centers, [[[0.5**0.5, 0.5**0.5]], [[0, 1]]], atol=1e-6
+    )
+
+  def test_more_centers_than_images_differ(self):
+    centers = warm_start.class_centers(
+      lambda: [np.ones((1, 4))], np.zeros(1, int), 3, seed=0
+    )
+    np.testing.assert_allclose(centers, 0.5, atol=0.03)
+    self.assertGreater(np.std(centers, axis=1).min(), 1e-5)
+
+
 class ApplyTest(parameterized.TestCase):
   def _apply(self, **fields):
     config = default.get_config()
@@ -178,6 +259,37 @@ class ApplyTest(parameterized.TestCase):
     proxies = mesh_lib.fetch(new.params['proxies'])
     np.testing.assert_allclose(proxies[:_NUM_CLASSES], means, atol=1e-5)
     self.assertTrue(np.all(proxies[_NUM_CLASSES:] == 0))
+
+  def test_a_random_head_is_centered_first(self):
+    model, _, _, new, features, labels = self._apply(
+      **{'proxies.init': 'class_means', 'model.head_hidden': 5}
+    )
+    params = jax.tree.map(np.asarray, new.params['head'])
+    hidden = features @ params['hidden']['kernel'] + params['hidden']['bias']
+    outputs = _apply(params, np.maximum(hidden, 0))
+    np.testing.assert_allclose(outputs.mean(axis=0), 0, atol=1e-4)
+    proxies = mesh_lib.fetch(new.params['proxies'])
+    embeddings = outputs / np.linalg.norm(outputs, axis=1, keepdims=True)
+    means = np.stack(
+      [np.mean(embeddings[labels == c], axis=0) for c in range(8)]
+    )
+    cosines = np.sum(means * proxies, axis=1) / np.linalg.norm(means, axis=1)
+    np.testing.assert_allclose(cosines, 1, atol=1e-5)
+
+  @parameterized.parameters('soft_triple', 'subcenter_arcface')
+  def test_centers_of_a_class_are_those_of_k_means(self, name):
+    _, _, _, new, _, _ = self._apply(
+      **{
+        'loss.name': name,
+        'loss.num_centers': 2,
+        'proxies.init': 'class_means',
+        'proxies.init_norm': 3.0,
+        'proxies.sharded': True,
+      }
+    )
+    proxies = mesh_lib.fetch(new.params['proxies'])
+    self.assertEqual(proxies.shape, (_NUM_CLASSES, 2, 16))
+    np.testing.assert_allclose(np.linalg.norm(proxies, axis=2), 3, rtol=1e-5)
 
   def test_head_steps_lower_the_loss_and_leave_the_backbone(self):
     fields = {'model.head_init': 'pca', 'proxies.init': 'class_means'}

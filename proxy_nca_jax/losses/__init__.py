@@ -12,6 +12,7 @@ from proxy_nca_jax.losses.center import (
   update_centers,
 )
 from proxy_nca_jax.losses.classification import (
+  adaface_loss,
   arcface_loss,
   cosface_loss,
   normalized_softmax_loss,
@@ -20,12 +21,26 @@ from proxy_nca_jax.losses.classification import (
 )
 from proxy_nca_jax.losses.frequency import class_weights, log_priors
 from proxy_nca_jax.losses.inputs import check_labels
+from proxy_nca_jax.losses.multi_label import (
+  multi_label_proxy_anchor_loss,
+  multi_label_proxy_nca_loss,
+)
+from proxy_nca_jax.losses.pairs import (
+  Memory,
+  Pairs,
+  batch_hard_pairs,
+  distance_weighted_pairs,
+  init_memory,
+  multi_similarity_pairs,
+  semi_hard_pairs,
+  update_memory,
+)
 from proxy_nca_jax.losses.pairwise import (
   contrastive_loss,
   facility_location_loss,
   lifted_structure_loss,
-  multi_similarity_loss,
   n_pairs_loss,
+  soft_margin_triplet_loss,
   triplet_loss,
 )
 from proxy_nca_jax.losses.proxy import (
@@ -35,6 +50,13 @@ from proxy_nca_jax.losses.proxy import (
   proxy_nca_loss,
   proxy_nca_pp_loss,
   proxy_triplet_loss,
+)
+from proxy_nca_jax.losses.similarity import (
+  circle_loss,
+  multi_similarity_loss,
+  nt_xent_loss,
+  smooth_ap_loss,
+  sup_con_loss,
 )
 
 # Forms of proxies and centers.
@@ -68,11 +90,13 @@ class Loss(NamedTuple):
 
 
 LOSSES = {
+  'adaface': Loss(adaface_loss, proxies=PER_CLASS),
   'arcface': Loss(arcface_loss, proxies=PER_CLASS),
   'center': Loss(center_loss, centers=PER_CLASS),
   'center_softmax': Loss(
     center_softmax_loss, proxies=PER_CLASS, centers=PER_CLASS
   ),
+  'circle': Loss(circle_loss),
   'contrastive': Loss(contrastive_loss),
   'cosface': Loss(cosface_loss, proxies=PER_CLASS),
   'dynamic_proxy_nca': Loss(dynamic_proxy_nca_loss, proxies=UNASSIGNED),
@@ -85,24 +109,47 @@ LOSSES = {
   'multi_similarity': Loss(multi_similarity_loss),
   'n_pairs': Loss(n_pairs_loss),
   'normalized_softmax': Loss(normalized_softmax_loss, proxies=PER_CLASS),
+  'nt_xent': Loss(nt_xent_loss),
   'proxy_anchor': Loss(proxy_anchor_loss, proxies=PER_CLASS),
   'proxy_nca': Loss(proxy_nca_loss, proxies=PER_CLASS),
   'proxy_nca_pp': Loss(proxy_nca_pp_loss, proxies=PER_CLASS),
   'proxy_triplet': Loss(proxy_triplet_loss, proxies=PER_CLASS),
+  'smooth_ap': Loss(smooth_ap_loss),
+  'soft_margin_triplet': Loss(soft_margin_triplet_loss),
   'soft_triple': Loss(soft_triple_loss, proxies=MULTI_CENTER),
   'subcenter_arcface': Loss(subcenter_arcface_loss, proxies=MULTI_CENTER),
+  'sup_con': Loss(sup_con_loss),
   'triplet': Loss(triplet_loss),
+}
+
+# Miners of a batch, by `config.loss.pairs`: (embeddings, labels, *, memory) ->
+# Pairs.
+MINERS = {
+  'batch_hard': batch_hard_pairs,
+  'multi_similarity': multi_similarity_pairs,
+  'semi_hard': semi_hard_pairs,
 }
 
 __all__ = [
   'LOSSES',
+  'MINERS',
   'MULTI_CENTER',
   'PER_CLASS',
   'UNASSIGNED',
   'Loss',
+  'Memory',
+  'Pairs',
+  'batch_hard_pairs',
   'check_labels',
   'class_weights',
+  'distance_weighted_pairs',
+  'init_memory',
   'log_priors',
+  'multi_label_proxy_anchor_loss',
+  'multi_label_proxy_nca_loss',
+  'multi_similarity_pairs',
+  'semi_hard_pairs',
   'update_centers',
+  'update_memory',
   *(loss.fn.__name__ for loss in LOSSES.values()),
 ]

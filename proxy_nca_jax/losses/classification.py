@@ -14,6 +14,7 @@ References:
   Deng et al., ArcFace, CVPR 2019, https://arxiv.org/abs/1801.07698
   Deng et al., Sub-center ArcFace, ECCV 2020,
     https://www.ecva.net/papers/eccv_2020/papers_ECCV/papers/123560715.pdf
+  Kim et al., AdaFace, CVPR 2022, https://arxiv.org/abs/2204.00964
   Qian et al., SoftTriple Loss, ICCV 2019, https://arxiv.org/abs/1909.05235
 """
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from proxy_nca_jax import distances
-from proxy_nca_jax.losses import inputs
+from proxy_nca_jax.losses import inputs, masked
 
 
 def normalized_softmax_loss(
@@ -115,7 +116,10 @@ def arcface_loss(
   """
   embeddings, where = _prepare(embeddings, proxies, labels, 2, where)
   cosines = distances.cosines(embeddings, proxies)
-  logits = scale * _add_angular_margin(cosines, labels, margin)
+  targets = jnp.asarray(proxies, jnp.float32).at[labels].get(mode='clip')
+  logits = scale * _add_angular_margin(
+    cosines, labels, embeddings, targets, margin
+  )
   return _cross_entropy(logits, labels, where)
 
 
@@ -145,9 +149,82 @@ def subcenter_arcface_loss(
     float32 [batch], the loss of each example.
   """
   embeddings, where = _prepare(embeddings, proxies, labels, 3, where)
-  cosines = jnp.max(_center_cosines(embeddings, proxies), axis=2)
-  logits = scale * _add_angular_margin(cosines, labels, margin)
+  cosines = _center_cosines(embeddings, proxies)
+  is_target = inputs.one_hot(labels, proxies.shape[0])
+  nearest = jnp.sum(jnp.argmax(cosines, axis=2), axis=1, where=is_target)
+  targets = (
+    jnp.asarray(proxies, jnp.float32).at[labels, nearest].get(mode='clip')
+  )
+  logits = scale * _add_angular_margin(
+    jnp.max(cosines, axis=2), labels, embeddings, targets, margin
+  )
   return _cross_entropy(logits, labels, where)
+
+
+def adaface_loss(
+  embeddings: chex.Array,
+  proxies: chex.Array,
+  labels: chex.Array,
+  *,
+  scale: float = 64.0,
+  margin: float = 0.4,
+  concentration: float = 0.333,
+  where: chex.Array | None = None,
+) -> jax.Array:
+  """Calculates the AdaFace loss of each example.
+
+  The norm of an embedding stands for the quality of its image, which decides
+  whether hard examples (high quality) or easy ones (low quality) count more.
+  With mu and sigma the mean and the standard deviation of the norms, and theta
+  the angle to the target's proxy (Sec. 3.3 of
+  https://arxiv.org/abs/2204.00964), the target's logit is
+
+    s (cos(theta - m z) - (m z + m)), z = clip(h (||x|| - mu) / sigma, -1, 1)
+
+  with theta - m z clipped to [0, pi], and the others are s cos(theta_c). z is a
+  constant to the gradient.
+
+  The norms are those of the batch; the paper averages mu and sigma over recent
+  batches. As in the authors' code, norms are clipped to [0.001, 100], and sigma
+  is increased by 0.001. If all norms are equal, as those of a network that
+  normalizes, the loss is that of CosFace: do not normalize embeddings.
+
+  Args:
+    embeddings: float [batch, dim], not normalized.
+    proxies: float [num_classes, dim].
+    labels: int [batch], in [0, num_classes).
+    scale: s, positive.
+    margin: m, in [0, pi / 2].
+    concentration: h, positive.
+    where: bool [batch], examples to include; by default all.
+
+  Returns:
+    float32 [batch], the loss of each example.
+  """
+  embeddings, where = _prepare(embeddings, proxies, labels, 2, where)
+  quality = concentration * _standardized_norms(embeddings, where)
+  shift = margin * jnp.clip(quality, -1, 1)
+  cosines = distances.cosines(embeddings, proxies)
+  targets = jnp.asarray(proxies, jnp.float32).at[labels].get(mode='clip')
+  cosine, sine = _angle(embeddings, targets)
+  rotated = cosine * jnp.cos(shift) + sine * jnp.sin(shift)
+  # Angles below 0 and above pi.
+  rotated = jnp.where((shift > 0) & (cosine > jnp.cos(shift)), 1, rotated)
+  rotated = jnp.where((shift < 0) & (cosine < -jnp.cos(shift)), -1, rotated)
+  is_target = inputs.one_hot(labels, proxies.shape[0])
+  with_margin = (rotated - shift - margin)[:, None]
+  logits = scale * jnp.where(is_target, with_margin, cosines)
+  return _cross_entropy(logits, labels, where)
+
+
+def _standardized_norms(embeddings, where):
+  """Returns (norm - mean) / standard deviation, float32 [batch], a constant."""
+  embeddings = jax.lax.stop_gradient(embeddings)
+  norms = jnp.clip(jnp.linalg.norm(embeddings, axis=1), 1e-3, 100)
+  shifts = norms - masked.mean(norms, where=where)
+  count = jnp.maximum(jnp.sum(where) - 1, 1)
+  deviation = jnp.sqrt(jnp.sum(shifts**2, where=where) / count)
+  return shifts / (deviation + 1e-3)
 
 
 def soft_triple_loss(
@@ -215,22 +292,50 @@ def _cross_entropy(logits, labels, where, *, plus=0.0):
   return inputs.mask_loss(loss, labels, num_classes, where)
 
 
-def _add_angular_margin(cosines, labels, margin):
+def _add_angular_margin(cosines, labels, embeddings, targets, margin):
   """Replaces the target's cos(theta) by cos(theta + margin).
 
   For theta > pi - margin, where that would increase again, it is replaced by
   cos(theta) - margin sin(margin), as in the authors' code.
+
+  Args:
+    cosines: float32 [batch, num_classes].
+    labels: int [batch].
+    embeddings: float32 [batch, dim].
+    targets: float [batch, dim], the proxy of each example.
+    margin: in [0, pi] radians.
+
+  Returns:
+    float32 [batch, num_classes].
   """
-  is_target = inputs.one_hot(labels, cosines.shape[1])
-  cosine = jnp.sum(cosines, axis=1, where=is_target)
-  # Rounded cosines can exceed 1, and the sine has no derivative at 0.
-  sine = distances.safe_sqrt(jnp.maximum(1 - cosine**2, 0))
+  cosine, sine = _angle(embeddings, targets)
   with_margin = jnp.where(
     cosine >= -jnp.cos(margin),
     cosine * jnp.cos(margin) - sine * jnp.sin(margin),
     cosine - margin * jnp.sin(margin),
   )
+  is_target = inputs.one_hot(labels, cosines.shape[1])
   return jnp.where(is_target, with_margin[:, None], cosines)
+
+
+def _angle(x, y):
+  """Returns the cosine and the sine of the angle between rows, exact near 0.
+
+  sin^2 = (1 - cos) (1 + cos). Of nearby unit vectors 1 - cos is ||x - y||^2 / 2
+  from their difference: the rounding of a cosine near 1 would change the sine
+  by 3e-4. The sine of 0 has derivative 0.
+
+  Args:
+    x, y: float [batch, dim].
+
+  Returns:
+    Two arrays float32 [batch].
+  """
+  x, y = distances.unit_norm(x), distances.unit_norm(y)
+  cosine = jnp.sum(x * y, axis=1)
+  half = jnp.sum((x - y) ** 2, axis=1) / 2
+  versine = jnp.where(cosine > 0.5, half, 1 - cosine)
+  return cosine, distances.safe_sqrt(versine * (1 + cosine))
 
 
 def _center_cosines(embeddings, proxies):

@@ -1,16 +1,19 @@
-"""Losses that compare the examples of a batch with each other, without proxies.
+"""Losses of the distances between the examples of a batch.
 
 All functions take `embeddings: float [batch, dim]` and `labels: int [batch]` of
 any values: a positive pair is two different examples with the same label. Pairs
 with an example that `where: bool [batch]` masks are ignored. The functions
-compute in float32 whatever the input dtype. They do not normalize embeddings,
-except for `multi_similarity_loss`, which is defined by cosines: for a loss of
-unit vectors, let the model normalize.
+compute in float32 whatever the input dtype. They do not normalize embeddings:
+for a loss of unit vectors, let the model normalize.
 
-That one returns `float32 [batch]`; the others are losses of the batch as a
-whole and return a scalar. A batch without the required pairs has a loss and
-gradients of 0. The derivative of the distance of two examples that coincide,
-which does not exist, is taken as 0.
+They are losses of the batch as a whole and return a scalar. A batch without the
+required pairs has a loss and gradients of 0. The derivative of the distance of
+two examples that coincide, which does not exist, is taken as 0.
+
+`memory`, from `update_memory`, adds examples of earlier batches to those that
+each example is compared with; `pairs`, from a miner of `losses.pairs`, selects
+among all pairs. Losses that are defined by the structure of the batch as a
+whole take neither.
 
 References:
   Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping,
@@ -24,9 +27,10 @@ References:
     NeurIPS 2016
   Song et al., Deep Metric Learning via Facility Location, CVPR 2017,
     https://arxiv.org/abs/1612.01213
-  Wang et al., Multi-Similarity Loss, CVPR 2019,
-    https://arxiv.org/abs/1904.06627
 """
+
+import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -34,6 +38,7 @@ import jax.numpy as jnp
 
 from proxy_nca_jax import distances
 from proxy_nca_jax.losses import inputs, masked
+from proxy_nca_jax.losses import pairs as pairs_lib
 
 
 def contrastive_loss(
@@ -41,6 +46,8 @@ def contrastive_loss(
   labels: chex.Array,
   *,
   margin: float = 1.0,
+  memory: pairs_lib.Memory | None = None,
+  pairs: pairs_lib.Pairs | None = None,
   where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the contrastive loss of a batch, a scalar.
@@ -55,15 +62,18 @@ def contrastive_loss(
     embeddings: float [batch, dim].
     labels: int [batch].
     margin: the distance beyond which negatives have no loss.
+    memory: examples of earlier batches; by default none.
+    pairs: the pairs to compare; by default all.
     where: bool [batch], examples to include; by default all.
 
   Returns:
     float32 [], the loss of the batch.
   """
-  embeddings, where = inputs.validate(embeddings, labels, where=where)
-  lengths = distances.lengths_of_differences(embeddings)
+  anchors, items, (is_positive, is_negative) = pairs_lib.compare(
+    embeddings, labels, memory=memory, pairs=pairs, where=where
+  )
+  lengths = distances.lengths_of_differences(anchors, items)
   shortfall = jax.nn.relu(margin - lengths)
-  is_positive, is_negative = inputs.pairs(labels, where)
   loss = jnp.where(is_positive, lengths**2, shortfall**2) / 2
   return masked.mean(loss, where=is_positive | is_negative)
 
@@ -74,6 +84,8 @@ def triplet_loss(
   *,
   margin: float = 0.2,
   mining: str = 'semi_hard',
+  memory: pairs_lib.Memory | None = None,
+  pairs: pairs_lib.Pairs | None = None,
   where: chex.Array | None = None,
 ) -> jax.Array:
   """Calculates the triplet loss of a batch, a scalar.
@@ -97,6 +109,8 @@ def triplet_loss(
     labels: int [batch].
     margin: by which a positive should be nearer than a negative.
     mining: 'batch_all', 'batch_hard' or 'semi_hard'.
+    memory: examples of earlier batches; by default none.
+    pairs: the pairs to compare; by default all.
     where: bool [batch], examples to include; by default all.
 
   Returns:
@@ -105,53 +119,125 @@ def triplet_loss(
   Raises:
     ValueError: if the mining is unknown.
   """
+  _check_mining(mining)
+  anchors, items, pairs = pairs_lib.compare(
+    embeddings, labels, memory=memory, pairs=pairs, where=where
+  )
+  squares = distances.squared_distances(anchors, items)
+  squares = jnp.where(jnp.eye(*squares.shape, dtype=bool), 0, squares)
+
+  def hinge(positive, negative):
+    return jax.nn.relu(positive + margin - negative)
+
+  return _mean_of_triplets(squares, pairs, mining, hinge)
+
+
+def soft_margin_triplet_loss(
+  embeddings: chex.Array,
+  labels: chex.Array,
+  *,
+  mining: str = 'batch_hard',
+  memory: pairs_lib.Memory | None = None,
+  pairs: pairs_lib.Pairs | None = None,
+  where: chex.Array | None = None,
+) -> jax.Array:
+  """Calculates the soft-margin triplet loss of a batch, a scalar.
+
+  With D the Euclidean distance, the mean over triplets of an anchor a, a
+  positive p and a negative n of
+
+    log(1 + exp(D(a, p) - D(a, n)))
+
+  (Sec. 2 of Hermans et al., https://arxiv.org/abs/1703.07737). Without a margin
+  it pulls positives nearer however far negatives are.
+
+  Args:
+    embeddings: float [batch, dim].
+    labels: int [batch].
+    mining: as in `triplet_loss`; batch_all takes all triplets.
+    memory: examples of earlier batches; by default none.
+    pairs: the pairs to compare; by default all.
+    where: bool [batch], examples to include; by default all.
+
+  Returns:
+    float32 [], the loss of the batch.
+
+  Raises:
+    ValueError: if the mining is unknown.
+  """
+  _check_mining(mining)
+  anchors, items, pairs = pairs_lib.compare(
+    embeddings, labels, memory=memory, pairs=pairs, where=where
+  )
+  lengths = distances.lengths_of_differences(anchors, items)
+
+  def soft_hinge(positive, negative):
+    return jax.nn.softplus(positive - negative)
+
+  return _mean_of_triplets(lengths, pairs, mining, soft_hinge)
+
+
+def _check_mining(mining):
   if mining not in _MINING:
     raise ValueError(
       f'Unknown mining {mining!r}: choose one of {", ".join(sorted(_MINING))}.'
     )
-  embeddings, where = inputs.validate(embeddings, labels, where=where)
-  squares = distances.squared_distances(embeddings, embeddings)
-  squares = jnp.where(jnp.eye(labels.shape[0], dtype=bool), 0, squares)
+
+
+def _mean_of_triplets(
+  lengths: chex.Array,
+  pairs: pairs_lib.Pairs,
+  mining: str,
+  penalty: Callable[[chex.Array, chex.Array], jax.Array],
+) -> jax.Array:
+  """Returns the mean of penalty(D(a, p), D(a, n)) over the mined triplets.
+
+  Args:
+    lengths: float32 [batch, num_items], the distance of any kind.
+    pairs: positives and negatives of each anchor.
+    mining: 'batch_all', of which penalties of 0 do not count, 'batch_hard' or
+      'semi_hard'.
+    penalty: by broadcasting.
+
+  Returns:
+    float32 [].
+  """
+  select = functools.partial(_MINING[mining], penalty=penalty)
 
   def sum_of_anchor(row):
-    hinges, is_selected = _MINING[mining](*row, margin)
-    return jnp.sum(hinges, where=is_selected), jnp.sum(is_selected)
+    penalties, is_selected = select(*row)
+    return jnp.sum(penalties, where=is_selected), jnp.sum(is_selected)
 
   # Both passes go anchor by anchor: all triplets at once would take batch^3.
-  sums, counts = jax.lax.map(
-    jax.checkpoint(sum_of_anchor), (squares, *inputs.pairs(labels, where))
-  )
+  sums, counts = jax.lax.map(jax.checkpoint(sum_of_anchor), (lengths, *pairs))
   return jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1)
 
 
-def _batch_all(squares, is_positive, is_negative, margin):
-  """Returns the hinges of an anchor's triplets, [batch, batch], and a mask."""
-  hinges = jax.nn.relu(squares[:, None] + margin - squares[None, :])
+def _batch_all(lengths, is_positive, is_negative, *, penalty):
+  """Returns an anchor's penalties, [num_items, num_items], and a mask."""
+  penalties = penalty(lengths[:, None], lengths[None, :])
   is_triplet = is_positive[:, None] & is_negative[None, :]
-  return hinges, is_triplet & (hinges > 0)
+  return penalties, is_triplet & (penalties > 0)
 
 
-def _batch_hard(squares, is_positive, is_negative, margin):
-  """Returns the hinge of an anchor's hardest triplet, [], and a mask."""
-  farthest = jnp.max(squares, where=is_positive, initial=0)
-  nearest = jnp.min(squares, where=is_negative, initial=jnp.inf)
-  hinge = jax.nn.relu(farthest + margin - nearest)
-  return hinge, jnp.any(is_positive) & jnp.any(is_negative)
+def _batch_hard(lengths, is_positive, is_negative, *, penalty):
+  """Returns the penalty of an anchor's hardest triplet, [], and a mask."""
+  farthest = jnp.max(lengths, where=is_positive, initial=0)
+  nearest = jnp.min(lengths, where=is_negative, initial=jnp.inf)
+  has_both = jnp.any(is_positive) & jnp.any(is_negative)
+  return penalty(farthest, jnp.where(has_both, nearest, 0)), has_both
 
 
-def _semi_hard(squares, is_positive, is_negative, margin):
-  """Returns the hinges of an anchor's positive pairs, [batch], and a mask."""
-  is_farther = is_negative[None, :] & (squares[None, :] > squares[:, None])
-  nearest = jnp.min(
-    jnp.broadcast_to(squares, is_farther.shape),
-    axis=1,
-    where=is_farther,
-    initial=jnp.inf,
+def _semi_hard(lengths, is_positive, is_negative, *, penalty):
+  """Returns the penalties of an anchor's positives, [num_items], and a mask."""
+  ordered = jnp.sort(jnp.where(is_negative, lengths, jnp.inf))
+  nearest_farther = jnp.searchsorted(ordered, lengths, side='right')
+  farthest = jnp.sum(is_negative) - 1
+  has_negative = jnp.any(is_negative)
+  negative = jnp.where(
+    has_negative, ordered[jnp.minimum(nearest_farther, farthest)], 0
   )
-  farthest = jnp.max(squares, where=is_negative, initial=0)
-  negative = jnp.where(jnp.any(is_farther, axis=1), nearest, farthest)
-  hinges = jax.nn.relu(squares + margin - negative)
-  return hinges, is_positive & jnp.any(is_negative)
+  return penalty(lengths, negative), is_positive & has_negative
 
 
 _MINING = {
@@ -227,71 +313,12 @@ def lifted_structure_loss(
     float32 [], the loss of the batch.
   """
   embeddings, where = inputs.validate(embeddings, labels, where=where)
-  lengths = distances.lengths_of_differences(embeddings)
+  lengths = distances.lengths_of_differences(embeddings, embeddings)
   is_positive, is_negative = inputs.pairs(labels, where)
   pushes = masked.log_sum_exp(margin - lengths, axis=1, where=is_negative)
   pushes = jnp.logaddexp(pushes[:, None], pushes[None, :])
   losses = jax.nn.relu(pushes + lengths) ** 2 / 2
   return masked.mean(losses, where=is_positive)
-
-
-def multi_similarity_loss(
-  embeddings: chex.Array,
-  labels: chex.Array,
-  *,
-  alpha: float = 2.0,
-  beta: float = 50.0,
-  base: float = 0.5,
-  epsilon: float = 0.1,
-  where: chex.Array | None = None,
-) -> jax.Array:
-  """Calculates the multi-similarity loss of each example.
-
-  With S the cosines, each anchor i selects the negatives N with a cosine above
-  that of its least similar positive minus epsilon, and the positives P with a
-  cosine below that of its most similar negative plus epsilon (Eq. 11 to 15 of
-  https://arxiv.org/abs/1904.06627):
-
-    loss_i = 1/alpha log(1 + sum_{k in P} exp(-alpha (S_ik - base)))
-           + 1/beta log(1 + sum_{k in N} exp(beta (S_ik - base))).
-
-  Args:
-    embeddings: float [batch, dim]; normalized by this function.
-    labels: int [batch].
-    alpha: the scale of positives, > 0.
-    beta: the scale of negatives, > 0.
-    base: lambda, the offset of the cosines; 0.5 as in the authors' code.
-    epsilon: slack of the selection. With infinity, an anchor that has both a
-      positive and a negative selects all of its pairs; an anchor without one
-      of them still selects none.
-    where: bool [batch], examples to include; by default all.
-
-  Returns:
-    float32 [batch], the loss of each example; 0 for an anchor without a
-    positive or without a negative.
-  """
-  embeddings, where = inputs.validate(embeddings, labels, where=where)
-  cosines = distances.cosines(embeddings, embeddings)
-  is_positive, is_negative = inputs.pairs(labels, where)
-  # Without a positive (or a negative), the threshold is infinite. An infinite
-  # epsilon makes it NaN, with which no comparison holds either.
-  least = jnp.min(
-    cosines, axis=1, where=is_positive, initial=jnp.inf, keepdims=True
-  )
-  most = jnp.max(
-    cosines, axis=1, where=is_negative, initial=-jnp.inf, keepdims=True
-  )
-  pulls = masked.log1p_sum_exp(
-    -alpha * (cosines - base),
-    axis=1,
-    where=is_positive & (cosines < most + epsilon),
-  )
-  pushes = masked.log1p_sum_exp(
-    beta * (cosines - base),
-    axis=1,
-    where=is_negative & (cosines > least - epsilon),
-  )
-  return pulls / alpha + pushes / beta
 
 
 def facility_location_loss(
@@ -329,7 +356,7 @@ def facility_location_loss(
     float32 [], the loss of the batch.
   """
   embeddings, where = inputs.validate(embeddings, labels, where=where)
-  lengths = distances.lengths_of_differences(embeddings)
+  lengths = distances.lengths_of_differences(embeddings, embeddings)
   is_same_class = (labels[:, None] == labels[None, :]) & where[None, :]
   # A class is represented by the index of its first example.
   classes = jnp.argmax(is_same_class, axis=1)

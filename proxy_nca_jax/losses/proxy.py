@@ -417,6 +417,27 @@ def proxy_anchor_loss(
   )
   cosines = distances.cosines(embeddings, proxies)
   is_positive = inputs.one_hot(labels, num_classes)
+  loss = anchor_loss(cosines, is_positive, where, alpha=alpha, margin=margin)
+  return inputs.mask_loss(loss, labels, num_classes, where)
+
+
+def anchor_loss(
+  cosines: chex.Array,
+  is_positive: chex.Array,
+  where: chex.Array,
+  *,
+  alpha: float,
+  margin: float,
+) -> jax.Array:
+  """Returns the Proxy-Anchor loss, float32 [], from the cosines.
+
+  Args:
+    cosines: float32 [batch, num_classes].
+    is_positive: bool [batch, num_classes], the classes of each example.
+    where: bool [batch], examples to include.
+    alpha: the scale of the cosines.
+    margin: delta.
+  """
   pulls = masked.log1p_sum_exp(
     -alpha * (cosines - margin), axis=0, where=is_positive & where[:, None]
   )
@@ -424,8 +445,7 @@ def proxy_anchor_loss(
     alpha * (cosines + margin), axis=0, where=~is_positive & where[:, None]
   )
   in_batch = jnp.any(is_positive & where[:, None], axis=0)
-  loss = masked.mean(pulls, where=in_batch) + jnp.mean(pushes)
-  return inputs.mask_loss(loss, labels, num_classes, where)
+  return masked.mean(pulls, where=in_batch) + jnp.mean(pushes)
 
 
 def negative_distances(
