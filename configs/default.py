@@ -139,7 +139,9 @@ def get_config() -> ml_collections.ConfigDict:
   # efficientnet_lite0 that are installed with this package; '' is random.
   config.model.init_from = ''
   config.model.width = 64  # small_cnn: channels of the first stage.
-  config.model.pooling = 'average'  # average, max, average_max, gem or cls.
+  # average, max, average_max or gem of positions; or what a transformer makes
+  # of them itself: its class token (cls), or its attention pool (attention).
+  config.model.pooling = 'average'
   # Apply LayerNorm without parameters to the pooled features.
   config.model.layer_norm = False
   config.model.embedding_dim = 64  # The paper's.
@@ -159,9 +161,11 @@ def get_config() -> ml_collections.ConfigDict:
   # also its first stage or block, and so on.
   config.model.freeze_layers = 0
   # Freeze the backbone and add products of matrices of this rank to the kernels
-  # of dense layers of a transformer (LoRA); 0 trains the backbone itself.
+  # of dense layers of a transformer or ConvNeXt (LoRA); 0 trains the backbone
+  # itself.
   config.model.lora_rank = 0
-  # Which: attn.qkv, attn.proj, mlp.fc1 and mlp.fc2.
+  # Which: attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 in most; a wrong name lists
+  # those of the network.
   config.model.lora_layers = ('attn.qkv', 'attn.proj')
   # Compute dtype of the backbone: float32 or bfloat16.
   config.model.dtype = 'float32'

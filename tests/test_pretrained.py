@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from proxy_nca_jax.models import (
   backbones,
+  embedding,
   flax_vit,
   pretrained,
   torch_files,
@@ -27,7 +28,14 @@ from proxy_nca_jax.models import (
 )
 
 _ORIGINALS = pathlib.Path(__file__).parent / 'originals'
-_PUBLISHED = sorted(set(backbones.BACKBONES) - {'small_cnn', 'vectors'})
+# Networks whose expected values are of their full size.
+_WHOLE = (
+  'bn_inception',
+  'efficientnet_lite0',
+  *(f'resnet{depth}' for depth in (18, 50, 101)),
+  *(f'{kind}_{size}16' for kind in ('vit', 'dino') for size in 'sb'),
+  *(f'dinov2_{size}14' for size in 'sb'),
+)
 
 
 def _load_original(name):
@@ -102,12 +110,33 @@ _jit = functools.partial(
   compiler_options={'xla_backend_optimization_level': 0},
 )
 _run, _run_evaluate = _jit(_compute), _jit(_evaluate)
+
+
+def _compute_pooled(module, head, variables, images):
+  """Returns pooled features, and gradients of their sum."""
+
+  def features_sum(params):
+    variables = {'params': params}
+    features = module.apply(variables, images, train=False)
+    norm = functools.partial(module.apply, variables, method='norm_pooled')
+    pooled = head.apply({}, features, norm, method='pool')
+    return jnp.sum(pooled), pooled
+
+  gradients, pooled = jax.grad(features_sum, has_aux=True)(variables['params'])
+  return pooled, gradients
+
+
+_run_pooled = jax.jit(
+  _compute_pooled,
+  static_argnums=(0, 1),
+  compiler_options={'xla_backend_optimization_level': 0},
+)
 # Larger networks of the same modules as another: their training adds nothing.
 _LARGER = ('resnet101', 'vit_b16', 'dino_b16', 'dinov2_b14')
 
 
 class BackboneTest(parameterized.TestCase):
-  @parameterized.parameters(*_PUBLISHED)
+  @parameterized.parameters(*_WHOLE)
   def test_backbone_equals_its_torch_original(self, name):
     original = _load_original(name)
     size = int(original['size'])
@@ -143,6 +172,36 @@ class BackboneTest(parameterized.TestCase):
     scale = np.abs(expected).max()
     self.assertGreater(scale, 0)
     np.testing.assert_allclose(actual, expected, atol=tolerance * scale)
+
+  @parameterized.parameters(*made_weights.TINY)
+  def test_a_tiny_network_equals_that_of_timm(self, name):
+    original, backbone = _load_original(name), backbones.BACKBONES[name]
+    size = made_weights.tiny_size(backbone.patch_size)
+    module = _make_backbone(name, **made_weights.TINY[name])
+    variables = pretrained.import_tensors(
+      original['tensors'], _variables(module, size), name
+    )
+    pooling = 'average'
+    if name.startswith(('siglip2', 'pe_core')):
+      pooling = 'attention'
+    elif name.startswith(('dinov2', 'tipsv2', 'clip')):
+      pooling = 'cls'
+    head = embedding.Head(
+      pooling=pooling,
+      layer_norm=False,
+      num_hidden=0,
+      embedding_dim=1,
+      normalize=False,
+      stddev=0.0,
+      summaries=backbone.summaries,
+    )
+    actual, gradients = _run_pooled(
+      module, head, variables, made_weights.make_images(size)
+    )
+    self._assert_close(actual, original['features'], 1e-5)
+    block = gradients.get('blocks.0', gradients.get('stages.2.blocks.0'))
+    gradient = block.get('norm1', block.get('norm'))['scale']
+    self._assert_close(gradient, original['gradient'], 1e-4)
 
   @parameterized.parameters('resnet18', 'bn_inception', 'vit_s16')
   def test_remat_recomputes_with_the_same_parameters(self, name):
