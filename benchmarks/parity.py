@@ -113,6 +113,7 @@ from proxy_nca_jax.models import (
   efficientnet,
   embedding,
   pretrained,
+  published,
 )
 
 _BATCH = 4
@@ -195,12 +196,6 @@ def _make_timm(name: str, size: int, **kwargs):
   )
 
 
-def _pooling(name: str) -> str:
-  """Returns the pooling of the published network."""
-  is_pooled = name not in _TIMM or name == 'eva02_b14'
-  return 'average' if is_pooled else backbones.BACKBONES[name].summaries[0]
-
-
 def _reduce(name: str, num_blocks: int) -> tuple[dict, dict]:
   """Returns arguments of our network and of timm's for fewer blocks."""
   if not num_blocks:
@@ -240,7 +235,7 @@ class _Original(torch.nn.Module):
     ]
 
   def features(self, images):
-    if _pooling(self.name) == 'cls':
+    if backbones.BACKBONES[self.name].pooling == 'cls':
       return self.backbone.forward_features(images)[:, 0]
     if self.name in _TIMM or self.name in _CONVNEXT:
       return self.backbone(images)
@@ -305,7 +300,7 @@ def _make_model(name: str, size: int, dtype: jnp.dtype, **kwargs):
 
   make_head = functools.partial(
     embedding.Head,
-    pooling=_pooling(name),
+    pooling=backbones.BACKBONES[name].pooling,
     layer_norm=False,
     num_hidden=0,
     embedding_dim=_DIM,
@@ -573,6 +568,9 @@ def compare_shapes(names: list[str]) -> None:
     }
     pretrained.match_tensors(tensors, variables, name)
     count = sum(x.size for x in jax.tree.leaves(variables['params']))
+    stated = published.WEIGHTS[name].num_parameters
+    if count != stated:
+      raise ValueError(f'{name} has {count} parameters, not {stated}.')
     print(f'{name:22}{len(tensors):5} tensors {count:13,} parameters')
 
 

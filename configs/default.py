@@ -135,12 +135,14 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = 'small_cnn'
-  # Pretrained weights: a file, a Hugging Face name, or bundled, those of
+  # Pretrained weights: a file, a Hugging Face name, published, those that
+  # `proxy-nca models` lists for the network, or bundled, those of
   # efficientnet_lite0 that are installed with this package; '' is random.
   config.model.init_from = ''
   config.model.width = 64  # small_cnn: channels of the first stage.
   # average, max, average_max or gem of positions; or what a transformer makes
   # of them itself: its class token (cls), or its attention pool (attention).
+  # published is what the network was published with.
   config.model.pooling = 'average'
   # Apply LayerNorm without parameters to the pooled features.
   config.model.layer_norm = False

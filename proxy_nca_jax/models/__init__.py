@@ -4,6 +4,7 @@ from proxy_nca_jax.models.backbones import BACKBONES
 from proxy_nca_jax.models.embedding import POOLINGS, create_model, normalize
 from proxy_nca_jax.models.pretrained import (
   BUNDLED,
+  find_license,
   find_weights,
   load_weights,
   read_classifier,
@@ -14,6 +15,7 @@ __all__ = [
   'BUNDLED',
   'POOLINGS',
   'create_model',
+  'find_license',
   'find_weights',
   'load_weights',
   'normalize',

