@@ -1,6 +1,7 @@
 """Compares the backbones with their torch originals.
 
-python benchmarks/parity.py [models] [--models=resnet18,vit_s16]
+python benchmarks/parity.py [models] [--models=resnet18,vit_s16] [--blocks=4]
+python benchmarks/parity.py shapes
 python benchmarks/parity.py bundled
 python benchmarks/parity.py trajectory [--models=resnet18] [--steps=50]
 python benchmarks/parity.py originals [--models=resnet18]
@@ -12,7 +13,11 @@ pip install torch torchvision timm pretrainedmodels munch six
 format that its authors publish, imports the file, and compares embeddings in
 evaluation, and embeddings, running statistics and gradients of all parameters
 in a training step. The difference of a tensor is max|a - b| divided by max|b|,
-or by 1/1000 of the largest max|b| in the model if that is larger.
+or by 1/1000 of the largest max|b| in the model if that is larger. `--blocks`
+compares transformers and ConvNeXts of the same width with fewer blocks.
+
+`shapes` compares names and shapes of the tensors of whole networks with timm's,
+and prints how many parameters they have.
 
 Rounding can change whether a gradient passes a ReLU with an input near 0, or
 which of two nearly equal values a pooling layer selects. A single such case
@@ -37,7 +42,8 @@ place, because rounding errors grow from step to step even within one library.
 that an original publishes; and for a small image and the weights of
 tests/made_weights.py, the pooled features in evaluation and in training, the
 running variance of the deepest layer after training or, for transformers, the
-gradient of the features' sum with respect to the class token. It also writes
+gradient of the features' sum with respect to the class token. Those of
+`made_weights.TINY` are networks of a few thousand parameters. It also writes
 small files in torch's two formats. A change of these files means that an
 original or its input changed.
 """
@@ -61,10 +67,13 @@ def _parse() -> argparse.Namespace:
     'part',
     nargs='?',
     default='models',
-    choices=('models', 'bundled', 'trajectory', 'originals'),
+    choices=('models', 'shapes', 'bundled', 'trajectory', 'originals'),
   )
   parser.add_argument(
     '--models', default='', help='networks, separated by commas'
+  )
+  parser.add_argument(
+    '--blocks', type=int, default=0, help='models: fewer blocks; 0 is all'
   )
   parser.add_argument(
     '--steps', type=int, default=50, help='trajectory: number of steps'
@@ -104,18 +113,67 @@ from proxy_nca_jax.models import (
   efficientnet,
   embedding,
   pretrained,
+  published,
 )
 
 _BATCH = 4
 _DIM = 64
+# The name in timm, and the image size of the published weights.
 _TIMM = {
-  'vit_s16': 'vit_small_patch16_224',
-  'vit_b16': 'vit_base_patch16_224',
-  'dino_s16': 'vit_small_patch16_224',
-  'dino_b16': 'vit_base_patch16_224',
-  'dinov2_s14': 'vit_small_patch14_dinov2',
-  'dinov2_b14': 'vit_base_patch14_dinov2',
+  'vit_s16': ('vit_small_patch16_224', 224),
+  'vit_b16': ('vit_base_patch16_224', 224),
+  'vit_l16': ('vit_large_patch16_224', 224),
+  'dino_s16': ('vit_small_patch16_224', 224),
+  'dino_b16': ('vit_base_patch16_224', 224),
+  'dinov2_s14': ('vit_small_patch14_dinov2', 518),
+  'dinov2_b14': ('vit_base_patch14_dinov2', 518),
+  'dinov2_l14': ('vit_large_patch14_dinov2', 518),
+  'dinov2_s14_reg': ('vit_small_patch14_reg4_dinov2', 518),
+  'dinov2_b14_reg': ('vit_base_patch14_reg4_dinov2', 518),
+  'dinov2_l14_reg': ('vit_large_patch14_reg4_dinov2', 518),
+  'dinov3_s16': ('vit_small_patch16_dinov3', 256),
+  'dinov3_s16_plus': ('vit_small_plus_patch16_dinov3', 256),
+  'dinov3_b16': ('vit_base_patch16_dinov3', 256),
+  'dinov3_l16': ('vit_large_patch16_dinov3', 256),
+  'siglip2_b16': ('vit_base_patch16_siglip_224', 224),
+  'siglip2_l16': ('vit_large_patch16_siglip_256', 256),
+  'pe_core_b16': ('vit_pe_core_base_patch16_224', 224),
+  'pe_core_l14': ('vit_pe_core_large_patch14_336', 336),
+  'tipsv2_b14': ('vit_base_patch14_reg1_tipsv2', 448),
+  'eva02_b14': ('eva02_base_patch14_224', 224),
+  'clip_l14': ('vit_large_patch14_clip_quickgelu_336', 336),
 }
+_CONVNEXT = {
+  **{
+    f'{prefix}_{size}': f'convnext_{size}'
+    for prefix, sizes in (
+      ('convnext', ('tiny', 'small', 'base')),
+      ('dinov3_convnext', ('tiny', 'small', 'base', 'large')),
+    )
+    for size in sizes
+  },
+  **{f'convnextv2_{x}': f'convnextv2_{x}' for x in ('nano', 'tiny', 'base')},
+}
+# Transformers that `originals` stores at full size.
+_WHOLE = (
+  'vit_s16',
+  'vit_b16',
+  'dino_s16',
+  'dino_b16',
+  'dinov2_s14',
+  'dinov2_b14',
+)
+# Others are published as safetensors.
+_WITH_PTH = (
+  'bn_inception',
+  'resnet18',
+  'resnet50',
+  'vit_b16',
+  'dino_s16',
+  'dino_b16',
+  'dinov2_s14',
+  'dinov2_b14',
+)
 _CONVOLUTIONAL = (
   'bn_inception',
   'efficientnet_lite0',
@@ -125,16 +183,36 @@ _CONVOLUTIONAL = (
 )
 
 
+def _make_timm(name: str, size: int, **kwargs):
+  """Returns a network of timm without its classifier."""
+  if name in _CONVNEXT:
+    return timm.create_model(_CONVNEXT[name], num_classes=0, **kwargs)
+  if name.startswith('pe_core'):
+    # timm scales the positions at other sizes; the authors' code does not.
+    patches = size // backbones.BACKBONES[name].patch_size
+    kwargs |= {'ref_feat_shape': (patches, patches)}
+  return timm.create_model(
+    _TIMM[name][0], num_classes=0, img_size=size, **kwargs
+  )
+
+
+def _reduce(name: str, num_blocks: int) -> tuple[dict, dict]:
+  """Returns arguments of our network and of timm's for fewer blocks."""
+  if not num_blocks:
+    return {}, {}
+  if name in _CONVNEXT:
+    return ({'depths': (1, 1, num_blocks, 1)},) * 2
+  return {'num_blocks': num_blocks}, {'depth': num_blocks}
+
+
 class _Original(torch.nn.Module):
   """Pooled features of an original network, and a linear layer."""
 
-  def __init__(self, name: str, size: int):
+  def __init__(self, name: str, size: int, **kwargs):
     super().__init__()
     self.name = name
-    if name in _TIMM:
-      self.backbone = timm.create_model(
-        _TIMM[name], num_classes=0, img_size=size
-      )
+    if name in _TIMM or name in _CONVNEXT:
+      self.backbone = _make_timm(name, size, **kwargs)
       width = self.backbone.num_features
     elif name == 'efficientnet_lite0':
       self.backbone = timm.create_model('tf_efficientnet_lite0', num_classes=0)
@@ -149,16 +227,18 @@ class _Original(torch.nn.Module):
 
   def used_parameters(self):
     """Returns all parameters except the classifier of some originals."""
-    unused = backbones.BACKBONES[self.name].unused
+    unused = f'backbone.{backbones.BACKBONES[self.name].classifier}.'
     return [
       value
       for key, value in self.named_parameters()
-      if key.removeprefix('backbone.') not in unused
+      if not key.startswith(unused)
     ]
 
   def features(self, images):
-    if self.name in _TIMM:
+    if backbones.BACKBONES[self.name].pooling == 'cls':
       return self.backbone.forward_features(images)[:, 0]
+    if self.name in _TIMM or self.name in _CONVNEXT:
+      return self.backbone(images)
     if self.name == 'efficientnet_lite0':
       return self.backbone.forward_features(images).mean((2, 3))
     if self.name == 'bn_inception':
@@ -176,12 +256,14 @@ class _Original(torch.nn.Module):
 def _randomize(net: torch.nn.Module) -> None:
   """Randomizes tensors that are initialized as constants or close to 0."""
   generator = torch.Generator().manual_seed(0)
-  for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+  # Rotary embeddings are buffers outside of the state dict.
+  for name, tensor in net.state_dict().items():
     low, high = -0.1, 0.1
     if name.endswith(('weight', 'running_var', 'gamma')):
       low, high = 0.5, 1.5
     is_vector = tensor.ndim == 1 and tensor.is_floating_point()
-    if is_vector or name.endswith(('pos_embed', 'cls_token')):
+    is_token = name.endswith(('pos_embed', '_token', 'latent'))
+    if is_vector or is_token:
       tensor.data.uniform_(low, high, generator=generator)
 
 
@@ -189,7 +271,7 @@ def _write(original: _Original, folder: str) -> str:
   """Writes the backbone's weights in its authors' format; returns the path."""
   name, state = original.name, original.backbone.state_dict()
   path = f'{folder}/{name}'
-  if name in ('vit_s16', 'resnet101'):
+  if name not in _WITH_PTH:
     safetensors.torch.save_file(state, f'{path}.safetensors')
     return f'{path}.safetensors'
   if name == 'bn_inception':
@@ -200,30 +282,40 @@ def _write(original: _Original, folder: str) -> str:
   return f'{path}.pth'
 
 
-def _make_model(name: str, size: int, dtype: jnp.dtype):
+def _make_model(name: str, size: int, dtype: jnp.dtype, **kwargs):
   """Returns our model, and variables of zeros.
 
   It is not made from a config, which has no float64.
   """
-  make_backbone = functools.partial(
-    backbones.make_backbone,
-    name,
-    dtype=jnp.dtype(dtype),
-    remat=False,
-    batch_norm_momentum=0.9,
-    width=1,
-  )
+
+  def make_backbone():
+    return backbones.make_backbone(
+      name,
+      dtype=jnp.dtype(dtype),
+      remat=False,
+      batch_norm_momentum=0.9,
+      width=1,
+      **kwargs,
+    )
+
   make_head = functools.partial(
     embedding.Head,
-    pooling='cls' if name in _TIMM else 'average',
+    pooling=backbones.BACKBONES[name].pooling,
     layer_norm=False,
+    num_hidden=0,
     embedding_dim=_DIM,
     normalize=False,
     stddev=0.0,
+    summaries=backbones.BACKBONES[name].summaries,
   )
   # The images of a comparison are normalized already.
   model = embedding.EmbeddingModel(
-    make_backbone, make_head, mean=(0.0,) * 3, std=(1.0,) * 3, is_bgr=False
+    make_backbone,
+    make_head,
+    mean=(0.0,) * 3,
+    std=(1.0,) * 3,
+    is_bgr=False,
+    input_shape=(size, size, 3),
   )
   init = functools.partial(model.init, train=False)
   shapes = jax.eval_shape(
@@ -232,15 +324,15 @@ def _make_model(name: str, size: int, dtype: jnp.dtype):
   return model, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 
 
-def _share_weights(name, size, variables, folder):
+def _share_weights(name, size, variables, folder, **kwargs):
   """Returns an original with random weights, and our variables with them."""
   torch.manual_seed(0)
-  published = 518 if name.startswith('dinov2') else 224
-  original = _Original(name, published if name in _TIMM else size)
+  published = _TIMM[name][1] if name in _TIMM else size
+  original = _Original(name, published, **kwargs)
   _randomize(original.backbone)
   path = _write(original, folder)
-  if name in _TIMM and published != size:
-    original = _resize_positions(original, size)
+  if published != size:
+    original = _resize_positions(original, size, **kwargs)
   variables = dict(variables)
   params, model_state = models.load_weights(
     path, name, variables.pop('params'), variables
@@ -255,25 +347,34 @@ def _share_weights(name, size, variables, folder):
   return original, params, model_state
 
 
-def _resize_positions(original: _Original, size: int) -> _Original:
+def _resize_positions(original: _Original, size: int, **kwargs) -> _Original:
   """Adapts an original to an image size, by its authors' interpolation."""
   name, state = original.name, original.state_dict()
-  resized = _Original(name, size)
-  positions = state['backbone.pos_embed']
-  old = math.isqrt(positions.shape[1] - 1)
+  resized = _Original(name, size, **kwargs)
+  positions = state.get('backbone.pos_embed')
+  if positions is None:
+    resized.load_state_dict(state)
+    return resized
+  old = math.isqrt(positions.shape[1])
+  num_first = positions.shape[1] - old**2
   new = size // original.backbone.patch_embed.patch_size[0]
-  grid = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-  if name.startswith('vit'):
+  grid = positions[:, num_first:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+  method = backbones.BACKBONES[name].resampling
+  if method == 'antialiased':
     grid = functional.interpolate(
       grid, size=(new, new), mode='bicubic', antialias=True
     )
+  elif method == 'bilinear':
+    grid = functional.interpolate(grid, size=(new, new), mode='bilinear')
   else:
     scale = (new + 0.1) / old
     grid = functional.interpolate(
       grid, scale_factor=(scale, scale), mode='bicubic'
     )
   grid = grid.permute(0, 2, 3, 1).reshape(1, new**2, -1)
-  state['backbone.pos_embed'] = torch.cat([positions[:, :1], grid], dim=1)
+  state['backbone.pos_embed'] = torch.cat(
+    [positions[:, :num_first], grid], dim=1
+  )
   resized.load_state_dict(state)
   return resized
 
@@ -284,9 +385,9 @@ def _difference(actual, expected, floor: float = 0.0) -> float:
   return float(np.abs(actual - expected).max() / scale)
 
 
-def _step_ours(name, size, params, model_state, images, weights):
+def _step_ours(make_model, params, model_state, images, weights):
   """Returns (gradients and statistics, embeddings) of a training step."""
-  model, _ = _make_model(name, size, images.dtype)
+  model, _ = make_model(dtype=images.dtype)
 
   @jax.jit
   def step(params, model_state, images, weights):
@@ -321,7 +422,11 @@ def _step_original(original, images, weights, params, model_state):
     key: value.grad.numpy()
     for key, value in net.named_parameters()
     if value.grad is not None
-  } | {key: value.numpy() for key, value in net.named_buffers()}
+  } | {
+    key: value.numpy()
+    for key, value in net.named_buffers()
+    if key in net.state_dict()
+  }
   like = {
     'params': params['backbone'],
     'batch_stats': model_state.get('batch_stats', {}).get('backbone', {}),
@@ -336,14 +441,16 @@ def _step_original(original, images, weights, params, model_state):
   return _flatten(tree), embeddings.detach().numpy()
 
 
-def _compare(name: str, size: int) -> dict[str, float]:
-  model, variables = _make_model(name, size, jnp.float32)
+def _compare(name: str, size: int, num_blocks: int) -> dict[str, float]:
+  our_kwargs, kwargs = _reduce(name, num_blocks)
+  make_model = functools.partial(_make_model, name, size, **our_kwargs)
+  model, variables = make_model(dtype=jnp.float32)
   rng = np.random.default_rng(1)
   images = rng.normal(size=(_BATCH, size, size, 3)).astype(np.float32)
   weights = rng.normal(size=(_BATCH, _DIM)).astype(np.float32)
   with tempfile.TemporaryDirectory() as folder:
     original, params, model_state = _share_weights(
-      name, size, variables, folder
+      name, size, variables, folder, **kwargs
     )
   trees = (params, model_state)
 
@@ -358,7 +465,7 @@ def _compare(name: str, size: int) -> dict[str, float]:
   # Copied, because a step changes the running statistics.
   exact_original = copy.deepcopy(original).double()
   theirs, expected = _step_original(original, images, weights, *trees)
-  ours, trained = _step_ours(name, size, *trees, images, weights)
+  ours, trained = _step_ours(make_model, *trees, images, weights)
   result['trained'] = _difference(trained, expected)
   result['statistics'] = _largest(ours, theirs, 'batch_stats')
   result['in float32'] = _largest(ours, theirs, 'params')
@@ -367,7 +474,7 @@ def _compare(name: str, size: int) -> dict[str, float]:
   images, weights = images.astype(np.float64), weights.astype(np.float64)
   exact, _ = _step_original(exact_original, images, weights, *trees)
   with jax.enable_x64(True):
-    ours, _ = _step_ours(name, size, *trees, images, weights)
+    ours, _ = _step_ours(make_model, *trees, images, weights)
   result['gradients'] = _largest(ours, exact, 'params')
   result['torch itself'] = _largest(theirs, exact, 'params')
   return result
@@ -408,22 +515,24 @@ def _flatten(tree) -> dict[tuple[str, ...], np.ndarray]:
 def _sizes(name: str) -> tuple[int, ...]:
   if name in _CONVOLUTIONAL:
     return 224, 227, 256
-  return (224, 252) if name.startswith('dinov2') else (224, 256)
+  if name in _CONVNEXT:
+    return 224, 250
+  return (224, 252) if '14' in name else (224, 256)
 
 
-def compare_models(names: list[str]) -> None:
+def compare_models(names: list[str], num_blocks: int) -> None:
   required = ('embeddings', 'trained', 'statistics', 'gradients')
   titles = (*required, 'in float32', 'torch itself', 'of zeros')
-  print(f'{"largest difference":18}' + ''.join(f'{t:>13}' for t in titles))
+  print(f'{"largest difference":26}' + ''.join(f'{t:>13}' for t in titles))
   worst = 0.0
   for name in names:
     for size in _sizes(name):
-      result = _compare(name, size)
+      result = _compare(name, size, num_blocks)
       worst = max(
         worst, *(result[t] for t in required if result[t] == result[t])
       )
       print(
-        f'{name:14}{size:4}'
+        f'{name:22}{size:4}'
         + ''.join(
           ' ' * 13 if math.isnan(result[t]) else f'{result[t]:13.1e}'
           for t in titles
@@ -432,6 +541,37 @@ def compare_models(names: list[str]) -> None:
       )
       jax.clear_caches()
   print(f'worst of the first four: {worst:.1e}; required: below 1e-4')
+
+
+def compare_shapes(names: list[str]) -> None:
+  """Compares names and shapes of all tensors; prints numbers of parameters."""
+  for name in names:
+    size = _TIMM[name][1] if name in _TIMM else 224
+    with torch.device('meta'):
+      state = _make_timm(name, size).state_dict()
+    module = backbones.make_backbone(
+      name,
+      dtype=jnp.dtype('float32'),
+      remat=False,
+      batch_norm_momentum=0.9,
+      width=1,
+    )
+    variables = jax.eval_shape(
+      functools.partial(module.init, train=False),
+      jax.random.key(0),
+      jnp.zeros((1, size, size, 3)),
+    )
+    # Arrays that take no memory.
+    tensors = {
+      key: np.broadcast_to(np.float32(0), tuple(value.shape))
+      for key, value in state.items()
+    }
+    pretrained.match_tensors(tensors, variables, name)
+    count = sum(x.size for x in jax.tree.leaves(variables['params']))
+    stated = published.WEIGHTS[name].num_parameters
+    if count != stated:
+      raise ValueError(f'{name} has {count} parameters, not {stated}.')
+    print(f'{name:22}{len(tensors):5} tensors {count:13,} parameters')
 
 
 def compare_bundled() -> None:
@@ -635,9 +775,9 @@ _DEEP = {
 def store_original(name: str) -> None:
   """Writes the expected values that the tests of a network compare with."""
   is_vit = name in _TIMM
-  patch = 14 if name.startswith('dinov2') else 16
+  patch = backbones.BACKBONES[name].patch_size
   size = 2 * patch if is_vit else 64
-  original = _Original(name, (518 if patch == 14 else 224) if is_vit else size)
+  original = _Original(name, _TIMM[name][1] if is_vit else size)
   shapes = {
     key: tuple(value.shape)
     for key, value in original.backbone.state_dict().items()
@@ -668,6 +808,41 @@ def store_original(name: str) -> None:
     result['token_gradient'] = original.backbone.cls_token.grad
   if name in _DEEP:
     result['deep_variance'] = original.backbone.state_dict()[_DEEP[name]]
+  np.savez_compressed(_ROOT / 'tests' / 'originals' / f'{name}.npz', **result)
+
+
+def store_tiny(name: str) -> None:
+  """Writes the same of a tiny network of a family, at its own image size."""
+  tiny = made_weights.TINY[name]
+  keys = {
+    'dim': 'embed_dim',
+    'num_heads': 'num_heads',
+    'num_blocks': 'depth',
+    'depths': 'depths',
+    'widths': 'dims',
+  }
+  kwargs = {keys[key]: value for key, value in tiny.items() if key in keys}
+  size = made_weights.tiny_size(backbones.BACKBONES[name].patch_size)
+  net = _make_timm(name, size, **kwargs)
+  shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+  net.load_state_dict(
+    {
+      key: torch.from_numpy(made_weights.make_tensor(key, shape))
+      for key, shape in shapes.items()
+    }
+  )
+  images = made_weights.make_images(size).transpose(0, 3, 1, 2)
+  images = torch.from_numpy(images.copy()).requires_grad_()
+  features = net(images)
+  result = {
+    'names': list(shapes),
+    'shapes': [str(shape) for shape in shapes.values()],
+    # Of class tokens, by timm's default; those of DINOv3 are averages.
+    'features': features.detach().numpy(),
+  }
+  features.sum().backward()
+  first = net.blocks[0].norm1 if name in _TIMM else net.stages[2].blocks[0].norm
+  result['gradient'] = first.weight.grad.numpy()
   np.savez_compressed(_ROOT / 'tests' / 'originals' / f'{name}.npz', **result)
 
 
@@ -707,13 +882,19 @@ def main() -> None:
   )
   names = [name for name in arguments.models.split(',') if name]
   if arguments.part == 'models':
-    compare_models(names or [*_CONVOLUTIONAL, *_TIMM])
+    compare_models(
+      names or [*_CONVOLUTIONAL, *_TIMM, *_CONVNEXT], arguments.blocks
+    )
+  elif arguments.part == 'shapes':
+    compare_shapes(names or [*_TIMM, *_CONVNEXT])
   elif arguments.part == 'bundled':
     compare_bundled()
   elif arguments.part == 'originals':
-    for name in names or [*_CONVOLUTIONAL, *_TIMM]:
-      store_original(name)
-    store_files()
+    whole = (*_CONVOLUTIONAL, *_WHOLE)
+    for name in names or [*whole, *made_weights.TINY]:
+      (store_tiny if name in made_weights.TINY else store_original)(name)
+    if not names:
+      store_files()
   else:
     for name in names or ['resnet18', 'bn_inception']:
       compare_trajectories(name, arguments.steps, arguments.size)

@@ -141,11 +141,15 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = 'small_cnn'
-  # Pretrained weights: a file, a Hugging Face name, or bundled, those of
+  # Pretrained weights: a file, a Hugging Face name, published, those that
+  # `proxy-nca models` lists for the network, or bundled, those of
   # efficientnet_lite0 that are installed with this package; '' is random.
   config.model.init_from = ''
   config.model.width = 64  # small_cnn: channels of the first stage.
-  config.model.pooling = 'average'  # average, max, average_max, gem or cls.
+  # average, max, average_max or gem of positions; or what a transformer makes
+  # of them itself: its class token (cls), or its attention pool (attention).
+  # published is what the network was published with.
+  config.model.pooling = 'average'
   # Apply LayerNorm without parameters to the pooled features.
   config.model.layer_norm = False
   config.model.embedding_dim = 64  # The paper's.
@@ -165,9 +169,11 @@ def get_config() -> ml_collections.ConfigDict:
   # also its first stage or block, and so on.
   config.model.freeze_layers = 0
   # Freeze the backbone and add products of matrices of this rank to the kernels
-  # of dense layers of a transformer (LoRA); 0 trains the backbone itself.
+  # of dense layers of a transformer or ConvNeXt (LoRA); 0 trains the backbone
+  # itself.
   config.model.lora_rank = 0
-  # Which: attn.qkv, attn.proj, mlp.fc1 and mlp.fc2.
+  # Which: attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 in most; a wrong name lists
+  # those of the network.
   config.model.lora_layers = ('attn.qkv', 'attn.proj')
   # Compute dtype of the backbone: float32 or bfloat16.
   config.model.dtype = 'float32'

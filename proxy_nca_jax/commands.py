@@ -12,6 +12,7 @@ _COMMANDS = {
   'search': 'index a folder of images, search, cluster, classify, export',
   'report': 'compare runs in one page',
   'datasets': "prepare the papers' datasets",
+  'models': 'list the backbones, their weights and licenses',
 }
 
 _TRAIN = """Trains a network, and scores it on classes that training never saw.

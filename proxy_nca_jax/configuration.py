@@ -555,10 +555,14 @@ def _check_augmentation(config) -> Iterator[str]:
 
 def _check_model(config) -> Iterator[str]:
   fields, backbone = config.model, models.BACKBONES[config.model.name]
-  if fields.pooling == 'cls' and backbone.patch_size == 1:
+  missing = {'cls': 'class token', 'attention': 'attention pool'}
+  for pooling in backbone.summaries:
+    del missing[pooling]
+  if fields.pooling in missing:
     yield (
-      f'{fields.name} has no class token (config.model.pooling=cls): choose '
-      f'one of {", ".join(name for name in models.POOLINGS if name != "cls")}.'
+      f'{fields.name} has no {missing[fields.pooling]} (config.model.pooling='
+      f'{fields.pooling}): choose one of '
+      f'{", ".join(name for name in models.POOLINGS if name not in missing)}.'
     )
   if fields.head_hidden and fields.head_init != 'random':
     yield (
@@ -570,6 +574,11 @@ def _check_model(config) -> Iterator[str]:
     yield (
       f'config.dataset.image_size ({config.dataset.image_size}) must be a '
       f'multiple of {backbone.patch_size}, the patch size of {fields.name}.'
+    )
+  elif config.dataset.image_size < backbone.min_size:
+    yield (
+      f'config.dataset.image_size ({config.dataset.image_size}) must be at '
+      f'least {backbone.min_size} for {fields.name}.'
     )
   if fields.remat and not backbone.has_blocks:
     yield (
@@ -608,7 +617,7 @@ def _check_lora(fields, backbone) -> Iterator[str]:
   names = set(fields.lora_layers)
   if not backbone.dense:
     yield (
-      f'{fields.name} is no transformer: config.model.lora_rank is for '
+      f'{fields.name} has no dense layers: config.model.lora_rank is for '
       f'{", ".join(n for n, b in models.BACKBONES.items() if b.dense)}.'
     )
   elif not names or names - set(backbone.dense):

@@ -124,6 +124,7 @@ def _write_run(config, data, weights_digest: str | None, workdir: str) -> None:
       'config': configuration.as_json(config),
       'dataset_digest': data.digest,
       'weights_digest': weights_digest,
+      'weights_license': weights.license_(config),
       'class_names': data.train.class_names,
     },
   )
@@ -662,7 +663,11 @@ def _train(
     'step': config.num_steps,
     'skipped_steps': int(state.skipped_steps),
     'dataset': summary.summarize(data),
-    'weights': {'from': config.model.init_from, 'sha256': weights_digest},
+    'weights': {
+      'from': config.model.init_from,
+      'sha256': weights_digest,
+      'license': weights.license_(config),
+    },
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'versions': provenance.versions(),
   }

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from proxy_nca_jax import datasets, input_pipeline, losses
+from proxy_nca_jax import blocked, datasets, input_pipeline, losses
 from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
@@ -69,10 +69,8 @@ def measure_statistics(
     split: the images; about `_NUM_MEASURED` of them are drawn.
     mesh: the devices.
   """
-  size, momentum = (
-    config.evaluation.batch_size,
-    config.model.batch_norm_momentum,
-  )
+  size = blocked.round_up(config.evaluation.batch_size, jax.device_count())
+  momentum = config.model.batch_norm_momentum
   num_batches = max(min(len(split), _NUM_MEASURED) // size, 1)
   # No batch is padded, since padding would count.
   rows = np.random.default_rng(config.seed).permutation(len(split))

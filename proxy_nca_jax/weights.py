@@ -35,6 +35,11 @@ def digest(
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def license_(config: ml_collections.ConfigDict) -> str | None:
+  """Returns the license of the initial weights; None if they are random."""
+  return models.find_license(config.model.init_from, config.model.name)
+
+
 def load(
   config: ml_collections.ConfigDict,
   state: state_lib.TrainState,
@@ -60,6 +65,7 @@ def load(
     path, config.model.name, state.params, state.model_state
   )
   _logger.info('Starting from the weights of %s', path)
+  _logger.info('License of the weights: %s', license_(config))
   return dataclasses.replace(state, params=params, model_state=model_state)
 
 

@@ -9,6 +9,27 @@ import zlib
 
 import numpy as np
 
+# Arguments of a tiny network of each family.
+_TINY_VIT = {'dim': 32, 'num_heads': 2, 'num_blocks': 1}
+_TINY_CONVNEXT = {'depths': (0, 0, 1, 0), 'widths': (8, 12, 16, 24)}
+TINY = {
+  'dinov2_s14_reg': _TINY_VIT,
+  'tipsv2_b14': _TINY_VIT,
+  'dinov3_s16': _TINY_VIT,
+  'dinov3_s16_plus': _TINY_VIT,
+  'siglip2_b16': _TINY_VIT | {'num_pool_heads': 2},
+  'pe_core_b16': _TINY_VIT,
+  'eva02_b14': _TINY_VIT,
+  'clip_l14': _TINY_VIT,
+  'convnext_tiny': _TINY_CONVNEXT,
+  'convnextv2_nano': _TINY_CONVNEXT,
+}
+
+
+def tiny_size(patch_size: int) -> int:
+  """Returns the height and width of images for a tiny network."""
+  return 3 * patch_size if patch_size > 1 else 37
+
 
 def make_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
   """Draws a tensor of a torch state dict, float32 but for counts."""

@@ -27,7 +27,9 @@ def _call(*arguments):
 
 
 class CommandsTest(parameterized.TestCase):
-  @parameterized.parameters('evaluate', 'search', 'report', 'datasets')
+  @parameterized.parameters(
+    'evaluate', 'search', 'report', 'datasets', 'models'
+  )
   def test_help_names_the_command_that_was_called(self, name):
     code, out, _ = _call(name, '--help')
     self.assertEqual(code, 0)

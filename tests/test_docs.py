@@ -36,7 +36,7 @@ _PAGES = (
   'docs/search.md',
   'docs/pytorch_metric_learning.md',
 )
-_COMMANDS = ('evaluate', 'search', 'report', 'datasets')
+_COMMANDS = ('evaluate', 'search', 'report', 'datasets', 'models')
 _SMALL_CNN = backbones.BACKBONES['small_cnn']
 _ALL_PAGES = (*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md'))
 

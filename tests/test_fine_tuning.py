@@ -58,20 +58,36 @@ def _setup(config):
 
 class LayersTest(parameterized.TestCase):
   @parameterized.parameters(
-    'small_cnn', 'bn_inception', 'efficientnet_lite0', 'resnet18', 'vit_s16'
+    'small_cnn',
+    'bn_inception',
+    'efficientnet_lite0',
+    'resnet18',
+    'vit_s16',
+    'convnextv2_nano',
+    'pe_core_b16',
+    'eva02_b14',
   )
   def test_each_module_is_in_one_layer(self, name):
+    size = 32 if models.BACKBONES[name].patch_size != 14 else 28
     config = _config(
-      **{'model.name': name, 'dataset.image_size': 32, 'model.width': 64}
+      **{'model.name': name, 'dataset.image_size': size, 'model.width': 64}
     )
     variables = jax.eval_shape(
       functools.partial(models.create_model(config).init, train=False),
       jax.random.key(0),
-      jnp.zeros((1, 32, 32, 3), jnp.uint8),
+      jnp.zeros((1, size, size, 3), jnp.uint8),
     )
     modules = variables['params']['backbone']
     numbers = {fine_tuning.layer_of(name, module) for module in modules}
     self.assertEqual(numbers, set(range(len(models.BACKBONES[name].layers))))
+    dense = {
+      layer
+      for module in modules.values()
+      for layer, part in (module.items() if isinstance(module, dict) else ())
+      if isinstance(part, dict) and np.ndim(part.get('kernel')) == 2
+    }
+    own = {'q', 'kv', 'proj', 'conv_pw', 'conv_pwl'}  # Not those of blocks.
+    self.assertEqual(dense - own, {*models.BACKBONES[name].dense})
 
   def test_a_module_without_a_layer_is_an_error(self):
     with self.assertRaisesRegex(ValueError, "'Conv_6' is in no layer"):
@@ -134,7 +150,7 @@ class FreezeTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'model.freeze_layers': 6}, r'below 6, the number of layers'),
     ({'model.freeze_layers': 1}, r'freeze_batch_norm_steps to -1'),
-    ({'model.lora_rank': 4}, r'small_cnn is no transformer'),
+    ({'model.lora_rank': 4}, r'small_cnn has no dense layers'),
     (
       {
         'model.name': 'vit_s16',

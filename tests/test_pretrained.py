@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -20,14 +21,24 @@ from scipy import ndimage
 
 from proxy_nca_jax.models import (
   backbones,
+  embedding,
   flax_vit,
+  foreign_names,
   pretrained,
+  published,
   torch_files,
   vit,
 )
 
 _ORIGINALS = pathlib.Path(__file__).parent / 'originals'
-_PUBLISHED = sorted(set(backbones.BACKBONES) - {'small_cnn', 'vectors'})
+# Networks whose expected values are of their full size.
+_WHOLE = (
+  'bn_inception',
+  'efficientnet_lite0',
+  *(f'resnet{depth}' for depth in (18, 50, 101)),
+  *(f'{kind}_{size}16' for kind in ('vit', 'dino') for size in 'sb'),
+  *(f'dinov2_{size}14' for size in 'sb'),
+)
 
 
 def _load_original(name):
@@ -58,6 +69,14 @@ def _variables(module, size):
   )
   variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   return {'params': {}, 'batch_stats': {}} | dict(variables)
+
+
+def _variables_of(name, size):
+  module = _make_backbone(name)
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  return jax.eval_shape(
+    functools.partial(module.init, train=False), jax.random.key(0), images
+  )
 
 
 def _pool(features):
@@ -102,12 +121,33 @@ _jit = functools.partial(
   compiler_options={'xla_backend_optimization_level': 0},
 )
 _run, _run_evaluate = _jit(_compute), _jit(_evaluate)
+
+
+def _compute_pooled(module, head, variables, images):
+  """Returns pooled features, and gradients of their sum."""
+
+  def features_sum(params):
+    variables = {'params': params}
+    features = module.apply(variables, images, train=False)
+    norm = functools.partial(module.apply, variables, method='norm_pooled')
+    pooled = head.apply({}, features, norm, method='pool')
+    return jnp.sum(pooled), pooled
+
+  gradients, pooled = jax.grad(features_sum, has_aux=True)(variables['params'])
+  return pooled, gradients
+
+
+_run_pooled = jax.jit(
+  _compute_pooled,
+  static_argnums=(0, 1),
+  compiler_options={'xla_backend_optimization_level': 0},
+)
 # Larger networks of the same modules as another: their training adds nothing.
 _LARGER = ('resnet101', 'vit_b16', 'dino_b16', 'dinov2_b14')
 
 
 class BackboneTest(parameterized.TestCase):
-  @parameterized.parameters(*_PUBLISHED)
+  @parameterized.parameters(*_WHOLE)
   def test_backbone_equals_its_torch_original(self, name):
     original = _load_original(name)
     size = int(original['size'])
@@ -143,6 +183,32 @@ class BackboneTest(parameterized.TestCase):
     scale = np.abs(expected).max()
     self.assertGreater(scale, 0)
     np.testing.assert_allclose(actual, expected, atol=tolerance * scale)
+
+  @parameterized.parameters(*made_weights.TINY)
+  def test_a_tiny_network_equals_that_of_timm(self, name):
+    original, backbone = _load_original(name), backbones.BACKBONES[name]
+    size = made_weights.tiny_size(backbone.patch_size)
+    module = _make_backbone(name, **made_weights.TINY[name])
+    variables = pretrained.import_tensors(
+      original['tensors'], _variables(module, size), name
+    )
+    head = embedding.Head(
+      # timm's default for DINOv3 is the average, not the authors' class token.
+      pooling='average' if 'dinov3' in name else backbone.pooling,
+      layer_norm=False,
+      num_hidden=0,
+      embedding_dim=1,
+      normalize=False,
+      stddev=0.0,
+      summaries=backbone.summaries,
+    )
+    actual, gradients = _run_pooled(
+      module, head, variables, made_weights.make_images(size)
+    )
+    self._assert_close(actual, original['features'], 1e-5)
+    block = gradients.get('blocks.0', gradients.get('stages.2.blocks.0'))
+    gradient = block.get('norm1', block.get('norm'))['scale']
+    self._assert_close(gradient, original['gradient'], 1e-4)
 
   @parameterized.parameters('resnet18', 'bn_inception', 'vit_s16')
   def test_remat_recomputes_with_the_same_parameters(self, name):
@@ -247,6 +313,18 @@ class ImportTest(parameterized.TestCase):
     actual = self._import(name)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
+  def test_convolutions_of_one_pixel_become_dense_layers(self):
+    tensors = _load_original('convnextv2_nano')['tensors']
+    name = 'stages.2.blocks.0.mlp.fc1.weight'
+    self.assertEqual(tensors[name].shape, (64, 16, 1, 1))
+    variables = {
+      'stages.2.blocks.0': {'mlp.fc1': {'kernel': np.ones((16, 64))}}
+    }
+    (kernel,) = pretrained.match_tensors(
+      {name: tensors[name]}, {'params': variables}, 'convnextv2_nano'
+    )
+    np.testing.assert_array_equal(kernel, tensors[name][:, :, 0, 0].T)
+
   def test_half_precision_becomes_float32(self):
     self.tensors = {
       key: value.astype(np.float16) for key, value in self.tensors.items()
@@ -259,6 +337,26 @@ class PositionsTest(parameterized.TestCase):
   def _positions(self, grid):
     rng = np.random.default_rng(0)
     return rng.normal(size=(1, 1 + grid**2, 3)).astype(np.float32)
+
+  def test_bilinear_by_hand(self):
+    # The centers of 4 pixels in units of 2: 0.25, 0.75, 1.25, 1.75.
+    positions = np.array([[[9.0], [0.0], [4.0], [8.0], [12.0]]], np.float32)
+    actual = pretrained.resample(positions, (1, 17, 1), 'bilinear')
+    self.assertEqual(actual[0, 0, 0], 9)
+    np.testing.assert_allclose(actual[0, 1:5, 0], [0, 1, 3, 4])
+    np.testing.assert_allclose(actual[0, 1::4, 0], [0, 2, 6, 8])
+
+  def test_without_a_class_token_all_positions_are_those_of_the_grid(self):
+    positions = self._positions(4)
+    with_token = pretrained.resample(positions, (1, 10, 3), 'antialiased')
+    actual = pretrained.resample(positions[:, 1:], (1, 9, 3), 'antialiased')
+    np.testing.assert_array_equal(actual, with_token[:, 1:])
+
+  @parameterized.parameters((17, 9), (16, 10), (1, 10), (6, 9))
+  def test_positions_of_another_kind_are_unchanged(self, given, wanted):
+    positions = np.ones((1, given, 3), np.float32)
+    actual = pretrained.resample(positions, (1, wanted, 3), 'antialiased')
+    self.assertIs(actual, positions)
 
   @parameterized.parameters('antialiased', 'offset', 'corners')
   def test_a_grid_of_the_right_size_is_unchanged(self, method):
@@ -433,6 +531,118 @@ def _as_augreg(tensors):
   return arrays
 
 
+class ForeignNamesTest(absltest.TestCase):
+  def test_dinov2_with_registers_loads_as_from_timm(self):
+    original = _load_original('dinov2_s14_reg')['tensors']
+    constant = made_weights.make_tensor('x', (1, 1, 32))
+    theirs = dict(original)
+    theirs['register_tokens'] = theirs.pop('reg_token')
+    theirs['cls_token'] = original['cls_token'] - constant
+    theirs['pos_embed'] = np.concatenate(
+      [constant, original['pos_embed']], axis=1
+    )
+    actual = foreign_names.rename_registers(theirs)
+    self.assertEqual(actual.keys(), original.keys())
+    for name, tensor in original.items():
+      np.testing.assert_allclose(actual[name], tensor, atol=1e-6)
+    self.assertIs(
+      foreign_names.rename_registers(original)['pos_embed'],
+      original['pos_embed'],
+    )
+
+  def test_clip_of_transformers_loads_as_from_timm(self):
+    original = _load_original('clip_l14')['tensors']
+    modules = {
+      'patch_embed.proj': 'embeddings.patch_embedding',
+      'norm_pre': 'pre_layrnorm',
+      'norm': 'post_layernorm',
+      **{
+        f'blocks.0.{ours}': f'encoder.layers.0.{theirs}'
+        for ours, theirs in (
+          ('norm1', 'layer_norm1'),
+          ('norm2', 'layer_norm2'),
+          ('attn.proj', 'self_attn.out_proj'),
+          ('mlp.fc1', 'mlp.fc1'),
+          ('mlp.fc2', 'mlp.fc2'),
+        )
+      },
+    }
+    theirs = {
+      'embeddings.class_embedding': original['cls_token'][0, 0],
+      'embeddings.position_embedding.weight': original['pos_embed'][0],
+      'embeddings.position_ids': np.arange(10)[None],
+    }
+    for name, tensor in original.items():
+      module, _, leaf = name.rpartition('.')
+      if module in modules:
+        theirs[f'{modules[module]}.{leaf}'] = tensor
+      elif module == 'blocks.0.attn.qkv':
+        for x, part in zip('qkv', np.split(tensor, 3)):
+          theirs[f'encoder.layers.0.self_attn.{x}_proj.{leaf}'] = part
+    theirs = {f'vision_model.{name}': x for name, x in theirs.items()}
+    theirs |= {'text_model.x': np.ones(3), 'visual_projection.weight': 1}
+    actual = foreign_names.rename_clip(theirs)
+    self.assertEqual(actual.keys(), original.keys())
+    for name, tensor in original.items():
+      np.testing.assert_array_equal(actual[name], tensor)
+    # Of a damaged file, the remaining names are listed as unexpected.
+    del theirs['vision_model.encoder.layers.0.self_attn.k_proj.weight']
+    self.assertIn(
+      'blocks.0.attn.q_proj.weight', foreign_names.rename_clip(theirs)
+    )
+
+  def test_eva02_of_masked_images_loads_as_from_timm(self):
+    original = _load_original('eva02_b14')['tensors']
+    theirs = dict(original)
+    for leaf in ('weight', 'bias'):
+      theirs[f'norm.{leaf}'] = theirs.pop(f'fc_norm.{leaf}')
+    self.assertEqual(
+      foreign_names.rename_masked(theirs).keys(), original.keys()
+    )
+
+
+class PublishedTest(absltest.TestCase):
+  def test_every_backbone_has_a_row(self):
+    self.assertEqual(
+      set(published.WEIGHTS),
+      set(backbones.BACKBONES) - {'small_cnn', 'vectors'},
+    )
+
+  def test_parameters_are_counted_at_the_published_size(self):
+    weights = published.WEIGHTS['dinov3_s16']
+    variables = _variables_of('dinov3_s16', weights.image_size)
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(variables)]
+    self.assertEqual(weights.num_parameters, sum(sizes))
+
+  def test_noncommercial_licenses_are_told(self):
+    for init_from in (
+      'published',
+      'timm/convnextv2_nano.fcmae_ft_in22k_in1k',
+      'mine.pth',
+    ):
+      self.assertIn(
+        'CC-BY-NC-4.0, not for commercial use',
+        pretrained.find_license(init_from, 'convnextv2_nano'),
+      )
+
+  def test_the_license_of_a_file_is_its_own(self):
+    self.assertEqual(
+      pretrained.find_license('mine.pth', 'dinov2_s14'),
+      'that of mine.pth; published weights of dinov2_s14: Apache-2.0',
+    )
+    self.assertEqual(
+      pretrained.find_license('published', 'dinov2_s14'), 'Apache-2.0'
+    )
+    self.assertEqual(pretrained.find_license('x.pth', 'small_cnn'), 'unknown')
+    self.assertIsNone(pretrained.find_license('', 'dinov2_s14'))
+
+  def test_the_projections_of_clip_are_no_classifier(self):
+    path = os.path.join(self.create_tempdir().full_path, 'x.safetensors')
+    safetensors_numpy.save_file({'head.weight': np.ones((5, 3))}, path)
+    self.assertIsNone(pretrained.read_classifier(path, 'clip_l14'))
+    self.assertEqual(pretrained.read_classifier(path, 'vit_s16').shape, (5, 3))
+
+
 class _Call:
   """Pickles as a call of a function."""
 
@@ -602,6 +812,22 @@ class FindWeightsTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(ValueError, 'offline.*torchvision'):
         pretrained.find_weights('timm/resnet50.tv_in1k', 'resnet50')
+
+  def test_published_weights_are_found_by_the_name_of_the_backbone(self):
+    error = huggingface_hub.errors.LocalEntryNotFoundError('offline')
+    with mock.patch.object(
+      huggingface_hub, 'hf_hub_download', side_effect=error
+    ) as download:
+      with self.assertRaisesRegex(
+        ValueError, r'offline.*_dinov3\.lvd1689m/blob/main/model\.safetensors'
+      ):
+        pretrained.find_weights('published', 'dinov3_b16')
+    download.assert_called_once_with(
+      'timm/vit_base_patch16_dinov3.lvd1689m', 'model.safetensors'
+    )
+    for name in ('bn_inception', 'small_cnn'):
+      with self.assertRaisesRegex(ValueError, f'no weights of {name} on'):
+        pretrained.find_weights('published', name)
 
   def test_only_safetensors_are_downloaded_from_the_hub(self):
     with mock.patch.object(

@@ -186,10 +186,12 @@ class ReportTest(parameterized.TestCase):
     self.assertNotIn('not seen in training', page)
 
   def test_pretrained_features_have_no_head(self):
-    results = _RESULTS | {'pretrained': _SCORES}
+    weights = {'from': 'published', 'license': 'CC-BY-NC-4.0'}
+    results = _RESULTS | {'pretrained': _SCORES, 'weights': weights}
     path = self.create_tempfile().full_path
     page = _write(path, _embedded(), results=results)
     self.assertRegex(page, 'this run, pretrained<.*>resnet50, without a head<')
+    self.assertRegex(page, 'license of these</td><td>CC-BY-NC-4.0<')
 
 
 class TableTest(absltest.TestCase):

@@ -1,9 +1,11 @@
 """Whole runs in this process: skipped steps, kills, and what is saved."""
 
 import contextlib
+import json
 import pathlib
 import tempfile
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -21,6 +23,21 @@ from proxy_nca_jax.runtime import metric_writer
 
 class _Killed(Exception):
   """Ends a run as SIGKILL does: nothing is saved."""
+
+
+class WriteRunTest(absltest.TestCase):
+  def test_the_license_of_the_weights_is_saved(self):
+    config = image_folder.get_config('foundation')
+    config.model.name = 'convnextv2_nano'
+    workdir = self.create_tempdir().full_path
+    data = SimpleNamespace(
+      digest='x', train=SimpleNamespace(class_names=('a', 'b'))
+    )
+    train._write_run(config, data, 'y', workdir)
+    saved = json.loads((pathlib.Path(workdir) / 'run.json').read_text())
+    self.assertEqual(
+      saved['weights_license'], 'CC-BY-NC-4.0, not for commercial use'
+    )
 
 
 class RunTest(absltest.TestCase):

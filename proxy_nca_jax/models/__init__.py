@@ -5,6 +5,7 @@ from proxy_nca_jax.models.batch_norm import masked_statistics
 from proxy_nca_jax.models.embedding import POOLINGS, create_model, normalize
 from proxy_nca_jax.models.pretrained import (
   BUNDLED,
+  find_license,
   find_weights,
   load_weights,
   read_classifier,
@@ -15,6 +16,7 @@ __all__ = [
   'BUNDLED',
   'POOLINGS',
   'create_model',
+  'find_license',
   'find_weights',
   'load_weights',
   'masked_statistics',

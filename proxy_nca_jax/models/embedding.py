@@ -15,23 +15,33 @@ if TYPE_CHECKING:
   # benchmarks/train_step.py runs without ml_collections.
   import ml_collections
 
-POOLINGS = ('average', 'max', 'average_max', 'gem', 'cls')
+POOLINGS = (
+  'average',
+  'max',
+  'average_max',
+  'gem',
+  'cls',
+  'attention',
+  'published',
+)
 
 
 class Head(nn.Module):
   """Pools over positions and projects to the embedding, in float32 or wider.
 
   Attributes:
-    pooling: one of `POOLINGS`: the mean, the maximum, their sum (as in
-      Proxy-Anchor), the generalized mean with a learned exponent (Radenovic et
-      al., https://arxiv.org/abs/1711.02512), or the class token of a
-      transformer, which the other poolings ignore.
+    pooling: one of `POOLINGS` but published: the mean, the maximum, their sum
+      (as in Proxy-Anchor), the generalized mean with a learned exponent
+      (Radenovic et al., https://arxiv.org/abs/1711.02512), or a token of a
+      transformer that summarizes the image: the class token (cls) or the output
+      of its own attention pool (attention). The others ignore these tokens.
     layer_norm: whether pooled features pass a LayerNorm without parameters, as
       in ProxyNCA++.
     num_hidden: number of hidden units, with ReLU; 0 is a linear head.
     embedding_dim: dimension of the embeddings.
     normalize: whether embeddings have unit norm.
     stddev: standard deviation of the initial projection; 0 is LeCun's.
+    summaries: the tokens before the patches, as of `Backbone`.
   """
 
   pooling: str
@@ -40,6 +50,7 @@ class Head(nn.Module):
   embedding_dim: int
   normalize: bool
   stddev: float
+  summaries: tuple[str, ...] = ('cls',)
 
   def setup(self):
     if self.pooling == 'gem':
@@ -56,18 +67,25 @@ class Head(nn.Module):
     """Maps features, as `pool` takes them, to embeddings [batch, D]."""
     return self.project(self.pool(features))
 
-  def pool(self, features: jax.Array) -> jax.Array:
+  def pool(
+    self,
+    features: jax.Array,
+    norm: Callable[[jax.Array], jax.Array] | None = None,
+  ) -> jax.Array:
     """Pools over positions.
 
     Args:
       features: [batch, height, width, C], tokens [batch, n, C], or vectors
         [batch, C], which have no positions.
+      norm: the backbone's norm of pooled features, if it has one.
 
     Returns:
       float32 or wider, [batch, C].
     """
     at_least_float32 = jnp.promote_types(features.dtype, jnp.float32)
     pooled = self._pool(features.astype(at_least_float32))
+    if norm:
+      pooled = norm(pooled)
     if not self.layer_norm:
       return pooled
     # The epsilon of torch.nn.LayerNorm.
@@ -91,9 +109,9 @@ class Head(nn.Module):
     if features.ndim == 2:
       return features
     if features.ndim == 3:
-      if self.pooling == 'cls':
-        return features[:, 0]
-      features = features[:, 1:]
+      if self.pooling in self.summaries:
+        return features[:, self.summaries.index(self.pooling)]
+      features = features[:, len(self.summaries) :]
     else:
       features = features.reshape(features.shape[0], -1, features.shape[-1])
     if self.pooling == 'average':
@@ -137,11 +155,12 @@ class EmbeddingModel(nn.Module):
     self.head = self.make_head()
 
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    return self.head(self._backbone(images, train=train))
+    return self.project(self.features(images, train=train))
 
   def features(self, images: jax.Array, *, train: bool) -> jax.Array:
     """Maps images to the pooled features that the head projects."""
-    return self.head.pool(self._backbone(images, train=train))
+    features = self._backbone(images, train=train)
+    return self.head.pool(features, getattr(self.backbone, 'norm_pooled', None))
 
   def project(self, features: jax.Array) -> jax.Array:
     """Maps pooled features to embeddings."""
@@ -193,12 +212,15 @@ def create_model(
       width=config.width,
     ),
     make_head=lambda: Head(
-      pooling=config.pooling,
+      pooling=(
+        backbone.pooling if config.pooling == 'published' else config.pooling
+      ),
       layer_norm=config.layer_norm,
       num_hidden=config.head_hidden,
       embedding_dim=config.embedding_dim,
       normalize=config.normalize,
       stddev=config.embedding_stddev,
+      summaries=backbone.summaries,
     ),
     mean=backbone.mean,
     std=backbone.std,

@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 from scipy import ndimage
 
-from proxy_nca_jax.models import flax_vit, torch_files
+from proxy_nca_jax.models import flax_vit, published, torch_files
 from proxy_nca_jax.models.backbones import BACKBONES
 from proxy_nca_jax.runtime import folders
 
@@ -119,10 +119,8 @@ def read_classifier(path: str, name: str) -> np.ndarray | None:
   tensors, backbone = read_weights(path), BACKBONES[name]
   if backbone.rename:
     tensors = backbone.rename(tensors)
-  for key in backbone.unused:
-    if key.endswith('.weight') and np.ndim(tensors.get(key)) == 2:
-      return np.asarray(tensors[key], np.float32)
-  return None
+  weights = tensors.get(f'{backbone.classifier}.weight')
+  return None if np.ndim(weights) != 2 else np.asarray(weights, np.float32)
 
 
 def find_weights(init_from: str, name: str) -> str:
@@ -130,7 +128,8 @@ def find_weights(init_from: str, name: str) -> str:
 
   Args:
     init_from: a path, a repository on Hugging Face such as
-      timm/resnet50.tv_in1k, or `BUNDLED`.
+      timm/resnet50.tv_in1k, `published.PUBLISHED` for that of the backbone, or
+      `BUNDLED`.
     name: of the backbone.
 
   Raises:
@@ -141,28 +140,55 @@ def find_weights(init_from: str, name: str) -> str:
   path = os.path.expanduser(init_from)
   if os.path.isfile(path):
     return path
-  published = BACKBONES[name].weights or 'nowhere'
+  weights = published.WEIGHTS.get(name)
+  source = weights.source if weights else 'nowhere'
   help_ = (
-    f'Weights for {name} are published as {published}. Download them on a '
-    'machine with internet access, and pass the file as '
-    '--config.model.init_from=FILE, or train from random weights with '
-    '--config.model.init_from= (empty).'
+    f'Weights for {name} are published as {source}. Download them on a machine '
+    'with internet access, and pass the file as --config.model.init_from=FILE, '
+    'or train from random weights with --config.model.init_from= (empty).'
   )
+  if init_from == published.PUBLISHED:
+    if not weights or not weights.repository:
+      raise ValueError(
+        f'config.model.init_from={init_from} has no weights of {name} on '
+        f'Hugging Face. {help_}'
+      )
+    init_from = weights.repository
   is_name = re.fullmatch(r'[\w-]+/[\w.-]+', init_from)
   if not is_name or os.path.splitext(init_from)[1] in _READERS:
     raise ValueError(
       f'File {init_from!r} (config.model.init_from) does not exist. {help_}'
     )
   try:
-    return huggingface_hub.hf_hub_download(init_from, 'model.safetensors')
+    return huggingface_hub.hf_hub_download(init_from, published.FILE)
   # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors.
   except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
     reason = str(error).split('\n')[0]
     raise ValueError(
-      f'model.safetensors of {init_from!r} (config.model.init_from) could not '
+      f'{published.FILE} of {init_from!r} (config.model.init_from) could not '
       f'be downloaded from Hugging Face ({type(error).__name__}: {reason}). '
       f'{help_}'
     ) from error
+
+
+def find_license(init_from: str, name: str) -> str | None:
+  """Returns the license of weights, as far as it is known.
+
+  Args:
+    init_from, name: as of `find_weights`.
+
+  Returns:
+    None without weights; for a file, the license of the published weights and
+    that it may have another.
+  """
+  if not init_from:
+    return None
+  weights = published.WEIGHTS.get(name)
+  if not weights:
+    return 'unknown'
+  if init_from in (BUNDLED, published.PUBLISHED, weights.repository):
+    return weights.terms
+  return f'that of {init_from}; published weights of {name}: {weights.terms}'
 
 
 def _find_bundled(name: str) -> str:
@@ -285,17 +311,44 @@ def import_tensors(
     ValueError: if tensors are missing, unexpected or of a wrong shape; the
       message lists all of them.
   """
+  leaves, structure = jax.tree.flatten(variables)
+  given = match_tensors(tensors, variables, name, resampling=resampling)
+  filled = [
+    jax.device_put(np.asarray(tensor, np.float32), leaf.sharding)
+    for tensor, leaf in zip(given, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(structure, filled)
+
+
+def match_tensors(
+  tensors: Mapping[str, np.ndarray],
+  variables: dict,
+  name: str,
+  *,
+  resampling: str | None = None,
+) -> list[np.ndarray]:
+  """Returns the tensor of each leaf, in the layout of Flax.
+
+  Args:
+    tensors, name, resampling: as of `import_tensors`.
+    variables: the same, or their shapes.
+
+  Raises:
+    ValueError: as `import_tensors`.
+  """
   backbone = BACKBONES[name]
   if backbone.rename:
     tensors = backbone.rename(tensors)
-  leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
   wanted = {_torch_name(path): leaf for path, leaf in leaves}
+  unused = {f'{backbone.classifier}.{x}' for x in ('weight', 'bias')}
+  unused |= {*backbone.unused}
   # The number of batches that BatchNorm2d counts is not used. The arrays are
   # views, copied to float32 once their shapes are known to fit.
   given = {
     key: np.asarray(value)
     for key, value in tensors.items()
-    if key not in backbone.unused and not key.endswith('.num_batches_tracked')
+    if key not in unused and not key.endswith('.num_batches_tracked')
   }
   if _is_resampled(given.get('pos_embed'), wanted.get('pos_embed')):
     given['pos_embed'] = resample(
@@ -308,11 +361,7 @@ def import_tensors(
     for key, value in given.items()
   }
   _check_same_names(given, wanted)
-  filled = [
-    jax.device_put(np.asarray(given[key], np.float32), leaf.sharding)
-    for key, leaf in wanted.items()
-  ]
-  return jax.tree.unflatten(structure, filled)
+  return [given[key] for key in wanted]
 
 
 def _is_resampled(given: np.ndarray | None, wanted: jax.Array | None) -> bool:
@@ -332,6 +381,9 @@ def _torch_name(path) -> str:
 def _to_flax(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
   if tensor.ndim == leaf.ndim and leaf.ndim in _AXES:
     return tensor.transpose(_AXES[leaf.ndim])
+  # Convolutions of 1 x 1 pixels that are dense layers here.
+  if tensor.ndim == 4 and leaf.ndim == 2 and tensor.shape[2:] == (1, 1):
+    return tensor[:, :, 0, 0].T
   # The files of BN-Inception store vectors as [1, channels].
   if tensor.ndim == 2 and leaf.ndim == 1 and tensor.shape[0] == 1:
     return tensor[0]
@@ -369,28 +421,36 @@ def resample(
 ) -> np.ndarray:
   """Resamples the position embeddings of square images to another grid.
 
-  * 'antialiased': bicubic with antialiasing, as in timm for the weights of
-    augreg. With antialiasing, torch's cubic has a = -0.5, as does JAX's.
+  * 'antialiased': bicubic with antialiasing, as in timm, and in the code of
+    DINOv2 with registers and of TIPS. With antialiasing, torch's cubic has a =
+    -0.5, as does JAX's.
+  * 'bilinear': without antialiasing, as in the code of PE.
   * 'offset': bicubic without antialiasing, with a = -0.75, repeated edges, and
     the scale (new + 0.1) / old, as in the code of DINO and DINOv2.
   * 'corners': linear with aligned corners, as in Google's code.
 
   Args:
-    positions: float32 [1, 1 + old^2, dim], that of the class token first.
-    shape: (1, 1 + new^2, dim).
-    method: 'antialiased', 'offset' or 'corners'.
+    positions: float32 [1, 1 + old^2, dim], that of the class token first; or
+      [1, old^2, dim] without it.
+    shape: (1, 1 + new^2, dim) or (1, new^2, dim).
+    method: 'antialiased', 'bilinear', 'offset' or 'corners'.
 
   Returns:
-    float32 of `shape`; or the positions unchanged if they have that shape or
-    are not those of a square.
+    float32 of `shape`; or the positions unchanged if they have that shape, are
+    not those of a square, or differ in having one for the class token.
   """
-  old, new = (math.isqrt(size - 1) for size in (positions.shape[1], shape[1]))
-  if positions.shape == shape or positions.shape[1] != 1 + old**2:
+  num_given, num_wanted = positions.shape[1], shape[1]
+  new = math.isqrt(num_wanted)
+  num_first = 0 if num_wanted == new**2 else 1
+  old = math.isqrt(max(num_given - num_first, 0))
+  if positions.shape == shape or num_given != num_first + old**2 or not old:
     return positions
-  grid = positions[0, 1:].reshape(old, old, -1)
+  grid = positions[0, num_first:].reshape(old, old, -1)
+  size = (new, new, grid.shape[-1])
   if method == 'antialiased':
-    size = (new, new, grid.shape[-1])
     grid = np.asarray(jax.image.resize(grid, size, 'cubic', antialias=True))
+  elif method == 'bilinear':
+    grid = np.asarray(jax.image.resize(grid, size, 'linear', antialias=False))
   elif method == 'offset':
     weights = _cubic_weights(old, new)
     grid = np.einsum('ia,jb,abd->ijd', weights, weights, grid, optimize=True)
@@ -399,7 +459,7 @@ def resample(
   else:
     raise ValueError(f'Unknown resampling {method!r}.')
   grid = grid.reshape(1, new**2, -1).astype(np.float32)
-  return np.concatenate([positions[:, :1], grid], axis=1)
+  return np.concatenate([positions[:, :num_first], grid], axis=1)
 
 
 def _cubic_weights(old: int, new: int) -> np.ndarray:

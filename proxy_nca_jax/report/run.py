@@ -362,6 +362,13 @@ def _proxies(
 
 
 def _about(results, config, overrides, facts) -> str:
+  weights = results.get('weights') or {}
+  if weights.get('from'):
+    facts = {
+      'initial weights': weights['from'],
+      'license of these': weights.get('license') or 'unknown',
+      **facts,
+    }
   facts = {
     'steps': results['step'],
     'devices': results['devices'],
