@@ -276,6 +276,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.select_by = 'recall@1'
   # Compute only Recall@K, which is faster than ranking all positives.
   config.evaluation.nearest_only = False
+  # Compare all pairs of test images at the end of a run: error rates of
+  # verification, and distance thresholds.
+  config.evaluation.verification = False
   # Iterations of k-means for NMI; 0 disables clustering. 20 is FAISS's.
   config.evaluation.kmeans_iterations = 20
   config.evaluation.kmeans_start = 'random'  # random or k-means++.

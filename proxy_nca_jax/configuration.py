@@ -367,6 +367,7 @@ FIELDS = {
   'evaluation.recall_at': Sequence(_count(1)),
   'evaluation.select_by': _TEXT,
   'evaluation.nearest_only': _BOOL,
+  'evaluation.verification': _BOOL,
   'evaluation.kmeans_iterations': _count(0, 10**5),
   'evaluation.kmeans_start': Choice(('random', 'k-means++')),
   'evaluation.kmeans_num_starts': _count(1, 10**4),

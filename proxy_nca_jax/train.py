@@ -20,6 +20,7 @@ from proxy_nca_jax import (
   configuration,
   datasets,
   dry_run,
+  evaluate,
   features,
   fine_tuning,
   input_pipeline,
@@ -344,6 +345,13 @@ def _restore_selected(
   return state, reason
 
 
+def _verify(config, embeddings: np.ndarray, test: datasets.Split) -> dict:
+  """Returns the error rates of verification, if configured."""
+  if not config.evaluation.verification:
+    return {}
+  return {'verification': evaluate.verify(embeddings, test.labels)}
+
+
 def _write_report(
   config, state, embed: _Embed, tested, results, data, workdir: str
 ) -> None:
@@ -410,8 +418,10 @@ def _score_checkpoint(config, saved: Mapping | None, workdir: str) -> dict:
       config, model, state, data, saved.get('weights_digest'), mesh
     )
     embed = functools.partial(_embed_features, model, extract)
+  embeddings = embed(state, data.test)
   results = {
-    'trained': score(embed(state, data.test), data.test, num_resamples=1000),
+    'trained': score(embeddings, data.test, num_resamples=1000),
+    **_verify(config, embeddings, data.test),
     'step': int(state.step),
     'dataset': summary.summarize(data),
   }
@@ -660,6 +670,7 @@ def _train(
   results = {
     **scores,
     **baselines,
+    **_verify(config, embeddings, data.test),
     'step': config.num_steps,
     'skipped_steps': int(state.skipped_steps),
     'dataset': summary.summarize(data),

@@ -11,7 +11,7 @@ import browser
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from proxy_nca_jax import datasets, report
+from proxy_nca_jax import datasets, evaluate, report
 from proxy_nca_jax.report import __main__ as comparison
 from proxy_nca_jax.report import charts
 from proxy_nca_jax.report import results as results_lib
@@ -118,6 +118,36 @@ class ReportTest(parameterized.TestCase):
     self.assertEmpty(re.findall(r'(?:src|href|url\()="?(?!data:)\w', page))
     self.assertNotIn('<class & ', page)
     self.assertIn('&lt;class &amp; 3&gt;', page)
+
+  def test_error_rates_of_verification_are_shown(self):
+    test = _embedded()
+    result = evaluate.verify(test.embeddings, test.split.labels)
+    page = _write(
+      self.root / 'report.html',
+      test,
+      results=_RESULTS | {'verification': result},
+    )
+    self.assertIn('<h2>Verification</h2>', page)
+    self.assertIn('Error rates by distance threshold', page)
+    eer = f'{result["eer"]:.2%}'
+    self.assertIn(f'<td>{eer}</td><td>{eer}</td>', page)
+    self.assertIn(f'{result["operating_points"][1]["distance"]:.3f}', page)
+    self.assertIn(f'the {result["num_impostor"]:,} of two classes', page)
+
+  @parameterized.parameters(
+    ({},),
+    ({'eer': 'x'},),
+    ({'curve': [[1, 2]]},),
+    ({'operating_points': [{'fmr': 0.1}]},),
+    ({'num_genuine': -1},),
+  )
+  def test_damaged_error_rates_are_one_line(self, fields):
+    test = _embedded()
+    result = evaluate.verify(test.embeddings, test.split.labels)
+    results = _RESULTS | {'verification': fields and result | fields}
+    (self.root / 'results.json').write_text(json.dumps(results))
+    with self.assertRaisesRegex(ValueError, 'verification'):
+      results_lib.read(str(self.root))
 
   def test_curves_show_every_recall_evaluated_during_training(self):
     rows = [

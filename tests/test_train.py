@@ -212,9 +212,13 @@ class RunTest(absltest.TestCase):
       'model.head_init': 'lda',
       'proxies.init': 'class_means',
       'evaluation.baselines': True,
+      'evaluation.verification': True,
     }
     results = self._train(workdir, **fields)
     self.assertEqual(results['trained'], results['untrained'])
+    # Four test classes of six images.
+    self.assertEqual(results['verification']['num_genuine'], 4 * 15)
+    self.assertIn('(equal error rate)', self.logs)
     self.assertEqual(self._steps_saved(workdir), [0])
     self.assertEqual(self._train(workdir, **fields), results)
 

@@ -536,7 +536,7 @@ class ShardedProxiesTest(parameterized.TestCase):
 
     def mean_loss(points, embeddings, labels):
       x, p, y = reshard(embeddings, points, labels)
-      metrics = train_step._proxy_metrics(losses.PER_CLASS, x, p, y)
+      metrics = train_step._proxy_metrics(losses.PER_CLASS, x, p, y, None)
       value = loss.fn(embeddings=x, proxies=p, labels=y)
       return jnp.mean(value), metrics
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proxy_nca_jax import evaluate
+from proxy_nca_jax.evaluate import verification
 from proxy_nca_jax.runtime import processes, saved_json
 from proxy_nca_jax.runtime import workdir as workdir_lib
 
@@ -48,6 +49,37 @@ _SCORES = saved_json.Kind(
   'an object of finite scores and counts',
   _is_scores,
 )
+
+
+def _is_verification(value: Any) -> bool:
+  """Whether a value is what `evaluate.verify` returns."""
+  if not isinstance(value, dict):
+    return False
+  rates = ('eer', 'eer_distance')
+  points, curve = value.get('operating_points'), value.get('curve')
+  return (
+    all(saved_json.is_number(value.get(name)) for name in rates)
+    and saved_json.is_count(value.get('num_genuine'))
+    and saved_json.is_count(value.get('num_impostor'))
+    and isinstance(points, list)
+    and all(
+      isinstance(point, dict)
+      and all(
+        saved_json.is_number(point.get(name))
+        for name in ('fmr', 'fnmr', 'distance')
+      )
+      for point in points
+    )
+    and isinstance(curve, list)
+    and all(
+      isinstance(row, list)
+      and len(row) == 3
+      and all(map(saved_json.is_number, row))
+      for row in curve
+    )
+  )
+
+
 _FIELDS = {
   'step': saved_json.COUNT,
   'versions': saved_json.OBJECT,
@@ -58,6 +90,9 @@ _FIELDS = {
   'dataset.test.classes': saved_json.COUNT,
   **{name: saved_json.optional(_SCORES) for name in COLUMNS},
   'trained': _SCORES,
+  'verification': saved_json.optional(
+    saved_json.Kind('the error rates of verification', _is_verification)
+  ),
 }
 
 
@@ -104,6 +139,10 @@ def log_table(results: Mapping) -> None:
   for line in evaluate.format_table(rows).splitlines():
     _logger.info('%s', line)
   _compare_with_baselines(results)
+  if results.get('verification'):
+    _logger.info('Verification: error rates by distance threshold')
+    for line in verification.format_table(results['verification']).splitlines():
+      _logger.info('%s', line)
   scores = results['trained']
   if scores.get('queries_without_match'):
     _logger.info(

@@ -98,6 +98,8 @@ def write(
     ('Distances', _histograms(test, rng)),
     ('Most confused classes', _confusions(test, neighbors)),
   ]
+  if results.get('verification'):
+    sections.append(('Verification', _verification(results['verification'])))
   if proxies is not None:
     nearest = _proxies(train, proxies, rng)
     title = f'Proxies and their nearest {train.split.noun}'
@@ -309,6 +311,37 @@ def _histograms(test: Embedded, rng: np.random.Generator) -> str:
     series,
     title=f'Distances between pairs of {test.split.noun}',
     x_label='distance',
+  )
+
+
+def _verification(result: Mapping[str, Any]) -> str:
+  """Shows error rates by distance threshold: `evaluate.verify`."""
+  distances, fmr, fnmr = zip(*result['curve'])
+  rows = [
+    (
+      f'{100 * point["fmr"]:g}%',
+      f'{point["fnmr"]:.2%}',
+      f'{point["distance"]:.3f}',
+    )
+    for point in result['operating_points']
+  ]
+  eer = f'{result["eer"]:.2%}'
+  rows.append((eer, eer, f'{result["eer_distance"]:.3f} (equal error rate)'))
+  return (
+    '<p>Two images are accepted as one class if their distance is at most a '
+    'threshold. FMR is the fraction of accepted pairs among the '
+    f'{result["num_impostor"]:,} of two classes, FNMR the fraction of rejected '
+    f'pairs among the {result["num_genuine"]:,} of one.</p>'
+    + pages.table(('FMR', 'FNMR', 'distance'), rows)
+    + charts.lines(
+      {
+        'FMR': (distances, 100 * np.array(fmr)),
+        'FNMR': (distances, 100 * np.array(fnmr)),
+      },
+      title='Error rates by distance threshold',
+      x_label='distance threshold',
+      y_label='percent of pairs',
+    )
   )
 
 
