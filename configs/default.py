@@ -271,6 +271,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.baselines = True
   # Values of K for Recall@K, or for CMC@K in re-identification.
   config.evaluation.recall_at = (1, 2, 4, 8)
+  # Values of K for Precision@K and mAP@K.
+  config.evaluation.precision_at = ()
   # Validation score that selects a checkpoint; harmonic_mean is that of nmi
   # and recall@1.
   config.evaluation.select_by = 'recall@1'

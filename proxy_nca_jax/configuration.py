@@ -365,6 +365,7 @@ FIELDS = {
   'evaluation.batch_size': _count(1, 2**20),
   'evaluation.baselines': _BOOL,
   'evaluation.recall_at': Sequence(_count(1)),
+  'evaluation.precision_at': Sequence(_count(1)),
   'evaluation.select_by': _TEXT,
   'evaluation.nearest_only': _BOOL,
   'evaluation.verification': _BOOL,
@@ -744,6 +745,11 @@ def _check_selection(config) -> Iterator[str]:
     )
   if not config.evaluation.recall_at:
     yield 'config.evaluation.recall_at () must hold at least one K, as (1,).'
+  if config.evaluation.precision_at and config.evaluation.nearest_only:
+    yield (
+      'config.evaluation.precision_at needs the ranks of all positives: set '
+      'config.evaluation.nearest_only to False.'
+    )
   if validation and config.evaluation.select_by not in _score_names(config):
     yield (
       f'config.evaluation.select_by ({config.evaluation.select_by!r}) must be '
@@ -760,6 +766,11 @@ def _score_names(config) -> list[str]:
   names += ['mrr', *(f'recall@1_{part}' for part in ('head', 'middle', 'tail'))]
   if not fields.nearest_only:
     names += ['map@r', 'r_precision', 'map']
+  names += [
+    f'{title}@{k}'
+    for title in ('precision', 'map')
+    for k in fields.precision_at
+  ]
   if fields.kmeans_iterations:
     names += ['nmi', 'ami', 'ari', 'f1', 'purity']
     if 1 in fields.recall_at:

@@ -57,6 +57,26 @@ def average_precision(ranks: np.ndarray) -> np.ndarray:
   return _ratio(np.sum(precisions, axis=1), num_positives)
 
 
+def precision_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
+  """Returns the fraction of positives among the k nearest items."""
+  num_positives = np.sum(ranks > 0, axis=1)
+  num_hits = np.sum((ranks > 0) & (ranks <= k), axis=1)
+  return np.where(num_positives > 0, num_hits / k, np.nan)
+
+
+def map_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
+  """Returns mAP@k, the average precision of the k nearest items.
+
+  With R positives it is 1 / min(R, k) sum_{i<=k} [item i is a positive]
+  precision@i, which is 1 if the nearest items are all positives.
+  """
+  num_positives = np.sum(ranks > 0, axis=1)
+  order = np.arange(1, ranks.shape[1] + 1)
+  precisions = order / np.maximum(ranks, 1)
+  hits = (ranks > 0) & (ranks <= k)
+  return _ratio(np.sum(precisions * hits, axis=1), np.minimum(num_positives, k))
+
+
 def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
   """Returns 1 / the rank of the nearest positive."""
   first = ranks[:, 0]

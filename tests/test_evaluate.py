@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import io
 import json
 import os
@@ -469,6 +470,52 @@ class CommandTest(parameterized.TestCase):
       )
     self.assertIn('(equal error rate)', output)
     self.assertIn(f'{100 * result["eer"]:.2f}%', output)
+
+  def test_scores_of_each_class(self):
+    rng = np.random.default_rng(0)
+    embeddings, labels = rng.normal(size=(60, 5)), rng.integers(0, 9, 60)
+    # A class of one has no query with a match, and no row.
+    names = np.array([f'bird, {i}' for i in labels] + ['alone'])
+    embeddings = np.concatenate([embeddings, -embeddings[:1]])
+    path = self.create_tempfile().full_path
+    code, output, scores = self._run(
+      '--kmeans_iterations=0',
+      f'--per_class={path}',
+      *('--precision_at', '3', '10'),
+      embeddings=embeddings,
+      labels=names,
+    )
+    self.assertEqual(code, 0, output)
+    self.assertNotIn('per_class', scores)
+    with open(path, newline='') as file:
+      rows = list(csv.DictReader(file))
+    self.assertEqual(
+      [row['label'] for row in rows], sorted(set(names) - {'alone'})
+    )
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    order = np.argsort(-(unit @ unit.T) + 9 * np.eye(61), axis=1)[:, :10]
+    is_hit = names[order] == names[:, None]
+    for row in rows:
+      queries = np.flatnonzero(names == row['label'])
+      self.assertEqual(int(row['num_queries']), len(queries))
+      for k in (3, 10):
+        self.assertAlmostEqual(
+          float(row[f'precision@{k}']), is_hit[queries, :k].mean()
+        )
+      self.assertAlmostEqual(float(row['recall@1']), is_hit[queries, 0].mean())
+    mean = np.average(
+      [float(row['map@10']) for row in rows],
+      weights=[int(row['num_queries']) for row in rows],
+    )
+    self.assertAlmostEqual(scores['map@10'], mean)
+
+  @parameterized.parameters(
+    ({'precision_at': (0,)}, 'precision_at .* at least 1'),
+    ({'precision_at': (3,), 'nearest_only': True}, 'ranks of all positives'),
+  )
+  def test_precision_at_what_cannot_be_computed(self, arguments, message):
+    with self.assertRaisesRegex(ValueError, message):
+      evaluate.score(_EYE, _LABELS, **arguments)
 
   @parameterized.parameters(0.0, 1.0, -1.0, float('nan'))
   def test_rates_of_verification_are_between_0_and_1(self, rate):

@@ -23,9 +23,27 @@ class RetrievalMetricsTest(absltest.TestCase):
       [(1 / 1 + 2 / 3 + 3 / 7) / 3, 1 / 2, np.nan],
     )
 
+  def test_scores_of_the_k_nearest_by_hand(self):
+    ranks = np.array([[1, 3, 7], [2, 0, 0], [0, 0, 0]])
+    for k, precision, map_at_k in (
+      (1, (1, 0), (1, 0)),
+      (2, (1 / 2, 1 / 2), (1 / 2, 1 / 2)),
+      (3, (2 / 3, 1 / 3), ((1 + 2 / 3) / 3, 1 / 2)),
+      (8, (3 / 8, 1 / 8), ((1 + 2 / 3 + 3 / 7) / 3, 1 / 2)),
+    ):
+      np.testing.assert_allclose(
+        metrics.precision_at_k(ranks, k), [*precision, np.nan]
+      )
+      np.testing.assert_allclose(
+        metrics.map_at_k(ranks, k), [*map_at_k, np.nan]
+      )
+
   def test_perfect_ranking_scores_one(self):
     ranks = np.array([[1, 2, 3, 4]])
     for score in (
+      metrics.precision_at_k(ranks, 4),
+      metrics.map_at_k(ranks, 2),
+      metrics.map_at_k(ranks, 9),
       metrics.map_at_r(ranks),
       metrics.r_precision(ranks),
       metrics.average_precision(ranks),

@@ -1,9 +1,10 @@
 """Scores embeddings from NumPy files."""
 
 import argparse
+import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -54,6 +55,14 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     help='the K of Recall@K (default: 1 2 4 8)',
   )
   parser.add_argument(
+    '--precision_at',
+    type=int,
+    nargs='+',
+    default=(),
+    metavar='K',
+    help='the K of Precision@K and mAP@K (default: none)',
+  )
+  parser.add_argument(
     '--nearest_only',
     action='store_true',
     help='compute only Recall@K and MRR, which is faster',
@@ -94,6 +103,11 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     action='store_true',
     help='also compare all pairs of items: the equal error rate, and FNMR and '
     'distance threshold at false match rates (FMR) of 10%% to 0.0001%%',
+  )
+  parser.add_argument(
+    '--per_class',
+    metavar='FILE.csv',
+    help='also write the scores of each class to this file',
   )
   parser.add_argument(
     '--json', metavar='FILE', help='also write the scores to this file'
@@ -174,6 +188,15 @@ def _load(path: str) -> np.ndarray:
   )
 
 
+def _write_per_class(scores: Mapping[str, Mapping], path: str) -> None:
+  """Writes a row for each class, scores as fractions."""
+  columns = ('label', *next(iter(scores.values())))
+  with files.write_atomically(path, newline='') as file:
+    writer = csv.DictWriter(file, columns, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows({'label': name, **row} for name, row in scores.items())
+
+
 def main(
   arguments: Sequence[str] | None = None,
   *,
@@ -192,8 +215,11 @@ def main(
     scores = scores_lib.score(
       **arrays,
       **{name: getattr(arguments, name) for name in names},
+      per_class=bool(arguments.per_class),
       mesh=mesh_lib.make_mesh(),
     )
+    if arguments.per_class:
+      _write_per_class(scores.pop('per_class'), arguments.per_class)
     if arguments.verification:
       scores['verification'] = verification.verify(
         arrays['embeddings'], arrays['labels']

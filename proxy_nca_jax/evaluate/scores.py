@@ -16,6 +16,7 @@ from proxy_nca_jax.runtime import signals
 # Arguments of `score` that are fields of `config.evaluation` and flags.
 SETTINGS = (
   'recall_at',
+  'precision_at',
   'nearest_only',
   'kmeans_iterations',
   'kmeans_start',
@@ -30,12 +31,14 @@ def score(
   is_query: np.ndarray | None = None,
   cameras: np.ndarray | None = None,
   recall_at: Sequence[int] = (1, 2, 4, 8),
+  precision_at: Sequence[int] = (),
   nearest_only: bool = False,
   kmeans_iterations: int = 20,
   kmeans_start: str = 'random',
   kmeans_num_starts: int = 1,
   seed: int = 0,
   num_resamples: int = 0,
+  per_class: bool = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
   """Scores embeddings by retrieval and by clustering.
@@ -57,6 +60,7 @@ def score(
     is_query: bool [num_items], or integers 0 and 1; the others are the gallery.
     cameras: int [num_items], camera ids.
     recall_at: the K of Recall@K.
+    precision_at: the K of Precision@K and mAP@K.
     nearest_only: computes only Recall@K and MRR, which is faster.
     kmeans_iterations: most Lloyd iterations of k-means; 0 skips clustering.
     kmeans_start: initialization of k-means, 'random' or 'k-means++'.
@@ -64,6 +68,7 @@ def score(
     seed: seed of k-means and of the bootstrap.
     num_resamples: bootstrap resamples of the classes, for confidence intervals;
       0 skips them.
+    per_class: whether to return the scores of each class as well.
     mesh: the devices that share the work; by default one.
 
   Returns:
@@ -80,6 +85,9 @@ def score(
     'zero_embeddings'. Queries without a match, such as the only item of a
     class, are left out of every mean.
 
+    With `per_class`, 'per_class': {label, as a text: its number of queries and
+    the means of their scores}.
+
     With `num_resamples`, 'intervals': the bounds of the central 95% of each
     retrieval score over the resamples.
 
@@ -87,11 +95,20 @@ def score(
     ValueError: if shapes or types do not fit, an argument is out of range, an
       embedding is not finite, or no query has a match.
   """
-  if not recall_at or min(recall_at) < 1 or num_resamples < 0:
+  if (
+    not recall_at or min(*recall_at, *precision_at, 1) < 1 or num_resamples < 0
+  ):
     raise ValueError(
-      f'recall_at ({recall_at}) must hold integers of at least 1, and '
-      f'num_resamples ({num_resamples}) must not be negative.'
+      f'recall_at ({recall_at}) and precision_at ({precision_at}) must hold '
+      f'integers of at least 1, and num_resamples ({num_resamples}) must not '
+      'be negative.'
     )
+  if precision_at and nearest_only:
+    raise ValueError(
+      'precision_at needs the ranks of all positives, which nearest_only does '
+      'not compute.'
+    )
+  names = np.unique(np.asarray(labels)).tolist() if per_class else ()
   embeddings, labels, num_zeros = prepare(
     embeddings, labels, is_query=is_query, cameras=cameras
   )
@@ -108,7 +125,7 @@ def score(
     labels,
     is_query,
     cameras,
-    _score_fns(recall_at, cameras is not None, nearest_only),
+    _score_fns(recall_at, precision_at, cameras is not None, nearest_only),
     nearest_only=nearest_only,
     **over,
   )
@@ -146,6 +163,8 @@ def score(
     'num_classes': num_classes,
     'zero_embeddings': num_zeros,
   }
+  if per_class:
+    scores['per_class'] = _by_class(per_query, query_labels[has_match], names)
   if num_resamples:
     scores['intervals'] = _intervals(
       per_query, query_labels[has_match], num_resamples, seed
@@ -245,7 +264,10 @@ def _project_to_sphere(embeddings: np.ndarray) -> tuple[jax.Array, int]:
 
 
 def _score_fns(
-  recall_at: Sequence[int], is_reidentification: bool, nearest_only: bool
+  recall_at: Sequence[int],
+  precision_at: Sequence[int],
+  is_reidentification: bool,
+  nearest_only: bool,
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
   """Returns the scores of a protocol, each a function of ranks."""
   title = 'cmc' if is_reidentification else 'recall'
@@ -253,6 +275,9 @@ def _score_fns(
     f'{title}@{k}': functools.partial(metrics.recall_at_k, k=k)
     for k in recall_at
   }
+  for k in precision_at:
+    fns[f'precision@{k}'] = functools.partial(metrics.precision_at_k, k=k)
+    fns[f'map@{k}'] = functools.partial(metrics.map_at_k, k=k)
   if not nearest_only and not is_reidentification:
     fns |= {'map@r': metrics.map_at_r, 'r_precision': metrics.r_precision}
   fns['mrr'] = metrics.reciprocal_rank
@@ -301,6 +326,27 @@ def _score_queries(
         parts[name].append(score_fn(ranks))
   scores = {name: np.concatenate(values) for name, values in parts.items()}
   return scores, labels[np.concatenate(order)]
+
+
+def _by_class(
+  per_query: Mapping[str, np.ndarray],
+  labels: np.ndarray,
+  names: Sequence[str | int],
+) -> dict[str, dict[str, float]]:
+  """Returns the number of queries and the mean of each score, by class."""
+  classes, indices, sizes = np.unique(
+    labels, return_inverse=True, return_counts=True
+  )
+  means = {
+    name: np.bincount(indices, each) / sizes for name, each in per_query.items()
+  }
+  return {
+    str(names[label]): {
+      'num_queries': int(size),
+      **{name: float(each[row]) for name, each in means.items()},
+    }
+    for row, (label, size) in enumerate(zip(classes, sizes))
+  }
 
 
 def _by_frequency(
