@@ -99,7 +99,8 @@ class FieldsTest(parameterized.TestCase):
       """
       batch_size min_styles test_fraction image_size crop_scale
       crop_ratio width embedding_dim num_centers init_norm eps max_skipped_steps
-      plateau_factor layer_decay recall_at kmeans_num_starts steps_per_dispatch
+      plateau_factor layer_decay recall_at precision_at kmeans_num_starts
+      steps_per_dispatch
       log_every save_every keep_checkpoints profile_steps scale temperature
       alpha beta concentration proxy_chunk gamma decay_rate decay_every decay_at
       """.split(),
