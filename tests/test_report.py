@@ -236,6 +236,16 @@ class TableTest(absltest.TestCase):
     self.assertIn('recall@1 is 50.00% after it, but 62.50% from the pre', log)
     self.assertNotIn('raw pixels.', log)
 
+    folder = tempfile.mkdtemp(dir=absltest.get_default_test_tmpdir())
+    page = _write(
+      pathlib.Path(folder, 'report.html'),
+      _embedded(),
+      results=_RESULTS | {'pretrained': better},
+    )
+    first = re.search('<h2>(.*?)</h2><p>(.*?)</p>', page)
+    self.assertEqual(first[1], 'Training did not pay')
+    self.assertIn('62.50% from the pretrained features', first[2])
+
   def test_no_baseline_above_it_is_no_warning(self):
     self.assertNotIn('did not pay', self._log(pretrained=_SCORES))
     self.assertNotIn('did not pay', self._log(pretrained=None))

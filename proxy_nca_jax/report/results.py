@@ -138,7 +138,10 @@ def log_table(results: Mapping) -> None:
   )
   for line in evaluate.format_table(rows).splitlines():
     _logger.info('%s', line)
-  _compare_with_baselines(results)
+  warning = better_baselines(results)
+  # Processes other than the primary one log warnings, but no table.
+  if warning and processes.is_primary():
+    _logger.warning('%s', warning)
   if results.get('verification'):
     _logger.info('Verification: error rates by distance threshold')
     for line in verification.format_table(results['verification']).splitlines():
@@ -152,8 +155,8 @@ def log_table(results: Mapping) -> None:
     )
 
 
-def _compare_with_baselines(results: Mapping) -> None:
-  """Warns of baselines that are better than the trained network."""
+def better_baselines(results: Mapping) -> str:
+  """Returns a warning of baselines above the trained network; '' if none is."""
   scores = results.get('selected') or results['trained']
   name = next(iter(scores))
   better = [
@@ -161,19 +164,15 @@ def _compare_with_baselines(results: Mapping) -> None:
     for baseline in _BASELINES
     if (results.get(baseline) or {}).get(name, -1) > scores[name]
   ]
-  # Processes other than the primary one log warnings, but no table.
-  if better and processes.is_primary():
-    is_of_vectors = bool(results.get('as_given'))
-    start = 'pretrained weights (config.model.init_from)'
-    if is_of_vectors:
-      start = 'the vectors (config.model.head_init)'
-    _logger.warning(
-      'Training did not pay: %s is %.2f%% after it, but %s. Start from %s, '
-      'lower the learning rates or the number of steps, add %s, or let '
-      'validation classes select the step (config.dataset.validation).',
-      name,
-      100 * scores[name],
-      ' and '.join(better),
-      start,
-      'vectors' if is_of_vectors else 'images',
-    )
+  if not better:
+    return ''
+  is_of_vectors = bool(results.get('as_given'))
+  start = 'pretrained weights (config.model.init_from)'
+  if is_of_vectors:
+    start = 'the vectors (config.model.head_init)'
+  return (
+    f'Training did not pay: {name} is {100 * scores[name]:.2f}% after it, but '
+    f'{" and ".join(better)}. Start from {start}, lower the learning rates or '
+    f'the number of steps, add {"vectors" if is_of_vectors else "images"}, or '
+    'let validation classes select the step (config.dataset.validation).'
+  )

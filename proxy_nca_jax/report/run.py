@@ -105,6 +105,9 @@ def write(
     title = f'Proxies and their nearest {train.split.noun}'
     sections.append((title, nearest))
   sections.append(('The run', _about(results, config, overrides, facts)))
+  if warning := results_lib.better_baselines(results):
+    text = f'<p>{html.escape(warning)}</p>'
+    sections.insert(0, ('Training did not pay', text))
   name = f'{config["dataset"]["name"]}, {config["loss"]["name"]}'
   with files.write_atomically(path) as file:
     file.write(pages.page(f'Report: {name}', sections))
