@@ -40,8 +40,8 @@ class MultiLabelTest(parameterized.TestCase):
     labels = np.array([0, 1, 2, 3, 4, 2])
     where = np.arange(6) != 1
     np.testing.assert_allclose(
-      loss(x, proxies, np.eye(5, dtype=int)[labels], where=where),
-      single(x, proxies, labels, where=where),
+      jax.jit(loss)(x, proxies, np.eye(5, dtype=int)[labels], where=where),
+      jax.jit(single)(x, proxies, labels, where=where),
       rtol=1e-5,
       atol=1e-6,
     )
@@ -83,12 +83,16 @@ class MultiLabelTest(parameterized.TestCase):
   def _check(self, loss, expected):
     """Compares values and gradients."""
     x, proxies, targets = _inputs()
+
+    def total(*points):
+      value = loss(*points, targets)
+      return jnp.sum(value), value
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    gradients, value = gradient(x, proxies)
     np.testing.assert_allclose(
-      loss(x, proxies, targets), expected(x, proxies), rtol=1e-4, atol=1e-4
+      value, expected(x, proxies), rtol=1e-4, atol=1e-4
     )
-    gradients = jax.grad(
-      lambda *points: jnp.sum(loss(*points, targets)), argnums=(0, 1)
-    )(x, proxies)
     for actual, total, point in zip(
       gradients,
       (
@@ -108,8 +112,10 @@ class MultiLabelTest(parameterized.TestCase):
     targets[0], targets[1] = False, True
     x[2] = np.nan
     where = np.arange(6) != 2
-    value, gradient = jax.value_and_grad(
-      lambda x: jnp.sum(loss(x, proxies, targets, where=where))
+    value, gradient = jax.jit(
+      jax.value_and_grad(
+        lambda x: jnp.sum(loss(x, proxies, targets, where=where))
+      )
     )(x)
     self.assertTrue(np.isfinite(value))
     self.assertTrue(np.all(np.isfinite(gradient)))
@@ -118,7 +124,7 @@ class MultiLabelTest(parameterized.TestCase):
   def test_examples_of_no_class_or_of_all_have_no_loss(self):
     x, proxies, targets = _inputs()
     targets[0], targets[1] = False, True
-    loss = _NCA(x, proxies, targets)
+    loss = jax.jit(_NCA)(x, proxies, targets)
     np.testing.assert_array_equal(np.asarray(loss) == 0, np.arange(6) < 2)
 
   def test_targets_other_than_zero_and_one_are_an_error(self):

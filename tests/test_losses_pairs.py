@@ -119,10 +119,11 @@ class MinersTest(parameterized.TestCase):
 
   def test_multi_similarity_is_the_selection_of_its_loss(self):
     x, labels = _inputs()
-    pairs = losses.multi_similarity_pairs(x, labels, epsilon=0.05)
+    pairs = jax.jit(losses.multi_similarity_pairs)(x, labels, epsilon=0.05)
+    loss = jax.jit(losses.multi_similarity_loss)
     np.testing.assert_allclose(
-      losses.multi_similarity_loss(x, labels, epsilon=np.inf, pairs=pairs),
-      losses.multi_similarity_loss(x, labels, epsilon=0.05),
+      loss(x, labels, epsilon=np.inf, pairs=pairs),
+      loss(x, labels, epsilon=0.05),
       rtol=1e-6,
     )
     self.assertLess(np.sum(pairs.is_positive), np.sum(pairs.is_negative))
@@ -168,7 +169,7 @@ class MinersTest(parameterized.TestCase):
       'labels': labels[:3],
       'where': np.array([True, False, True]),
     }
-    for pairs in miner(x, labels, where=where, memory=memory):
+    for pairs in jax.jit(miner)(x, labels, where=where, memory=memory):
       self.assertEqual(pairs.shape, (15, 18))
       self.assertTrue(np.any(pairs))
       self.assertFalse(np.any(pairs[~where]))
@@ -186,6 +187,8 @@ class MinersTest(parameterized.TestCase):
     actual = loss(x, labels, pairs=pairs)
     expected = loss(x, labels, where=mask)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    as_integers = losses.Pairs(*(rows.astype(int) for rows in pairs))
+    np.testing.assert_array_equal(loss(x, labels, pairs=as_integers), actual)
 
 
 if __name__ == '__main__':

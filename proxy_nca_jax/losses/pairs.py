@@ -29,7 +29,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from proxy_nca_jax import distances
+from proxy_nca_jax import distances, masks
 from proxy_nca_jax.losses import inputs
 
 # {'embeddings': float32 [size, dim], 'labels': int32 [size], 'where': bool
@@ -115,7 +115,8 @@ def compare(
     embeddings: float [batch, dim].
     labels: int [batch].
     memory: examples of earlier batches; by default none.
-    pairs: bool [batch, num_items] twice, from a miner; by default all pairs.
+    pairs: bool [batch, num_items] twice, or integers 0 and 1, from a miner; by
+      default all pairs.
     where: bool [batch], examples to include; by default all.
 
   Returns:
@@ -137,7 +138,9 @@ def compare(
     )
   if pairs is not None:
     chex.assert_equal_shape([*pairs, *chosen])
-    chosen = Pairs(*(x & y for x, y in zip(chosen, pairs)))
+    chosen = Pairs(
+      *(x & masks.as_mask(y, name='pairs') for x, y in zip(chosen, pairs))
+    )
   return anchors, items, chosen
 
 

@@ -97,7 +97,9 @@ def triplet_loss(
 
   (FaceNet, with unit embeddings and a margin of 0.2). Mining selects triplets:
 
-    batch_all: all triplets with a nonzero loss (Hermans et al.).
+    batch_all: all triplets with a nonzero loss (Hermans et al.). For each
+      anchor it takes the square of the number of items in time and memory,
+      which is too much with a large memory.
     batch_hard: for each anchor, the farthest positive and the nearest negative
       (Hermans et al.).
     semi_hard: for each positive pair, the nearest of the negatives that are
