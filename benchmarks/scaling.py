@@ -3,20 +3,20 @@
 python benchmarks/scaling.py [--classes=1000000] [--dim=512] [--batch_size=256]
   [--devices=8]
 
-Compiles, but does not run, a step of the softmax form of Proxy-NCA on given
-embeddings, with Adam for the proxies, for 1 to --devices emulated CPU devices,
-with replicated proxies and with config.proxies.sharded. Prints what XLA reports
-for one device: bytes of arguments (proxies and moments), bytes of temporaries,
-flops, bytes of the results of collectives, and the largest collective. Beside
-them it prints the cost model of docs/scaling.md ("model"), then the cost model
-for more devices, for a step and for evaluation.
+Compiles, but does not run, the trainer's step with the softmax form of
+Proxy-NCA and Adam, on given embeddings that a learned vector scales, for 1 to
+--devices emulated CPU devices, with replicated proxies and with
+config.proxies.sharded. Prints what XLA reports for one device: bytes of
+arguments (proxies and moments), bytes of temporaries, flops, bytes of the
+results of collectives, and the largest collective. Beside them it prints the
+cost model of docs/scaling.md ("model"), then the cost model for more devices,
+for a step and for evaluation.
 """
 
 import argparse
 import math
 import os
 import pathlib
-import re
 import sys
 
 
@@ -41,87 +41,23 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+import compile_ahead
 import jax
-import jax.numpy as jnp
-import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from proxy_nca_jax import losses, train_step
 from proxy_nca_jax import mesh as mesh_lib
-from proxy_nca_jax.configs import default
 
 _MIB = 2**20
-_COLLECTIVE = re.compile(
-  r'= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|'
-  r'reduce-scatter)(?:-start)?\('
-)
-_ARRAY = re.compile(r'\b[a-z]+(\d+)\[([\d,]*)\]')
 
 
 def compile_step(num_devices, num_classes, dim, batch_size, *, sharded):
   """Compiles the step for the first `num_devices` devices."""
   mesh = mesh_lib.make_mesh(jax.devices()[:num_devices])
-  config = default.get_config()
-  config.proxies.sharded = sharded
-  reshard = train_step.make_reshard(config, num_classes, mesh)
-  adam = optax.adam(1e-3)
-
-  def step(proxies, moments, embeddings, labels):
-    def mean_loss(proxies, embeddings):
-      x, p, y = reshard(embeddings, proxies, labels)
-      return jnp.mean(losses.proxy_nca_pp_loss(x, p, y))
-
-    gradients, embedding_gradients = jax.grad(mean_loss, (0, 1))(
-      proxies, embeddings
-    )
-    updates, moments = adam.update(gradients, moments)
-    return optax.apply_updates(proxies, updates), moments, embedding_gradients
-
-  rows = mesh_lib.by_row(mesh)
-  proxy_sharding = rows if sharded else mesh_lib.replicated(mesh)
-  num_rows = num_classes + (-num_classes % num_devices if sharded else 0)
-  proxies = jax.ShapeDtypeStruct(
-    (num_rows, dim), jnp.float32, sharding=proxy_sharding
-  )
-  moments = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape,
-      x.dtype,
-      sharding=proxy_sharding if x.ndim else mesh_lib.replicated(mesh),
-    ),
-    jax.eval_shape(adam.init, proxies),
-  )
-  embeddings = jax.ShapeDtypeStruct(
-    (batch_size, dim), jnp.float32, sharding=rows
-  )
-  labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
-  outputs = (proxy_sharding, jax.tree.map(lambda x: x.sharding, moments), rows)
-  return (
-    jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs)
-    .lower(proxies, moments, embeddings, labels)
-    .compile()
-  )
-
-
-def collectives(compiled) -> list[tuple[int, str]]:
-  """Returns (bytes, kind and shape) of each collective's result, sorted.
-
-  The largest comes first.
-  """
-  results = []
-  for line in compiled.as_text().splitlines():
-    if match := _COLLECTIVE.search(line):
-      arrays = [
-        (
-          int(bits) // 8 * math.prod(int(n) for n in shape.split(',') if n),
-          shape,
-        )
-        for bits, shape in _ARRAY.findall(match[1])
-      ]
-      total = sum(size for size, _ in arrays)
-      results.append((total, f'{match[2]} of [{max(arrays)[1]}]'))
-  return sorted(results, reverse=True)
+  config = compile_ahead.proxy_config(dim, batch_size, sharded=sharded)
+  return compile_ahead.lower_step(
+    config, mesh, num_classes=num_classes, model=compile_ahead.Scale(dim)
+  ).compile()
 
 
 def print_compiled(num_classes, dim, batch_size) -> None:
@@ -140,7 +76,7 @@ def print_compiled(num_classes, dim, batch_size) -> None:
         num_devices, num_classes, dim, batch_size, sharded=sharded
       )
       memory = compiled.memory_analysis()
-      traffic = collectives(compiled)
+      traffic = compile_ahead.collectives(compiled)
       model = cost(num_devices, num_classes, dim, batch_size, sharded=sharded)
       print(
         f'{"sharded" if sharded else "replicated":11}{num_devices:8}'
@@ -149,8 +85,8 @@ def print_compiled(num_classes, dim, batch_size) -> None:
         f'{model["memory"] / _MIB:9.0f}'
         f'{compiled.cost_analysis()["flops"] / 1e9:9.1f}'
         f'{model["flops"] / 1e9:9.1f}'
-        f'{sum(size for size, _ in traffic) / _MIB:9.2f}'
-        f'  {traffic[0][1] if traffic else "none"}'
+        f'{sum(size for size, *_ in traffic) / _MIB:9.2f}'
+        f'  {traffic[0][2] if traffic else "none"}'
       )
       num_devices *= 2
 

@@ -53,7 +53,7 @@ def log_plan(
 def _describe(config, model, train, state, train_step, mesh) -> str:
   size = config.batch_size
   memory = (
-    train_step.lower(state, _batch(config, model, mesh), 1.0)
+    train_step.lower(state, batch_shapes(config, model, mesh), 1.0)
     .compile()
     .memory_analysis()
   )
@@ -82,7 +82,9 @@ def _describe(config, model, train, state, train_step, mesh) -> str:
   )
 
 
-def _batch(config, model, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+  config: ml_collections.ConfigDict, model, mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes, dtypes and shardings of a training batch."""
   size = blocked.round_up(config.batch_size, mesh.size)
   images = model.example(size)

@@ -125,7 +125,8 @@ def nearest_proxies(embeddings: chex.Array, proxies: chex.Array) -> jax.Array:
     int32 [batch], in [0, num_proxies). Ties go to the lower index.
   """
   chex.assert_rank([embeddings, proxies], 2)
-  cosines = distances.cosines(embeddings, proxies)
+  # An embedding's norm does not change the order of its proxies.
+  cosines = distances.products(embeddings, distances.unit_norm(proxies))
   return jnp.argmax(cosines, axis=1).astype(jnp.int32)
 
 

@@ -263,15 +263,21 @@ def make_train_step(
   optimizer,
   train: datasets.Split,
   mesh: jax.sharding.Mesh,
+  *,
+  is_logged: Callable | None = None,
 ) -> Callable:
-  """Returns the jitted training step for the classes of a split."""
+  """Returns the jitted training step for the classes of a split.
+
+  `is_logged` is that of `train_step.make_train_step`; by default the steps that
+  `config.log_every` writes.
+  """
   return train_step_lib.make_train_step(
     model,
     optimizer,
     make_loss(config, train),
     reshard=train_step_lib.make_reshard(config, train.num_classes, mesh),
     learning_rates=optimizer_lib.make_learning_rates(config),
-    is_logged=_make_is_logged(config),
+    is_logged=is_logged or _make_is_logged(config),
     skip_nonfinite=config.optimizer.on_nonfinite == 'skip',
     stop_frozen=functools.partial(fine_tuning.stop_frozen, config.model),
     ema_decay=config.optimizer.ema_decay,

@@ -334,7 +334,7 @@ def _if_logged(
 
 
 def _proxy_metrics(
-  form, embeddings, points, labels, where
+  form, embeddings, points, labels, where=None
 ) -> dict[str, jax.Array]:
   """Metrics of the proxies, and of the batch beside them if labels index them.
 

@@ -34,6 +34,22 @@ def make_embed_fn(
     method: of the model, such as 'features'; by default its embeddings.
   """
 
+  forward = make_forward(model, mesh, method=method)
+
+  def embed_fn(state, batch):
+    batch = mesh_lib.shard_batch(batch, mesh)
+    return forward(**state.evaluated, batch=batch)
+
+  return embed_fn
+
+
+def make_forward(
+  model, mesh: jax.sharding.Mesh, *, method: str | None = None
+) -> Callable[..., dict[str, jax.Array]]:
+  """Returns the jitted part of `make_embed_fn`.
+
+  It maps (params, model_state, batch), a global batch, to its result.
+  """
   # Any model has `apply`; only one with other methods takes their name.
   kwargs = {'method': method} if method else {}
 
@@ -49,11 +65,7 @@ def make_embed_fn(
     )
     return batch | {'embedding': embeddings}
 
-  def embed_fn(state, batch):
-    batch = mesh_lib.shard_batch(batch, mesh)
-    return forward(**state.evaluated, batch=batch)
-
-  return embed_fn
+  return forward
 
 
 def embed_batches(
