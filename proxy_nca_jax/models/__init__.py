@@ -9,6 +9,7 @@ from proxy_nca_jax.models.pretrained import (
   load_weights,
   read_classifier,
 )
+from proxy_nca_jax.models.timm_files import make_file
 
 __all__ = [
   'BACKBONES',
@@ -18,6 +19,7 @@ __all__ = [
   'find_license',
   'find_weights',
   'load_weights',
+  'make_file',
   'normalize',
   'read_classifier',
 ]
