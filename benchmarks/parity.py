@@ -2,6 +2,7 @@
 
 python benchmarks/parity.py [models] [--models=resnet18,vit_s16] [--blocks=4]
 python benchmarks/parity.py shapes
+python benchmarks/parity.py saved
 python benchmarks/parity.py bundled
 python benchmarks/parity.py trajectory [--models=resnet18] [--steps=50]
 python benchmarks/parity.py originals [--models=resnet18]
@@ -18,6 +19,9 @@ compares transformers and ConvNeXts of the same width with fewer blocks.
 
 `shapes` compares names and shapes of the tensors of whole networks with timm's,
 and prints how many parameters they have.
+
+`saved` writes tiny networks with their heads as `Embedder.save_timm` does,
+loads the files with timm, and compares embeddings, for several poolings.
 
 Rounding can change whether a gradient passes a ReLU with an input near 0, or
 which of two nearly equal values a pooling layer selects. A single such case
@@ -53,6 +57,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import sys
@@ -67,7 +72,14 @@ def _parse() -> argparse.Namespace:
     'part',
     nargs='?',
     default='models',
-    choices=('models', 'shapes', 'bundled', 'trajectory', 'originals'),
+    choices=(
+      'models',
+      'shapes',
+      'saved',
+      'bundled',
+      'trajectory',
+      'originals',
+    ),
   )
   parser.add_argument(
     '--models', default='', help='networks, separated by commas'
@@ -91,6 +103,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pretrainedmodels
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -106,7 +119,7 @@ from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import models, proxies, train_step
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
-from proxy_nca_jax.configs import cub200
+from proxy_nca_jax.configs import cub200, default
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.models import (
   backbones,
@@ -574,6 +587,77 @@ def compare_shapes(names: list[str]) -> None:
     print(f'{name:22}{len(tensors):5} tensors {count:13,} parameters')
 
 
+def _timm_kwargs(tiny: dict) -> dict:
+  """Returns arguments of `made_weights.TINY` as timm names them."""
+  keys = {
+    'dim': 'embed_dim',
+    'num_heads': 'num_heads',
+    'num_blocks': 'depth',
+    'depths': 'depths',
+    'widths': 'dims',
+  }
+  return {keys[key]: value for key, value in tiny.items() if key in keys}
+
+
+def compare_saved(names: list[str]) -> None:
+  """Compares embeddings with those of timm from files that we write."""
+  for name in names:
+    backbone = backbones.BACKBONES[name]
+    size = 2 * backbone.patch_size if backbone.patch_size > 1 else 65
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, size, size, 3)).astype(np.uint8)
+    for pooling in dict.fromkeys((backbone.pooling, 'average', 'max')):
+      difference = _compare_saved(name, pooling, images)
+      print(f'{name:22}{pooling:12}{difference:9.1e}', flush=True)
+    jax.clear_caches()
+
+
+def _compare_saved(name: str, pooling: str, images: np.ndarray) -> float:
+  config = default.get_config()
+  config.model.name, config.model.pooling = name, pooling
+  config.model.embedding_dim = _DIM
+  config.dataset.image_size = size = images.shape[1]
+  tiny = made_weights.TINY.get(name, {})
+  model, variables = _make_model(name, size, jnp.float32, **tiny)
+  rng = np.random.default_rng(1)
+
+  def draw(x):
+    if x.ndim < 2:
+      return rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
+    scale = math.sqrt(2 / math.prod(x.shape[:-1]))
+    return scale * rng.standard_normal(x.shape, np.float32)
+
+  variables = jax.tree.map(draw, variables)
+  params = dict(variables).pop('params')
+  model_state = {k: v for k, v in variables.items() if k != 'params'}
+  content = models.make_file(config, params, model_state)
+  with tempfile.TemporaryDirectory() as folder:
+    path = f'{folder}/saved.safetensors'
+    pathlib.Path(path).write_bytes(content)
+    with safetensors.safe_open(path, 'pt') as file:
+      facts = {k: json.loads(v) for k, v in file.metadata().items()}
+    net = timm.create_model(
+      **facts['create_model'], **_timm_kwargs(tiny), checkpoint_path=path
+    )
+  net.eval()
+  pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()) / 255
+  mean, std = (
+    torch.tensor(facts[key])[:, None, None] for key in ('mean', 'std')
+  )
+  with torch.no_grad():
+    theirs = net((pixels - mean) / std)
+  ours = embedding.EmbeddingModel(
+    model.make_backbone,
+    functools.partial(model.make_head, pooling=pooling),
+    mean=backbones.BACKBONES[name].mean,
+    std=backbones.BACKBONES[name].std,
+    is_bgr=False,
+    input_shape=images.shape[1:],
+  )
+  apply = jax.jit(functools.partial(ours.apply, train=False))
+  return _difference(apply(variables, images), theirs)
+
+
 def compare_bundled() -> None:
   name = 'efficientnet_lite0'
   path = models.find_weights(models.BUNDLED, name)
@@ -813,15 +897,7 @@ def store_original(name: str) -> None:
 
 def store_tiny(name: str) -> None:
   """Writes the same of a tiny network of a family, at its own image size."""
-  tiny = made_weights.TINY[name]
-  keys = {
-    'dim': 'embed_dim',
-    'num_heads': 'num_heads',
-    'num_blocks': 'depth',
-    'depths': 'depths',
-    'widths': 'dims',
-  }
-  kwargs = {keys[key]: value for key, value in tiny.items() if key in keys}
+  kwargs = _timm_kwargs(made_weights.TINY[name])
   size = made_weights.tiny_size(backbones.BACKBONES[name].patch_size)
   net = _make_timm(name, size, **kwargs)
   shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
@@ -884,6 +960,10 @@ def main() -> None:
   if arguments.part == 'models':
     compare_models(
       names or [*_CONVOLUTIONAL, *_TIMM, *_CONVNEXT], arguments.blocks
+    )
+  elif arguments.part == 'saved':
+    compare_saved(
+      names or [*made_weights.TINY, 'resnet18', 'efficientnet_lite0']
     )
   elif arguments.part == 'shapes':
     compare_shapes(names or [*_TIMM, *_CONVNEXT])

@@ -311,6 +311,33 @@ class Embedder:
       },
     )
 
+  def save_timm(self, path: str | os.PathLike) -> None:
+    """Writes the network for timm, the head as its classifier.
+
+    The metadata has the arguments that build it:
+
+      with safetensors.safe_open(path, 'pt') as file:
+        facts = {k: json.loads(v) for k, v in file.metadata().items()}
+      net = timm.create_model(**facts['create_model'], checkpoint_path=path)
+
+    Where `layer_norm_of_pooled_features` is true, torch's layer_norm belongs
+    between net.forward_head(..., pre_logits=True) and net.get_classifier().
+
+    Args:
+      path: of the file, ending with .safetensors.
+
+    Raises:
+      ValueError: if timm has no such network, pooling or head.
+    """
+    if not os.fspath(path).endswith('.safetensors'):
+      raise ValueError(
+        f'{os.fspath(path)!r} must end with .safetensors, by which timm knows '
+        'the format.'
+      )
+    content = models.make_file(self.config, self.params, self.model_state)
+    with files.write_atomically(path, 'wb') as file:
+      file.write(content)
+
   def export(self) -> bytes:
     """Returns the network as StableHLO, for `jax.export.deserialize`.
 

@@ -20,15 +20,19 @@ from proxy_nca_jax.configs import default, recipes
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _WITH_RECIPES = ('cub200', 'cars196', 'sop', 'inshop')
-_CONFIGS = [
-  (path.stem, None)
-  for path in (_ROOT / 'configs').glob('*.py')
-  if path.stem != 'recipes'
-] + [
-  (name, recipe)
-  for name in (*_WITH_RECIPES, 'image_folder')
-  for recipe in recipes.RECIPES
-]
+_CONFIGS = (
+  [
+    (path.stem, None)
+    for path in (_ROOT / 'configs').glob('*.py')
+    if path.stem != 'recipes'
+  ]
+  + [
+    (name, recipe)
+    for name in (*_WITH_RECIPES, 'image_folder')
+    for recipe in recipes.RECIPES
+  ]
+  + [('market1501', 'foundation')]
+)
 
 
 def _load(name, recipe=None):
@@ -179,6 +183,10 @@ class RecipesTest(parameterized.TestCase):
       },
       {k: v for k, v in expected.items() if k not in differing},
     )
+
+  def test_an_unknown_recipe_of_market_lists_the_choices(self):
+    with self.assertRaisesRegex(ValueError, "'papr'.*scratch, foundation"):
+      _load('market1501', 'papr')
 
   def test_an_unknown_recipe_of_a_folder_lists_the_choices(self):
     with self.assertRaisesRegex(ValueError, "'papr'.*finetune, .*paper, dicho"):

@@ -6,19 +6,23 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import struct
 import zipfile
 from unittest import mock
 
-import huggingface_hub
+import huggingface_hub.errors
 import jax
 import jax.numpy as jnp
 import made_weights
 import numpy as np
+import safetensors
 from absl.testing import absltest, parameterized
 from safetensors import numpy as safetensors_numpy
 from scipy import ndimage
 
+from proxy_nca_jax import inference
+from proxy_nca_jax.configs import default
 from proxy_nca_jax.models import (
   backbones,
   embedding,
@@ -26,6 +30,7 @@ from proxy_nca_jax.models import (
   foreign_names,
   pretrained,
   published,
+  rotary,
   torch_files,
   vit,
 )
@@ -231,6 +236,7 @@ class BackboneTest(parameterized.TestCase):
 
   def test_remat_changes_no_gradient(self):
     kwargs = dict(patch_size=4, dim=64, num_heads=2, num_blocks=2)
+    kwargs['rotary'] = rotary.DINOV3
     plain, remat = (vit.ViT(**kwargs, remat=x) for x in (False, True))
     images = made_weights.make_images(8)
     variables = plain.init(jax.random.key(0), images, train=False)
@@ -608,6 +614,17 @@ class PublishedTest(absltest.TestCase):
       set(backbones.BACKBONES) - {'small_cnn', 'vectors'},
     )
 
+  def test_the_table_of_the_docs_has_them(self):
+    page = pathlib.Path(__file__).parent.parent / 'docs' / 'recipes.md'
+    rows = dict(re.findall(r'^\| `(\w+)` \| (.*) \|$', page.read_text(), re.M))
+    for name, weights in published.WEIGHTS.items():
+      count, size, license_, place = rows[name].split(' | ')
+      self.assertEqual(count, f'{weights.num_parameters / 1e6:.1f} M', name)
+      self.assertEqual(int(size), weights.image_size)
+      self.assertStartsWith(weights.license, license_)
+      place = place.strip('`')
+      self.assertIn(place, weights.repository or weights.elsewhere)
+
   def test_parameters_are_counted_at_the_published_size(self):
     weights = published.WEIGHTS['dinov3_s16']
     variables = _variables_of('dinov3_s16', weights.image_size)
@@ -641,6 +658,66 @@ class PublishedTest(absltest.TestCase):
     safetensors_numpy.save_file({'head.weight': np.ones((5, 3))}, path)
     self.assertIsNone(pretrained.read_classifier(path, 'clip_l14'))
     self.assertEqual(pretrained.read_classifier(path, 'vit_s16').shape, (5, 3))
+
+
+class SaveTest(parameterized.TestCase):
+  """Files for timm; `benchmarks/parity.py saved` loads some with it."""
+
+  def _make(self, name, **fields):
+    config = default.get_config()
+    config.model.update({'name': name, 'embedding_dim': 4, **fields})
+    tensors = _load_original(name)['tensors']
+    size = made_weights.tiny_size(backbones.BACKBONES[name].patch_size)
+    config.dataset.image_size = size
+    module = _make_backbone(name, **made_weights.TINY[name])
+    variables = pretrained.import_tensors(
+      tensors, _variables(module, size), name
+    )
+    width = {'clip_l14': 32, 'pe_core_b16': 32, 'convnextv2_nano': 24}[name]
+    dense = {'kernel': np.ones((width, 4), np.float32), 'bias': np.arange(4.0)}
+    params = {'backbone': variables['params'], 'head': {'embedding': dense}}
+    path = self.create_tempdir().full_path + '/x.safetensors'
+    embedder = inference.Embedder(config, params, {}, ())
+    embedder.save_timm(path)
+    with safetensors.safe_open(path, 'np') as file:
+      facts = {k: json.loads(v) for k, v in file.metadata().items()}
+    return tensors, safetensors_numpy.load_file(path), facts
+
+  @parameterized.parameters(
+    ('clip_l14', 'head'),
+    ('pe_core_b16', 'head'),
+    ('convnextv2_nano', 'head.fc'),
+  )
+  def test_a_saved_network_has_the_tensors_of_timm(self, name, classifier):
+    given, saved, facts = self._make(name, pooling='published')
+    self.assertEqual(saved.pop(f'{classifier}.weight').shape[0], 4)
+    np.testing.assert_array_equal(saved.pop(f'{classifier}.bias'), range(4))
+    self.assertEqual(saved.keys(), given.keys())
+    for key, tensor in given.items():
+      np.testing.assert_array_equal(saved[key], tensor, err_msg=key)
+    self.assertEqual(facts['create_model']['num_classes'], 4)
+
+  def test_an_attention_pool_that_is_not_used_is_left_out(self):
+    given, saved, facts = self._make('pe_core_b16', pooling='cls')
+    self.assertEqual(facts['create_model']['global_pool'], 'token')
+    left_out = given.keys() - saved.keys()
+    self.assertNotEmpty(left_out)
+    self.assertTrue(all(x.startswith('attn_pool.') for x in left_out))
+
+  @parameterized.parameters(
+    ({'pooling': 'gem'}, 'no pooling like gem'),
+    ({'head_hidden': 3}, 'has 3 hidden units'),
+  )
+  def test_what_timm_has_not_is_refused(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self._make('clip_l14', **fields)
+
+  def test_networks_and_formats_that_timm_has_not_are_refused(self):
+    embedder = inference.Embedder(default.get_config(), {}, {}, ())
+    with self.assertRaisesRegex(ValueError, 'timm has no small_cnn'):
+      embedder.save_timm('x.safetensors')
+    with self.assertRaisesRegex(ValueError, 'must end with .safetensors'):
+      embedder.save_timm('x.pth')
 
 
 class _Call:

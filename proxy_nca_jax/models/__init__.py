@@ -10,6 +10,7 @@ from proxy_nca_jax.models.pretrained import (
   load_weights,
   read_classifier,
 )
+from proxy_nca_jax.models.timm_files import make_file
 
 __all__ = [
   'BACKBONES',
@@ -20,6 +21,7 @@ __all__ = [
   'find_weights',
   'load_weights',
   'masked_statistics',
+  'make_file',
   'normalize',
   'read_classifier',
 ]

@@ -58,6 +58,8 @@ class Backbone:
       without one.
     unused: further tensors in the published files that an embedding does not
       need.
+    one_pixel: dense layers that the published files have as convolutions of 1 x
+      1 pixels.
     resampling: method of `pretrained.resample` for position embeddings; None
       without position embeddings.
     rename: maps the names of tensors in other published files to those of the
@@ -79,6 +81,7 @@ class Backbone:
   dense: tuple[str, ...] = ()
   classifier: str = ''
   unused: tuple[str, ...] = ()
+  one_pixel: tuple[str, ...] = ()
   resampling: str | None = None
   rename: Callable[[Mapping], dict] | None = None
 
@@ -255,7 +258,7 @@ def _pe_core(dim, **kwargs):
   )
 
 
-def _convnext(depths, widths, is_v2=False):
+def _convnext(depths, widths, is_v2=False, one_pixel=()):
   # The groups of layer-wise decay in the authors' code, optim_factory.py: three
   # blocks in the third stage, whole stages elsewhere.
   def stage(number, blocks):
@@ -279,6 +282,7 @@ def _convnext(depths, widths, is_v2=False):
     ),
     dense=('mlp.fc1', 'mlp.fc2'),
     classifier='head.fc',
+    one_pixel=one_pixel,
   )
 
 
@@ -370,7 +374,10 @@ BACKBONES = {
   'dinov3_l16': _dinov3(1024, num_blocks=24),
   **_convnexts('dinov3_convnext', ('tiny', 'small', 'base', 'large')),
   **_convnexts('convnext', ('tiny', 'small', 'base')),
-  **_convnexts('convnextv2', ('nano', 'tiny', 'base'), is_v2=True),
+  **_convnexts(
+    'convnextv2', ('nano',), is_v2=True, one_pixel=('mlp.fc1', 'mlp.fc2')
+  ),
+  **_convnexts('convnextv2', ('tiny', 'base'), is_v2=True),
   'siglip2_b16': _siglip2(768),
   'siglip2_l16': _siglip2(1024, num_blocks=24),
   'pe_core_b16': _pe_core(768),

@@ -364,6 +364,28 @@ def match_tensors(
   return [given[key] for key in wanted]
 
 
+def export_tensors(variables: dict, name: str) -> dict[str, np.ndarray]:
+  """Returns a backbone's variables in torch's names and layouts.
+
+  The inverse of `import_tensors`, for files of the backbone's timm network.
+
+  Args:
+    variables: {'params', 'batch_stats'} of the backbone.
+    name: of the backbone.
+  """
+  tensors = {}
+  leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
+  for path, leaf in leaves:
+    key, tensor = _torch_name(path), np.asarray(leaf)
+    if tensor.ndim in _AXES:
+      tensor = tensor.transpose(np.argsort(_AXES[tensor.ndim]))
+    layers = BACKBONES[name].one_pixel
+    if tensor.ndim == 2 and key.removesuffix('.weight').endswith(layers):
+      tensor = tensor[:, :, None, None]
+    tensors[key] = tensor
+  return tensors
+
+
 def _is_resampled(given: np.ndarray | None, wanted: jax.Array | None) -> bool:
   """Whether position embeddings fit a network but for their number."""
   if given is None or wanted is None or given.ndim != 3:

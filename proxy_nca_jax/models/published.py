@@ -13,7 +13,7 @@ PUBLISHED = 'published'
 _APACHE = 'Apache-2.0'
 _NONCOMMERCIAL = 'CC-BY-NC-4.0'
 # https://ai.meta.com/resources/models-and-libraries/dinov3-license
-_DINOV3 = 'DINOv3 License: redistribute with the license, name DINOv3'
+_DINOV3 = 'DINOv3 License (travels with the weights, acknowledgment)'
 _UNKNOWN = 'not stated'
 
 
@@ -28,6 +28,7 @@ class Weights:
     license: of the weights.
     strength: what they were trained on, and what they are good at.
     elsewhere: other places, for an error message.
+    timm_name: of the network, if it differs from the repository's.
   """
 
   repository: str
@@ -36,6 +37,13 @@ class Weights:
   license: str
   strength: str
   elsewhere: str = ''
+  timm_name: str = ''
+
+  @property
+  def architecture(self) -> str:
+    """The name of the network in timm; '' if it has none."""
+    owner, _, name = self.repository.partition('/')
+    return self.timm_name or (name.split('.')[0] if owner == 'timm' else '')
 
   @property
   def num_bytes(self) -> int:
@@ -73,6 +81,8 @@ _DINO = 'ImageNet without labels: instances'
 _LVD = 'photographs without labels: instances and fine classes, also frozen'
 _MASKED = 'masked images, then ImageNet labels'
 _TEXTS = 'images with texts: what texts name, such as products'
+# That of CLIP with its approximation of GELU.
+_QUICK = 'vit_large_patch14_clip_quickgelu_336'
 _META = 'https://dl.fbaipublicfiles.com'
 
 
@@ -248,6 +258,7 @@ WEIGHTS = {
     336,
     _APACHE,
     _TEXTS,
+    timm_name=_QUICK,
   ),
   # https://github.com/deepglint/unicom has a license for the code, MIT.
   'mlcd_l14': Weights(
@@ -256,5 +267,6 @@ WEIGHTS = {
     336,
     f'{_UNKNOWN} (the code: MIT)',
     'clusters of images as classes: fine classes',
+    timm_name=_QUICK,
   ),
 }
