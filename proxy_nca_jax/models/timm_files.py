@@ -1,13 +1,19 @@
 """Trained networks as files that timm loads."""
 
-import json
+from __future__ import annotations
 
-import ml_collections
+import json
+from typing import TYPE_CHECKING
+
 import numpy as np
 from safetensors import numpy as safetensors
 
 from proxy_nca_jax.models import pretrained, published
 from proxy_nca_jax.models.backbones import BACKBONES
+
+if TYPE_CHECKING:
+  # benchmarks/train_step.py runs without ml_collections.
+  import ml_collections
 
 # Poolings, and what timm calls them.
 _POOLINGS = {
