@@ -261,7 +261,7 @@ class MainTest(parameterized.TestCase):
   @parameterized.parameters(
     (
       {'loss.name': 'tripplet'},
-      r"loss.name \('tripplet'\) must be one of arcface",
+      r"loss.name \('tripplet'\) must be one of adaface",
     ),
     ({'model.name': 'resnet'}, 'config.model.name .*must be one of'),
     ({'dataset.name': 'mnist'}, 'config.dataset.name .*must be one of'),
