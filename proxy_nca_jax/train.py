@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -35,7 +35,7 @@ from proxy_nca_jax import mesh as mesh_lib
 from proxy_nca_jax import optimizer as optimizer_lib
 from proxy_nca_jax import state as state_lib
 from proxy_nca_jax import train_step as train_step_lib
-from proxy_nca_jax.datasets import summary
+from proxy_nca_jax.datasets import preparation, summary
 from proxy_nca_jax.evaluate import embed as embed_lib
 from proxy_nca_jax.evaluate import selection
 from proxy_nca_jax.input_pipeline import on_device
@@ -89,15 +89,57 @@ def _report_finished(config, saved: Mapping, results: Mapping) -> None:
 def load_data(config: ml_collections.ConfigDict) -> datasets.Datasets:
   """Loads the data: the primary process prepares it while the others wait.
 
+  If the processes do not share the folder of prepared datasets, all of them
+  prepare the data.
+
   Raises:
-    ValueError: if it is missing, or does not fit the configuration.
+    ValueError: if it is missing, does not fit the configuration, or is not the
+      same on all processes.
   """
-  loaded = []
-  processes.run_on_primary(lambda: loaded.append(datasets.load(config)))
-  data = loaded[0] if loaded else datasets.load(config)
+  load = functools.cache(functools.partial(datasets.load, config))
+  if _shares_prepared(config):
+    processes.run_on_primary(lambda: load().digest)
+  _check_same_data(
+    processes.run_on_each(lambda: [load().records_digest, load().digest])
+  )
+  data = load()
   summary.log(data)
   input_pipeline.check_splits(config, data.train, data.test)
   return data
+
+
+def _shares_prepared(config) -> bool:
+  """Whether all processes see one folder of prepared datasets."""
+  folder = preparation.find_data_dir(config.dataset.data_dir)
+  try:
+    apart = processes.find_apart(folder)
+  except (OSError, ValueError):
+    # A read-only folder has the data already, or preparing it gives the error.
+    return False
+  if apart:
+    _logger.info(
+      'The processes do not share %s (config.dataset.data_dir): each of them '
+      'prepares the data.',
+      folder,
+    )
+  return not apart
+
+
+def _check_same_data(digests: Sequence[tuple[str, str]]) -> None:
+  """Raises ValueError if the digests of records and of splits differ."""
+  for process, (records, split) in enumerate(digests):
+    if records != digests[0][0]:
+      raise ValueError(
+        f'Processes 0 and {process} have prepared different data (records '
+        f'{digests[0][0]} and {records}): give all hosts the same files and '
+        'fonts, or a shared folder as config.dataset.data_dir.'
+      )
+    if split != digests[0][1]:
+      raise ValueError(
+        f'Processes 0 and {process} have split the data differently (splits '
+        f'{digests[0][1]} and {split}): start all processes with the same '
+        'command, of the same version.'
+      )
 
 
 def _load_same_data(config, saved: Mapping | None) -> datasets.Datasets:

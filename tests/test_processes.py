@@ -1,13 +1,16 @@
 """Runs of several processes on one machine, as on several hosts."""
 
+import os
 import pathlib
 import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from unittest import mock
 
+import fake_processes
 import jax
 import numpy as np
 import whole_runs
@@ -35,15 +38,28 @@ _SMALL = {
 _UNSCORED = {'evaluation.baselines': False}
 
 
-def _start(workdir, number, **fields):
-  """Starts a run of `number` processes with one device each."""
+def _start(workdir, number, *, each=None, **fields):
+  """Starts a run of `number` processes with one device each.
+
+  Args:
+    workdir: the workdir, or that of each process.
+    number: the number of processes.
+    each: fields of each process; by default all have the same.
+    **fields: fields of the config.
+  """
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
-  fields = _SMALL | fields
+  workdirs = [workdir] * number if isinstance(workdir, str) else workdir
   return [
-    whole_runs.Fork(whole_runs.command('glyphs', workdir, *flags, **fields))
-    for flags in (
+    whole_runs.Fork(
+      whole_runs.command(
+        'glyphs', workdir, *flags, **(_SMALL | fields | own_fields)
+      )
+    )
+    for workdir, own_fields, flags in zip(
+      workdirs,
+      each or [{}] * number,
       [()]
       if number == 1
       else [
@@ -53,7 +69,7 @@ def _start(workdir, number, **fields):
           f'--process_id={index}',
         )
         for index in range(number)
-      ]
+      ],
     )
   ]
 
@@ -71,10 +87,14 @@ class RunTest(parameterized.TestCase):
     cls.addClassCleanup(shutil.rmtree, cls.root)
     cls.one = str(cls.root / 'one')
     cls.two = str(cls.root / 'two')
+    # As on hosts that share the workdir but not the prepared data.
+    each = [
+      {'dataset.data_dir': cls.root / name} for name in ('data0', 'data1')
+    ]
     # In turn: none of them waits long for another.
     for workdir, number, fields in (
       (cls.one, 1, {'num_steps': 32}),
-      (cls.two, 2, {'proxies.sharded': True}),
+      (cls.two, 2, {'proxies.sharded': True, 'each': each}),
     ):
       codes, outputs = _finish(_start(workdir, number, **fields))
       assert set(codes) == {0}, outputs
@@ -155,11 +175,99 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(codes, (0, 0), outputs)
     whole_runs.assert_same_state(workdir, self.two)
 
-  def test_all_processes_end_with_the_error_of_the_primary(self):
-    codes, outputs = _finish(_start(self.two, 2, batch_size=48))
-    self.assertEqual(codes, (2, 2))
-    for output in outputs:
-      self.assertRegex(output, 'Error: This workdir holds a run with another')
+  def test_hosts_without_a_shared_data_folder_prepare_their_own(self):
+    self.assertRegex(self.outputs[0], 'do not share .*data0 .* each of them')
+    for name in ('data0', 'data1'):
+      self.assertNotEmpty([*(self.root / name).glob('glyphs/*/*/*.json')])
+
+  @parameterized.named_parameters(
+    ('of the primary', 'This workdir holds a run with another', 0, {}),
+    (
+      'of separate workdirs',
+      'do not appear on process 1. Use a workdir',
+      1,
+      {},
+    ),
+    (
+      'of another split',
+      'Processes 0 and 1 have split the data differently',
+      0,
+      {'dataset.num_classes': 40},
+    ),
+  )
+  def test_all_processes_end_with_the_error(self, message, is_apart, of_second):
+    workdir = self._workdir()
+    workdirs = [workdir, self._workdir() if is_apart else workdir]
+    if 'another' in message:
+      workdirs = [self.two] * 2
+    started = _start(
+      workdirs, 2, each=[{}, of_second], batch_size=48, **_UNSCORED
+    )
+    for code, output in zip(*_finish(started)):
+      line = whole_runs.assert_one_line_error(code, output)
+      self.assertIn(message, line)
+
+
+class AgreementTest(absltest.TestCase):
+  def test_each_process_receives_the_results_of_all(self):
+    def call(value):
+      return lambda: processes.run_on_each(lambda: value)
+
+    # Of different lengths.
+    results = fake_processes.run([call('a'), call(None), call([1, 'bc'])])
+    self.assertEqual(results, [['a', None, [1, 'bc']]] * 3)
+    self.assertEqual(processes.run_on_each(lambda: 1), [1])
+
+  def test_the_failure_of_one_process_ends_all(self):
+    def fail(error):
+      raise error
+
+    def call(error):
+      return lambda: processes.run_on_each(lambda: error and fail(error))
+
+    for error, text in (
+      (ValueError('wrong'), 'On process 1: wrong'),
+      (OSError(2, 'No such file'), r'On process 1: \[Errno 2\] No such file'),
+      (KeyError('a'), "On process 1: Process 1 has failed: KeyError: 'a'"),
+    ):
+      first, second, third = fake_processes.run(
+        [call(x) for x in (0, error, 0)]
+      )
+      self.assertIs(second, error)
+      for other in (first, third):
+        self.assertIsInstance(other, ValueError)
+        self.assertRegex(str(other), text)
+    stopped = signals.Stopped(signal.SIGTERM)
+    first, _ = fake_processes.run([call(0), call(stopped)])
+    self.assertIsInstance(first, signals.Stopped)
+
+  def test_processes_with_another_folder_are_found(self):
+    shared, other = (self.create_tempdir().full_path for _ in range(2))
+
+    def call(folder):
+      return lambda: processes.find_apart(folder)
+
+    with mock.patch.object(processes, '_APPEAR_SECONDS', 0):
+      for folders, expected in (
+        ([shared, shared], []),
+        ([shared, other, shared], [1]),
+        ([shared, f'{other}/none', other], [1, 2]),
+        # The primary process creates it.
+        ([f'{shared}/new'] * 2, []),
+      ):
+        with self.subTest(folders):
+          results = fake_processes.run([call(folder) for folder in folders])
+          self.assertEqual(results, [expected] * len(folders))
+    self.assertEqual(os.listdir(shared), ['new'])
+    self.assertEmpty(os.listdir(f'{shared}/new'))
+    self.assertEmpty(os.listdir(other))
+
+  def test_a_file_that_appears_late_is_found(self):
+    path = os.path.join(self.create_tempdir(), 'a')
+    timer = threading.Timer(0.2, lambda: open(path, 'w').close())
+    timer.start()
+    self.assertTrue(processes._appears(path))
+    timer.join()
 
 
 def _unreachable():

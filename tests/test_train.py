@@ -8,6 +8,8 @@ import time
 from types import SimpleNamespace
 from unittest import mock
 
+import fake_processes
+import jax
 import numpy as np
 import one_convolution
 import test_train_step
@@ -15,10 +17,11 @@ import whole_runs
 from absl.testing import absltest
 from PIL import Image
 
-from proxy_nca_jax import input_pipeline, train, train_step
+from proxy_nca_jax import datasets, input_pipeline, train, train_step
 from proxy_nca_jax import state as state_lib
-from proxy_nca_jax.configs import image_folder
-from proxy_nca_jax.runtime import metric_writer
+from proxy_nca_jax.configs import default, image_folder
+from proxy_nca_jax.datasets import summary
+from proxy_nca_jax.runtime import metric_writer, processes
 
 
 class _Killed(Exception):
@@ -278,6 +281,58 @@ class DatasetTest(absltest.TestCase):
     write(seed=1)
     with self.assertRaisesRegex(ValueError, 'has changed since .*other images'):
       train._load_same_data(config, saved)
+
+  def _load(self, data_dirs, digests):
+    """Loads data as processes with these folders and these digests."""
+    loaded = []
+
+    def load(config):
+      del config
+      if not jax.process_index():
+        time.sleep(0.2)  # Others would overtake it, if they did not wait.
+      loaded.append(jax.process_index())
+      records, split = digests[jax.process_index()]
+      return SimpleNamespace(
+        records_digest=records, digest=split, train=None, test=None
+      )
+
+    def call(data_dir):
+      config = default.get_config()
+      config.dataset.data_dir = data_dir
+      return lambda: train.load_data(config)
+
+    with (
+      mock.patch.object(datasets, 'load', load),
+      mock.patch.object(summary, 'log'),
+      mock.patch.object(input_pipeline, 'check_splits'),
+      mock.patch.object(processes, '_APPEAR_SECONDS', 0),
+    ):
+      return fake_processes.run([call(folder) for folder in data_dirs]), loaded
+
+  def test_each_process_loads_the_same_data(self):
+    shared, other = (self.create_tempdir().full_path for _ in range(2))
+    (first, second), loaded = self._load([shared, shared], [('r', 's')] * 2)
+    self.assertEqual((first.digest, second.digest), ('s', 's'))
+    self.assertEqual(loaded, [0, 1])
+    (first, second), loaded = self._load([shared, other], [('r', 's')] * 2)
+    self.assertEqual((first.digest, second.digest), ('s', 's'))
+    self.assertCountEqual(loaded, [0, 1])
+    with mock.patch.object(
+      processes, '_write_mark', side_effect=PermissionError('read-only')
+    ):
+      (first, _), loaded = self._load([shared, shared], [('r', 's')] * 2)
+    self.assertEqual(first.digest, 's')
+    self.assertCountEqual(loaded, [0, 1])
+
+  def test_other_data_on_another_process_ends_all(self):
+    folders = [self.create_tempdir().full_path for _ in range(2)]
+    for digests, message in (
+      ([('r', 's'), ('q', 't')], 'prepared different data .records r and q.'),
+      ([('r', 's'), ('r', 't')], 'split the data differently .splits s and t.'),
+    ):
+      for error in self._load(folders, digests)[0]:
+        self.assertIsInstance(error, ValueError)
+        self.assertRegex(str(error), f'Processes 0 and 1 have {message}')
 
 
 if __name__ == '__main__':

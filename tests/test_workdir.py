@@ -4,6 +4,7 @@ import os
 import time
 from unittest import mock
 
+import fake_processes
 import fsspec
 import jax
 import numpy as np
@@ -14,7 +15,13 @@ from PIL import Image
 
 from proxy_nca_jax import train
 from proxy_nca_jax.configs import default, image_folder
-from proxy_nca_jax.runtime import metric_writer, remote, saved_json, workdir
+from proxy_nca_jax.runtime import (
+  metric_writer,
+  processes,
+  remote,
+  saved_json,
+  workdir,
+)
 
 
 def _config(**fields):
@@ -31,6 +38,23 @@ class WorkdirTest(absltest.TestCase):
       with workdir.opened(path):
         self.fail('It was opened.')
     self.assertEmpty(os.listdir(root))
+
+  def test_processes_with_separate_workdirs_end_with_one_line(self):
+    folders = [self.create_tempdir().full_path for _ in range(3)]
+
+    def call(folder):
+      return lambda: workdir._check_shared(folder)
+
+    with mock.patch.object(processes, '_APPEAR_SECONDS', 0):
+      self.assertEqual(
+        fake_processes.run([call(folders[0])] * 3), [None, None, None]
+      )
+      errors = fake_processes.run([call(folder) for folder in folders])
+    for error, folder in zip(errors, folders):
+      self.assertIsInstance(error, ValueError)
+      self.assertRegex(
+        str(error), f'share the workdir .{folder}.*on processes 1, 2. Use a'
+      )
 
   def test_json_round_trips(self):
     path = os.path.join(self.create_tempdir(), 'a.json')

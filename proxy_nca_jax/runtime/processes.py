@@ -1,8 +1,11 @@
 """Runs of several processes: joining them, and agreeing on values."""
 
+import functools
 import json
 import os
+import tempfile
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -18,6 +21,8 @@ _T = TypeVar('_T')
 # How long a process that failed waits for the others, so that all of them can
 # print their error. A process that succeeded waits as long as JAX does.
 _FAILURE_SECONDS = 10
+# How long a file of another host may take to appear on a shared disk.
+_APPEAR_SECONDS = 5
 # Variables with a number of processes or slices. JAX does not find the address
 # of the last two, which need the flags.
 _SIZES = (
@@ -174,24 +179,98 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
   """
   if jax.process_count() == 1:
     return fn()
-  content, error = b'', None
-  if is_primary():
-    try:
-      content = json.dumps({'value': fn()}).encode()
-    except BaseException as raised:
-      error, text = raised, str(raised)
-      if not isinstance(raised, ValueError | OSError):
-        text = f'Process 0 has failed: {type(raised).__name__}: {text}'
-      stopped = raised.number if isinstance(raised, signals.Stopped) else 0
-      content = json.dumps({'error': text, 'stopped': stopped}).encode()
-  outcome = json.loads(_broadcast(content))
+  content, error = _call(fn) if is_primary() else (b'', None)
+  content = _broadcast(content)
   if error is not None:
     raise error
+  return _value(content)
+
+
+def run_on_each(fn: Callable[[], _T]) -> list[_T]:
+  """Calls fn() on every process and returns all results, in order, on all.
+
+  A collective operation: all processes must call it at the same point.
+
+  Args:
+    fn: returns a value that JSON preserves.
+
+  Raises:
+    BaseException: whatever fn raises, on that process; on the others a
+      ValueError with its text and the number of the process, or
+      `signals.Stopped` if it was stopped.
+  """
+  if jax.process_count() == 1:
+    return [fn()]
+  content, error = _call(fn)
+  contents = _gather(content)
+  if error is not None:
+    raise error
+  return [
+    _value(content, f'On process {index}: ')
+    for index, content in enumerate(contents)
+  ]
+
+
+def _call(fn: Callable[[], _T]) -> tuple[bytes, BaseException | None]:
+  """Calls fn(); returns its outcome for the other processes, and its error."""
+  try:
+    return json.dumps({'value': fn()}).encode(), None
+  except BaseException as error:
+    text = str(error)
+    if not isinstance(error, ValueError | OSError):
+      process = jax.process_index()
+      text = f'Process {process} has failed: {type(error).__name__}: {text}'
+    stopped = error.number if isinstance(error, signals.Stopped) else 0
+    return json.dumps({'error': text, 'stopped': stopped}).encode(), error
+
+
+def _value(content: bytes, where: str = ''):
+  """Returns the value of an outcome of `_call`, or raises its error."""
+  outcome = json.loads(content)
   if outcome.get('stopped'):
     raise signals.Stopped(outcome['stopped'])
   if 'error' in outcome:
-    raise ValueError(outcome['error'])
+    raise ValueError(where + outcome['error'])
   return outcome['value']
+
+
+def find_apart(folder: str) -> list[int]:
+  """Returns the processes that see another folder than the primary process.
+
+  A collective operation. The primary process writes a file with a random name
+  into the folder, and the others look for it.
+
+  Args:
+    folder: a path on each process; the primary process creates the folder.
+
+  Raises:
+    OSError: if the primary process cannot write there; on the others it is a
+      ValueError.
+  """
+  if jax.process_count() == 1:
+    return []
+  name = run_on_primary(functools.partial(_write_mark, folder))
+  path = os.path.join(folder, name)
+  is_seen = run_on_each(functools.partial(_appears, path))
+  if is_primary():
+    os.remove(path)
+  return [index for index, seen in enumerate(is_seen) if not seen]
+
+
+def _write_mark(folder: str) -> str:
+  os.makedirs(folder, exist_ok=True)
+  descriptor, path = tempfile.mkstemp(prefix='.shared_', dir=folder)
+  os.close(descriptor)
+  return os.path.basename(path)
+
+
+def _appears(path: str) -> bool:
+  end = time.monotonic() + _APPEAR_SECONDS
+  while not os.path.exists(path):
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.1)
+  return True
 
 
 def _broadcast(content: bytes) -> bytes:
@@ -201,6 +280,15 @@ def _broadcast(content: bytes) -> bytes:
   if is_primary():
     row[:] = np.frombuffer(content, np.uint8)
   return np.asarray(multihost_utils.broadcast_one_to_all(row)).tobytes()
+
+
+def _gather(content: bytes) -> list[bytes]:
+  """Returns the bytes of each process on all processes."""
+  sizes = multihost_utils.process_allgather(np.int32(len(content)))
+  row = np.zeros(sizes.max(), np.uint8)
+  row[: len(content)] = np.frombuffer(content, np.uint8)
+  rows = multihost_utils.process_allgather(row)
+  return [row[:size].tobytes() for row, size in zip(rows, sizes)]
 
 
 def true_on_all(value: bool) -> bool:

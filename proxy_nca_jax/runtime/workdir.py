@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,8 +44,8 @@ def opened(workdir: str) -> Iterator[Folder]:
   run. A URL, such as gs://bucket/run, is leased and mirrored to a local folder.
 
   Raises:
-    ValueError: if another run uses the workdir, its name is not UTF-8, or it is
-      a URL and the run has several processes.
+    ValueError: if another run uses the workdir, its name is not UTF-8, it is a
+      URL and the run has several processes, or the processes do not share it.
   """
   folders.check_utf8(os.path.abspath(workdir), 'The workdir')
   if '://' in workdir and jax.process_count() > 1:
@@ -59,6 +59,7 @@ def opened(workdir: str) -> Iterator[Folder]:
   with contextlib.ExitStack() as stack:
     acquired = []
     processes.run_on_primary(lambda: acquired.append(_acquire(workdir, stack)))
+    _check_shared(workdir)
     folder = acquired[0] if acquired else Folder(workdir, publish=lambda: None)
     stack.enter_context(
       _compilations_cached(os.path.join(folder.path, 'compilation_cache'))
@@ -89,6 +90,21 @@ def check_path(workdir: str) -> None:
       f'The path {os.path.abspath(workdir)!r} contains *, ? or [, with which '
       'checkpoints cannot be read: use a workdir without these characters.'
     )
+
+
+def _check_shared(workdir: str) -> None:
+  """Raises ValueError, on all processes, unless all see the same workdir."""
+  if apart := processes.find_apart(workdir):
+    raise ValueError(
+      f'The processes of this run do not share the workdir {workdir!r}: files '
+      f'of process 0 do not appear on {_name(apart)}. Use a workdir on a file '
+      'system that all processes can access.'
+    )
+
+
+def _name(indices: Sequence[int]) -> str:
+  plural = 'es' if len(indices) > 1 else ''
+  return f'process{plural} {", ".join(map(str, indices))}'
 
 
 def _acquire(workdir: str, stack: contextlib.ExitStack) -> Folder:
