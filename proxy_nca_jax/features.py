@@ -176,6 +176,7 @@ def _read(path: str) -> np.ndarray | None:
     EOFError,
     KeyError,
     TypeError,
+    RuntimeError,  # zipfile's, for what it takes for encryption.
     zipfile.BadZipFile,
   ) as error:
     _logger.warning('%s is damaged (%s) and written again', path, error)

@@ -123,6 +123,17 @@ class FeaturesTest(parameterized.TestCase):
     self.assertIn('is damaged', logs.output[0])
     self.assertEqual(np.load(path)['features'].shape, (4, first.shape[1]))
 
+  def test_no_flipped_bit_of_a_file_is_an_error_or_changes_features(self):
+    path = self.folder / 'features.npz'
+    expected = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.savez(path, features=expected)
+    content = path.read_bytes()
+    for position in range(len(content)):
+      path.write_bytes(_flip_bit(content, position))
+      rows = features._read(str(path))
+      if rows is not None:
+        np.testing.assert_array_equal(rows, expected)
+
   def test_features_of_others_are_not_mixed(self):
     self._extract(self._split())
     self._extract(self._split(), weights_digest='other weights')

@@ -1,5 +1,6 @@
 """The search server: over HTTP, in a browser, with hostile requests."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import functools
@@ -57,13 +58,17 @@ def _make_embedder() -> inference.Embedder:
   )
 
 
+def _free_port() -> int:
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]
+
+
 class _Server:
   """The server in a thread, on a free port."""
 
   def __init__(self, app):
-    with socket.socket() as free:
-      free.bind(('127.0.0.1', 0))
-      self.port = free.getsockname()[1]
+    self.port = _free_port()
     self._server = uvicorn.Server(
       uvicorn.Config(app, port=self.port, log_level='error')
     )
@@ -227,6 +232,66 @@ class HttpTest(_Case):
       index['folders'], ['a&b <i>', 'birds', 'birds/blue', 'birds/red']
     )
 
+  def test_requests_to_the_ipv6_address_of_this_machine_are_answered(self):
+    for host in ('[::1]', f'[::1]:{self.server.port}'):
+      status, _ = self.server.request('GET', '/api/index', Host=host)
+      self.assertEqual(status, 200, host)
+
+  def test_a_client_that_leaves_during_its_upload_is_no_error(self):
+    app = serve.make_app(self.engine, host='127.0.0.1', max_megabytes=1)
+    scope = {
+      'type': 'http',
+      'method': 'POST',
+      'path': '/api/search',
+      'query_string': b'',
+      'headers': [(b'host', b'localhost')],
+    }
+    answers = []
+
+    async def receive():
+      return {'type': 'http.disconnect'}
+
+    async def send(message):
+      answers.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    self.assertEqual(answers[0]['status'], 400)
+
+  def test_a_stalled_upload_does_not_keep_the_server_from_stopping(self):
+    servers, make_server, port = [], uvicorn.Server, _free_port()
+    thread = threading.Thread(
+      target=serve.serve,
+      args=(self.index, self.engine.content, self.embedder),
+      kwargs=dict(host='127.0.0.1', port=port, max_megabytes=1),
+    )
+
+    def keep(config):
+      servers.append(make_server(config))
+      return servers[-1]
+
+    with (
+      mock.patch.object(serve.uvicorn, 'Server', keep),
+      mock.patch.object(serve, 'Engine', lambda *_: self.engine),
+      mock.patch.object(serve, '_CLOSING_SECONDS', 1),
+    ):
+      thread.start()
+      while not (servers and servers[0].started):
+        self.assertTrue(thread.is_alive())
+        time.sleep(0.01)
+    (server,) = servers
+    with socket.create_connection(('127.0.0.1', port)) as client:
+      client.sendall(
+        b'POST /api/search HTTP/1.1\r\nHost: localhost\r\n'
+        b'Content-Length: 100\r\n\r\nabc'
+      )
+      while not server.server_state.tasks:
+        time.sleep(0.01)
+      server.should_exit = True
+      thread.join(timeout=20)
+      is_alive = thread.is_alive()
+    thread.join()
+    self.assertFalse(is_alive)
+
   def test_a_slow_decoder_is_an_error(self):
     with (
       mock.patch.object(serve, '_DECODING_SECONDS', 0.05),
@@ -262,6 +327,21 @@ class HttpTest(_Case):
     ):
       self.assertEqual(self._search(self._image())[0], 500)
     self.assertEqual(self._search(self._image())[0], 200)
+
+
+class ListenTest(parameterized.TestCase):
+  def test_a_port_in_use_is_an_error_before_the_network_is_compiled(self):
+    with socket.create_server(('127.0.0.1', 0)) as other:
+      port = other.getsockname()[1]
+      with self.assertRaisesRegex(OSError, f'{port} .* in use'):
+        serve.serve(
+          'x', None, None, host='127.0.0.1', port=port, max_megabytes=1
+        )
+
+  @parameterized.parameters('192.0.2.1', '::ffff:ffff', '.a', 'a' * 70)
+  def test_an_address_of_no_machine_here_is_an_error(self, host):
+    with self.assertRaisesRegex(OSError, 'Cannot listen on .*--host'):
+      serve._listen(host, _free_port())
 
 
 class CommandTest(absltest.TestCase):

@@ -18,6 +18,7 @@ import functools
 import io
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -26,7 +27,7 @@ from urllib import parse
 import numpy as np
 import uvicorn
 from PIL import Image
-from starlette import applications, responses, routing
+from starlette import applications, requests, responses, routing
 from starlette import exceptions as http
 from starlette.middleware import Middleware, trustedhost
 
@@ -40,7 +41,12 @@ MAX_NEIGHBORS = 100
 _MAX_BATCH = 16
 _MAX_SIDE = 2048
 _DECODING_SECONDS = 20.0
+# At the end, clients that send or receive too slowly are cut off.
+_CLOSING_SECONDS = 5
 _LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+# Host headers of requests to them. Starlette cuts [::1]:8000 at its first
+# colon. Only IPv6 addresses begin with a bracket, and they need no resolving.
+_LOOPBACK_HEADERS = ('127.0.0.1', 'localhost', '[::1]', '[')
 # Scripts and styles only from this server, and no page may embed it.
 _HEADERS = {
   'Content-Security-Policy': "default-src 'self'; img-src 'self' blob: data:; "
@@ -242,7 +248,7 @@ def make_app(
       {'error': error.detail}, status_code=error.status_code
     )
 
-  hosts = list(_LOOPBACK) if host in _LOOPBACK else ['*']
+  hosts = list(_LOOPBACK_HEADERS) if host in _LOOPBACK else ['*']
   return applications.Starlette(
     routes=[
       routing.Route('/', file(page.HTML, 'text/html')),
@@ -282,12 +288,15 @@ class _AddHeaders:
 async def _read_body(request, max_bytes: int) -> bytes:
   """Reads an upload; raises an error of HTTP if it is too large or empty."""
   body = bytearray()
-  async for part in request.stream():
-    body += part
-    if len(body) > max_bytes:
-      raise http.HTTPException(
-        413, f'The image has more than {max_bytes / 1e6:g} MB.'
-      )
+  try:
+    async for part in request.stream():
+      body += part
+      if len(body) > max_bytes:
+        raise http.HTTPException(
+          413, f'The image has more than {max_bytes / 1e6:g} MB.'
+        )
+  except requests.ClientDisconnect as error:  # Nobody reads the answer.
+    raise http.HTTPException(400, 'The upload ended early.') from error
   if not body:
     raise http.HTTPException(400, 'The body is empty: send an image file.')
   return bytes(body)
@@ -354,11 +363,36 @@ def serve(
     host: address to bind to.
     port: port to bind to.
     max_megabytes: larger uploads are rejected.
+
+  Raises:
+    OSError: if the address is in use, or not one of this machine.
   """
-  engine = Engine(path, content, embedder)
-  app = make_app(engine, host=host, max_megabytes=max_megabytes)
-  print(
-    f'{len(content.names):,} images: http://{host}:{port}/ (Ctrl-C stops)',
-    flush=True,
-  )
-  uvicorn.run(app, host=host, port=port, log_level='warning')
+  # Before the network is compiled.
+  with _listen(host, port) as listening:
+    engine = Engine(path, content, embedder)
+    app = make_app(engine, host=host, max_megabytes=max_megabytes)
+    address = f'[{host}]' if ':' in host else host
+    print(
+      f'{len(content.names):,} images: http://{address}:{port}/ (Ctrl-C stops)',
+      flush=True,
+    )
+    uvicorn.Server(
+      uvicorn.Config(
+        app,
+        log_level='warning',
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+      )
+    ).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  """Returns a socket that listens; raises OSError if there can be none."""
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  try:
+    return socket.create_server((host, port), family=family)
+  # UnicodeError: a host name with an empty or overlong part.
+  except (OSError, UnicodeError) as error:
+    raise OSError(
+      f'Cannot listen on {host!r} (--host), port {port} (--port): '
+      f'{errors.one_line(error)}.'
+    ) from error
