@@ -22,6 +22,7 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 from proxy_nca_jax import train
+from proxy_nca_jax.configs import glyphs as glyphs_config
 from proxy_nca_jax.configs import image_folder
 from proxy_nca_jax.datasets import glyphs
 from proxy_nca_jax.models import backbones
@@ -237,6 +238,21 @@ class DocsTest(parameterized.TestCase):
     notebook = json.loads((_ROOT / 'docs' / 'tour.ipynb').read_text())
     self.enter_context(
       mock.patch.dict(backbones.BACKBONES, small_cnn=_SMALL_CNN)
+    )
+    make_config = glyphs_config.get_config
+
+    def without_clusters_and_report():
+      config = make_config()
+      config.update_from_flattened_dict(
+        {'report': False, 'evaluation.kmeans_iterations': 0}
+      )
+      return config
+
+    # The text shows neither.
+    self.enter_context(
+      mock.patch.object(
+        glyphs_config, 'get_config', without_clusters_and_report
+      )
     )
     fonts = glyphs._fonts_in(made_fonts.folder())
     self.enter_context(

@@ -1,10 +1,24 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracles
 from absl.testing import absltest, parameterized
 
 from proxy_nca_jax import losses
+
+# A program per loss and shape, instead of one per operation.
+_contrastive, _n_pairs, _lifted_structure, _multi_similarity = map(
+  jax.jit,
+  (
+    losses.contrastive_loss,
+    losses.n_pairs_loss,
+    losses.lifted_structure_loss,
+    losses.multi_similarity_loss,
+  ),
+)
+_triplet = jax.jit(losses.triplet_loss, static_argnames='mining')
+_facility = jax.jit(
+  losses.facility_location_loss, static_argnames='num_refinements'
+)
 
 # Points on a line: distances are differences.
 _LINE = np.array([[0.0], [1.0], [3.0], [7.0]], np.float32)
@@ -13,7 +27,7 @@ _PAIR_AND_TWO = np.array([5, 5, 2, 9], np.int32)
 
 class PairwiseTest(parameterized.TestCase):
   def test_contrastive_by_hand(self):
-    loss = losses.contrastive_loss(_LINE, _PAIR_AND_TWO, margin=4.0)
+    loss = _contrastive(_LINE, _PAIR_AND_TWO, margin=4.0)
     # The pair at 1; negatives at 3, 7, 2, 6 and 4.
     np.testing.assert_allclose(loss, (1 + 1 + 4) / 2 / 6, rtol=1e-6)
 
@@ -31,7 +45,7 @@ class PairwiseTest(parameterized.TestCase):
   def test_triplet_by_hand(self, mining, margin, expected):
     # The loss has the unit of squared distances.
     for scale in (1, 0.1):
-      loss = losses.triplet_loss(
+      loss = _triplet(
         scale * _LINE, _PAIR_AND_TWO, margin=scale**2 * margin, mining=mining
       )
       np.testing.assert_allclose(loss, scale**2 * expected, rtol=1e-4)
@@ -42,13 +56,13 @@ class PairwiseTest(parameterized.TestCase):
     # Distances from 0: 2 to the positive, 1 and 3 to the negatives, of which
     # the farther is selected. From 2: both negatives are at 1, nearer than the
     # positive, so the farthest negative is selected.
-    loss = losses.triplet_loss(x, labels, margin=0.5)
+    loss = _triplet(x, labels, margin=0.5)
     np.testing.assert_allclose(loss, (0 + (4 + 0.5 - 1)) / 2, rtol=1e-6)
 
   def test_semi_hard_skips_negatives_as_near_as_the_positive(self):
     x = np.array([[0.0], [1.0], [-1.0], [3.0]], np.float32)
     # From 0 the positive and a negative are at 1; the next negative is at 3.
-    loss = losses.triplet_loss(x, np.array([0, 0, 1, 2]), margin=0.5)
+    loss = _triplet(x, np.array([0, 0, 1, 2]), margin=0.5)
     np.testing.assert_array_equal(loss, 0)
 
   @parameterized.parameters(
@@ -67,7 +81,7 @@ class PairwiseTest(parameterized.TestCase):
       np.array([0, 0, 1, 1, 2, 3, 4, last]),
       {'margin': margin},
     )
-    value, gradient = jax.value_and_grad(loss)(x, labels, **arguments)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(x, labels, **arguments)
     np.testing.assert_allclose(value, oracle(x, labels, **arguments), rtol=1e-6)
     expected = oracles.gradient(
       lambda x: oracle(x, labels, **arguments), x, step=1e-6
@@ -79,9 +93,9 @@ class PairwiseTest(parameterized.TestCase):
       losses.triplet_loss(_LINE, _PAIR_AND_TWO, mining='easy')
 
   def test_n_pairs_by_hand(self):
-    x = jnp.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, 3.0], [9.0, 9.0]])
-    labels = jnp.array([4, 7, 4, 7, 1])
-    loss = losses.n_pairs_loss(x, labels)
+    x = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, 3.0], [9.0, 9.0]])
+    labels = np.array([4, 7, 4, 7, 1])
+    loss = _n_pairs(x, labels)
     first, second = np.log1p(np.exp(1 - 2)), np.log1p(np.exp(0 - 3))
     np.testing.assert_allclose(loss, (first + second) / 2, rtol=1e-6)
 
@@ -89,13 +103,12 @@ class PairwiseTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(7, 3)).astype(np.float32)
     labels = np.array([0, 1, 0, 1, 0, 2, 1])
-    n_pairs = jax.jit(losses.n_pairs_loss)
     np.testing.assert_allclose(
-      n_pairs(x, labels), n_pairs(x[:4], labels[:4]), rtol=1e-6
+      _n_pairs(x, labels), _n_pairs(x[:4], labels[:4]), rtol=1e-6
     )
 
   def test_lifted_structure_by_hand(self):
-    loss = losses.lifted_structure_loss(_LINE, _PAIR_AND_TWO)
+    loss = _lifted_structure(_LINE, _PAIR_AND_TWO)
     pushes = np.exp([1 - 3, 1 - 7, 1 - 2, 1 - 6])
     np.testing.assert_allclose(
       loss, (np.log(pushes.sum()) + 1) ** 2 / 2, rtol=1e-5
@@ -104,38 +117,35 @@ class PairwiseTest(parameterized.TestCase):
   def test_multi_similarity_by_hand(self):
     # Cosines of the first example: 0.6 to its positive, 0.8 and -1 to its
     # negatives, of which only the first is selected.
-    x = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
-    loss = losses.multi_similarity_loss(
-      x, jnp.array([0, 0, 1, 2]), alpha=2.0, beta=4.0
-    )
+    x = np.array([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
+    loss = _multi_similarity(x, np.array([0, 0, 1, 2]), alpha=2.0, beta=4.0)
     expected = np.log1p(np.exp(-2 * 0.1)) / 2 + np.log1p(np.exp(4 * 0.3)) / 4
     np.testing.assert_allclose(loss[0], expected, rtol=1e-6)
     # No other example has a positive.
     np.testing.assert_array_equal(loss[2:], 0)
 
   def test_infinite_epsilon_selects_all_pairs_of_anchors_with_both(self):
-    x = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
-    loss = losses.multi_similarity_loss(
-      x, jnp.array([0, 0, 1, 2]), alpha=2.0, beta=4.0, epsilon=jnp.inf
+    x = np.array([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
+    loss = _multi_similarity(
+      x, np.array([0, 0, 1, 2]), alpha=2.0, beta=4.0, epsilon=np.inf
     )
     pushes = np.exp([4 * 0.3, -4 * 1.5]).sum()
     expected = np.log1p(np.exp(-2 * 0.1)) / 2 + np.log1p(pushes) / 4
     np.testing.assert_allclose(loss[0], expected, rtol=1e-6)
     # The others have no positive. If all are of one class, none has a negative.
     np.testing.assert_array_equal(loss[2:], 0)
-    loss = losses.multi_similarity_loss(x, jnp.zeros(4, int), epsilon=jnp.inf)
+    loss = _multi_similarity(x, np.zeros(4, int), epsilon=np.inf)
     np.testing.assert_array_equal(loss, 0)
 
   def test_facility_location_by_hand(self):
     x = np.array([[0.0], [1.0], [10.0], [12.0]], np.float32)
-    facility = jax.jit(losses.facility_location_loss)
     # The classes are the clusters: the best medoids are those of the classes,
     # with an NMI of 1, so that both terms cancel.
-    loss = facility(x, np.array([0, 0, 1, 1]), margin_multiplier=0.1)
+    loss = _facility(x, np.array([0, 0, 1, 1]), margin_multiplier=0.1)
     np.testing.assert_allclose(loss, 0, atol=1e-6)
     # Each class has one example of each cluster: the medoids of the clusters
     # cost 1 + 2, those of the classes 10 + 11, and the NMI is 0.
-    loss = facility(x, np.array([0, 1, 0, 1]), margin_multiplier=0.5)
+    loss = _facility(x, np.array([0, 1, 0, 1]), margin_multiplier=0.5)
     np.testing.assert_allclose(loss, 0.5 - 3 + 21, rtol=1e-6)
 
   def test_facility_location_refines_the_greedy_search(self):
@@ -143,12 +153,9 @@ class PairwiseTest(parameterized.TestCase):
     # cost is 1 + 4 + 5, and with 0 and 9 it is 1 + 4 + 1.
     x = np.array([[0.0], [1.0], [5.0], [9.0], [10.0]], np.float32)
     labels = np.array([0, 1, 0, 1, 1])
-    facility = jax.jit(
-      losses.facility_location_loss, static_argnames='num_refinements'
-    )
     # The medoids of the classes cost 5 and 8 + 1.
     for rounds, cost in ((0, 10), (5, 6)):
-      loss = facility(x, labels, margin_multiplier=0, num_refinements=rounds)
+      loss = _facility(x, labels, margin_multiplier=0, num_refinements=rounds)
       np.testing.assert_allclose(loss, 5 + 9 - cost, rtol=1e-6)
 
   @parameterized.parameters(

@@ -34,24 +34,51 @@ def _inputs(seed=0, batch=7, num_proxies=5, dim=4):
   )
 
 
+# A program for each set of keyword arguments, instead of one per operation.
+def _keywords(*names):
+  return functools.partial(jax.jit, static_argnames=names)
+
+
+_nca = _keywords(
+  'temperature', 'positive_in_denominator', 'normalize', 'label_smoothing'
+)(proxy_nca_loss)
+
+
+@functools.cache
+def _compiled(**kwargs):
+  """Returns the sum, its gradients, and the losses without differentiation."""
+
+  def total(x, p, labels, where):
+    return proxy_nca_loss(x, p, labels, where=where, **kwargs).sum()
+
+  @jax.jit
+  def compute(x, p, labels, where=None):
+    return (
+      *jax.value_and_grad(total, (0, 1))(x, p, labels, where),
+      proxy_nca_loss(x, p, labels, where=where, **kwargs),
+    )
+
+  return compute
+
+
 class ProxyNcaLossTest(parameterized.TestCase):
   def test_values_by_hand(self):
     # Distances to the three proxies: 0, 2 and 4.
-    x = jnp.array([[1.0, 0.0]])
-    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    x = np.array([[1.0, 0.0]])
+    proxies = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     for label, expected in (
       (0, 0 + np.log(np.exp(-2) + np.exp(-4))),
       (1, 2 + np.log(1 + np.exp(-4))),
       (2, 4 + np.log(1 + np.exp(-2))),
     ):
-      actual = proxy_nca_loss(x, proxies, jnp.array([label]), temperature=1.0)
+      actual = _nca(x, proxies, np.array([label]), temperature=1.0)
       np.testing.assert_allclose(actual, [expected], rtol=1e-6)
 
   def test_softmax_form_by_hand(self):
-    x = jnp.array([[2.0, 0.0]])
-    proxies = jnp.array([[3.0, 0.0], [0.0, 5.0]])
-    actual = proxy_nca_loss(
-      x, proxies, jnp.array([1]), temperature=1.0, positive_in_denominator=True
+    x = np.array([[2.0, 0.0]])
+    proxies = np.array([[3.0, 0.0], [0.0, 5.0]])
+    actual = _nca(
+      x, proxies, np.array([1]), temperature=1.0, positive_in_denominator=True
     )
     np.testing.assert_allclose(actual, [2 + np.log(1 + np.exp(-2))], rtol=1e-6)
 
@@ -60,7 +87,7 @@ class ProxyNcaLossTest(parameterized.TestCase):
     for seed in range(3):
       inputs = _inputs(seed)
       np.testing.assert_allclose(
-        proxy_nca_loss(*inputs, **kwargs),
+        _nca(*inputs, **kwargs),
         oracles.proxy_nca_loss(*inputs, **kwargs),
         rtol=2e-5,
         atol=2e-5,
@@ -69,9 +96,7 @@ class ProxyNcaLossTest(parameterized.TestCase):
   @parameterized.parameters(*_FORMS)
   def test_gradients_equal_differences_of_the_oracle(self, **kwargs):
     x, p, labels = _inputs()
-    actual = jax.grad(
-      lambda x, p: jnp.sum(proxy_nca_loss(x, p, labels, **kwargs)), (0, 1)
-    )(x, p)
+    _, actual, _ = _compiled(**kwargs)(x, p, labels)
     expected = (
       oracles.gradient(
         lambda x: oracles.proxy_nca_loss(x, p, labels, **kwargs).sum(), x
@@ -88,9 +113,9 @@ class ProxyNcaLossTest(parameterized.TestCase):
   def test_descent_on_proxies_makes_the_right_one_the_nearest(self, softmax):
     # A wrong sign would learn mirrored proxies, which no retrieval metric
     # shows.
-    x = jnp.eye(4)
-    labels = jnp.arange(4)
-    proxies = jax.random.normal(jax.random.key(0), (4, 4))
+    x = np.eye(4)
+    labels = np.arange(4)
+    proxies = np.random.default_rng(0).normal(size=(4, 4))
     gradient = jax.jit(
       jax.grad(
         lambda p: proxy_nca_loss(
@@ -99,21 +124,21 @@ class ProxyNcaLossTest(parameterized.TestCase):
       )
     )
     for _ in range(200):
-      proxies -= 0.1 * gradient(proxies)
-    proxies /= jnp.linalg.norm(proxies, axis=1, keepdims=True)
-    distances = jnp.sum((x[:, None] - proxies[None]) ** 2, axis=2)
-    np.testing.assert_array_equal(jnp.argmin(distances, axis=1), labels)
+      proxies -= 0.1 * np.asarray(gradient(proxies))
+    proxies /= np.linalg.norm(proxies, axis=1, keepdims=True)
+    distances = np.sum((x[:, None] - proxies[None]) ** 2, axis=2)
+    np.testing.assert_array_equal(np.argmin(distances, axis=1), labels)
 
   def test_softmax_form_is_the_softplus_of_the_papers(self):
     inputs = _inputs()
-    paper = proxy_nca_loss(*inputs)
-    softmax = proxy_nca_loss(*inputs, positive_in_denominator=True)
+    paper = _nca(*inputs)
+    softmax = _nca(*inputs, positive_in_denominator=True)
     np.testing.assert_allclose(
-      softmax, jax.nn.softplus(paper), rtol=1e-4, atol=1e-5
+      softmax, np.logaddexp(paper, 0), rtol=1e-4, atol=1e-5
     )
 
   def test_papers_form_can_be_negative(self):
-    loss = proxy_nca_loss(jnp.eye(2), jnp.eye(2), jnp.arange(2))
+    loss = _nca(np.eye(2), np.eye(2), np.arange(2))
     np.testing.assert_allclose(loss, [-18, -18], rtol=1e-6)
 
   def test_two_scales_of_three_are_a_temperature_of_one_ninth(self):
@@ -121,8 +146,8 @@ class ProxyNcaLossTest(parameterized.TestCase):
     x3 = 3 * x / np.linalg.norm(x, axis=1, keepdims=True)
     p3 = 3 * p / np.linalg.norm(p, axis=1, keepdims=True)
     np.testing.assert_allclose(
-      proxy_nca_loss(x3, p3, labels, normalize=False, temperature=1.0),
-      proxy_nca_loss(x, p, labels),
+      _nca(x3, p3, labels, normalize=False, temperature=1.0),
+      _nca(x, p, labels),
       rtol=1e-4,
       atol=1e-4,
     )
@@ -134,16 +159,14 @@ class ProxyNcaLossTest(parameterized.TestCase):
   )
   def test_finite_at_every_scale(self, scale, temperature, softmax):
     x, p, labels = _inputs()
-    loss, gradients = jax.value_and_grad(
-      lambda x, p: proxy_nca_loss(
-        x, p, labels, temperature=temperature, positive_in_denominator=softmax
-      ).sum(),
-      (0, 1),
-    )(jnp.asarray(x * np.float32(scale)), jnp.asarray(p * np.float32(scale)))
-    expected = proxy_nca_loss(
-      x, p, labels, temperature=temperature, positive_in_denominator=softmax
-    ).sum()
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    compute = _compiled(
+      temperature=temperature, positive_in_denominator=softmax
+    )
+    loss, gradients, _ = compute(
+      x * np.float32(scale), p * np.float32(scale), labels
+    )
+    _, _, expected = compute(x, p, labels)
+    np.testing.assert_allclose(loss, np.sum(expected), rtol=1e-4)
     for gradient in gradients:
       self.assertTrue(np.all(np.isfinite(gradient)))
 
@@ -156,12 +179,9 @@ class ProxyNcaLossTest(parameterized.TestCase):
     _, p, labels = _inputs(batch=5)
     x = {'zeros': 0 * p, 'equal': 0 * p + 1, 'proxies': p}[rows]
     p = {'zeros': 0 * p, 'equal': 0 * p + 1, 'proxies': p}[rows]
-    loss, gradients = jax.value_and_grad(
-      lambda x, p: proxy_nca_loss(
-        x, p, labels, positive_in_denominator=softmax, normalize=normalize
-      ).sum(),
-      (0, 1),
-    )(x, p)
+    loss, gradients, _ = _compiled(
+      positive_in_denominator=softmax, normalize=normalize
+    )(x, p, labels)
     self.assertTrue(np.isfinite(loss))
     for gradient in gradients:
       self.assertTrue(np.all(np.isfinite(gradient)))
@@ -180,10 +200,8 @@ class ProxyNcaLossTest(parameterized.TestCase):
   def test_jit_and_vmap_agree_with_the_plain_call(self):
     x, p, labels = _inputs()
     plain = proxy_nca_loss(x, p, labels)
-    np.testing.assert_allclose(
-      jax.jit(proxy_nca_loss)(x, p, labels), plain, rtol=1e-5, atol=1e-6
-    )
-    stacked = jax.vmap(proxy_nca_loss, in_axes=(0, None, 0))(
+    np.testing.assert_allclose(_nca(x, p, labels), plain, rtol=1e-5, atol=1e-6)
+    stacked = jax.jit(jax.vmap(proxy_nca_loss, in_axes=(0, None, 0)))(
       np.stack([x, x[::-1]]), p, np.stack([labels, labels[::-1]])
     )
     np.testing.assert_allclose(stacked[0], plain, rtol=1e-5, atol=1e-6)
@@ -195,19 +213,16 @@ class ProxyNcaLossTest(parameterized.TestCase):
     bad, bad_labels = x.copy(), labels.copy()
     bad[3], bad_labels[3] = np.nan, -1
 
-    @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1))
-    def gradients(x, p, labels, where):
-      return proxy_nca_loss(x, p, labels, where=where).sum()
-
-    loss = proxy_nca_loss(bad, p, bad_labels, where=where)
+    _, (dx, dp), loss = _compiled()(bad, p, bad_labels, where)
     self.assertEqual(loss[3], 0)
+    _, _, without = _compiled()(x, p, labels)
     np.testing.assert_array_equal(
-      loss[where], proxy_nca_loss(x, p, labels)[where]
+      np.asarray(loss)[where], np.asarray(without)[where]
     )
-    dx, dp = gradients(bad, p, bad_labels, where)
     np.testing.assert_array_equal(dx[3], 0)
-    _, expected = gradients(x[where], p, labels[where], np.ones(6, bool))
+    _, (_, expected), _ = _compiled()(
+      x[where], p, labels[where], np.ones(6, bool)
+    )
     np.testing.assert_allclose(dp, expected, rtol=1e-4, atol=1e-5)
 
   @parameterized.parameters(-1, 5, 100)
@@ -223,7 +238,7 @@ class ProxyNcaLossTest(parameterized.TestCase):
     expected = np.array(proxy_nca_loss(x, p, labels))
     labels[2], expected[2] = label, np.nan
     np.testing.assert_allclose(
-      jax.jit(proxy_nca_loss)(x, p, labels), expected, rtol=1e-5, atol=1e-6
+      _nca(x, p, labels), expected, rtol=1e-5, atol=1e-6
     )
 
   @parameterized.parameters(
@@ -251,28 +266,17 @@ class ProxyNcaLossTest(parameterized.TestCase):
     x, p, labels = _inputs()
     x[2] = np.nan
     where = np.arange(7) != 2
-
-    def value_and_gradients(chunk):
-      return jax.jit(
-        jax.value_and_grad(
-          lambda x, p: proxy_nca_loss(
-            x, p, labels, where=where, proxy_chunk=chunk, **kwargs
-          ).sum(),
-          (0, 1),
-        )
-      )(x, p)
-
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-      value_and_gradients(chunk),
-      value_and_gradients(None),
+      _compiled(proxy_chunk=chunk, **kwargs)(x, p, labels, where)[:2],
+      _compiled(**kwargs)(x, p, labels, where)[:2],
     )
 
   def test_chunks_never_hold_all_similarities(self):
     shapes = (64, 8), (4096, 8)
 
     def total(x, p):
-      labels = jnp.arange(64)
+      labels = np.arange(64)
       return proxy_nca_loss(x, p, labels, proxy_chunk=128).sum()
 
     memory = (
@@ -292,17 +296,20 @@ class ProxyNcaLossTest(parameterized.TestCase):
     )
 
 
+_fractional = _keywords('temperature')(fractional_proxy_nca_loss)
+
+
 class FractionalProxyNcaLossTest(absltest.TestCase):
   def test_values_by_hand(self):
     # Squared distances 0, 2, 4 and 2 to the proxies. Class 0 has the second and
     # the third, and its nearest is the second; class 1 has the first.
-    x = jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
-    loss = fractional_proxy_nca_loss(
+    x = np.array([[1.0, 0.0], [1.0, 0.0]])
+    proxies = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    loss = _fractional(
       x,
       proxies,
-      jnp.array([0, 1]),
-      assignment=jnp.array([[1, 2], [0, 0]]),
+      np.array([0, 1]),
+      assignment=np.array([[1, 2], [0, 0]]),
       temperature=1.0,
     )
     others = 1 + np.exp(-2), 2 * np.exp(-2) + np.exp(-4)
@@ -313,8 +320,8 @@ class FractionalProxyNcaLossTest(absltest.TestCase):
   def test_one_proxy_per_class_is_proxy_nca(self):
     inputs = _inputs()
     np.testing.assert_allclose(
-      fractional_proxy_nca_loss(*inputs, assignment=jnp.arange(5)[:, None]),
-      proxy_nca_loss(*inputs),
+      _fractional(*inputs, assignment=np.arange(5)[:, None]),
+      _nca(*inputs),
       rtol=1e-5,
       atol=1e-6,
     )
@@ -325,13 +332,16 @@ class FractionalProxyNcaLossTest(absltest.TestCase):
       fractional_proxy_nca_loss(x, p, labels, assignment=jnp.zeros((1, 1), int))
 
 
+_dynamic = _keywords('temperature')(dynamic_proxy_nca_loss)
+
+
 class DynamicProxyNcaLossTest(absltest.TestCase):
   def test_value_by_hand(self):
     # The nearest proxies are the first, the first, the second and the second.
-    x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
-    proxies = jnp.array([[2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
-    labels = jnp.array([7, 3, 3, 9])
-    loss = dynamic_proxy_nca_loss(x, proxies, labels, temperature=1.0)
+    x = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
+    proxies = np.array([[2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    labels = np.array([7, 3, 3, 9])
+    loss = _dynamic(x, proxies, labels, temperature=1.0)
     # The second point: 0.4 to the first proxy, which replaces its first
     # negative, and 0.8 to the second, which replaces its positive and its last
     # negative. The third point: 2 to its positive's proxy, 2 and 0 to its
@@ -344,23 +354,28 @@ class DynamicProxyNcaLossTest(absltest.TestCase):
     x, p, labels = _inputs()
     p[4] = -np.sum(x, axis=0)
     p[4] *= 0
-    gradient = jax.grad(lambda p: dynamic_proxy_nca_loss(x, p, labels).sum())(p)
+    gradient = jax.jit(
+      jax.grad(lambda p: dynamic_proxy_nca_loss(x, p, labels).sum())
+    )(p)
     # A proxy at the origin has cosine 0: for each point, another is nearer.
     np.testing.assert_array_equal(gradient[4], 0)
     self.assertGreater(np.abs(gradient).max(), 0.1)
 
 
+_triplet = _keywords('margin')(proxy_triplet_loss)
+
+
 class ProxyTripletLossTest(absltest.TestCase):
   def test_value_by_hand(self):
     # Squared distances 2, 0, 4 and 0.8.
-    x = jnp.array([[0.0, 1.0]])
-    proxies = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.8, 0.6]])
-    labels = jnp.array([0])
-    loss = proxy_triplet_loss(x, proxies, labels, margin=0.5)
+    x = np.array([[0.0, 1.0]])
+    proxies = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.8, 0.6]])
+    labels = np.array([0])
+    loss = _triplet(x, proxies, labels, margin=0.5)
     np.testing.assert_allclose(loss, [(2.5 + 0 + 1.7) / 3], rtol=1e-6)
 
   def test_no_loss_beyond_the_margin(self):
-    loss = proxy_triplet_loss(jnp.eye(3), jnp.eye(3), jnp.arange(3), margin=2.0)
+    loss = _triplet(np.eye(3), np.eye(3), np.arange(3), margin=2.0)
     np.testing.assert_array_equal(loss, 0)
 
   def test_fewer_than_two_proxies_is_an_error(self):
@@ -368,14 +383,15 @@ class ProxyTripletLossTest(absltest.TestCase):
       proxy_triplet_loss(*_inputs(num_proxies=1))
 
 
+_anchor = _keywords('alpha', 'margin')(proxy_anchor_loss)
+
+
 class ProxyAnchorLossTest(absltest.TestCase):
   def test_value_by_hand(self):
     # Cosines 1 and 0 to the proxies of the classes, 0 and -1 to the others.
-    x = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
-    proxies = jnp.array([[2.0, 0.0], [0.0, 3.0], [0.0, -1.0]])
-    loss = proxy_anchor_loss(
-      x, proxies, jnp.array([0, 1]), alpha=2.0, margin=0.25
-    )
+    x = np.array([[1.0, 0.0], [-1.0, 0.0]])
+    proxies = np.array([[2.0, 0.0], [0.0, 3.0], [0.0, -1.0]])
+    loss = _anchor(x, proxies, np.array([0, 1]), alpha=2.0, margin=0.25)
     pulls = np.log1p(np.exp(-1.5)) + np.log1p(np.exp(0.5))
     pushes = (
       np.log1p(np.exp(-1.5)) + np.log1p(np.exp(0.5)) + np.log1p(2 * np.exp(0.5))
@@ -383,7 +399,7 @@ class ProxyAnchorLossTest(absltest.TestCase):
     np.testing.assert_allclose(loss, pulls / 2 + pushes / 3, rtol=1e-6)
 
   def test_a_batch_without_examples_has_no_loss(self):
-    loss = proxy_anchor_loss(*_inputs(), where=np.zeros(7, bool))
+    loss = _anchor(*_inputs(), where=np.zeros(7, bool))
     self.assertEqual(loss, 0)
 
 
