@@ -436,7 +436,10 @@ def _make_embedder(path, description, params, model_state) -> Embedder:
   if config.proxies.sharded and class_names:
     # Sharded proxies end with rows of padding.
     params['proxies'] = params['proxies'][: len(class_names)]
-  _check_arrays(path, config, params, model_state, len(class_names))
+  variables = _check_arrays(path, config, params, model_state, len(class_names))
+  flat = configuration.flatten({'params': params, **model_state})
+  model_state = _group(flat, variables)
+  params |= model_state.pop('params', {})
   return Embedder(
     config=config,
     params=jax.tree.map(np.asarray, params),
@@ -445,8 +448,24 @@ def _make_embedder(path, description, params, model_state) -> Embedder:
   )
 
 
-def _check_arrays(path, config, params, model_state, num_classes) -> None:
+def _group(flat: dict, variables: dict, prefix: str = '') -> dict[str, Any]:
+  """Returns flattened arrays in the groups of a network's variables.
+
+  Names of groups contain periods, such as blocks.0, so that flattened names do
+  not say where they divide.
+  """
+  return {
+    name: _group(flat, x, f'{prefix}{name}.')
+    if isinstance(x, dict)
+    else flat[prefix + name]
+    for name, x in variables.items()
+  }
+
+
+def _check_arrays(path, config, params, model_state, num_classes) -> dict:
   """Raises ValueError if the saved arrays are not those of the saved config.
+
+  Returns the variables of the network, as shapes.
 
   Args:
     path: the file with the config, for the message.
@@ -480,6 +499,7 @@ def _check_arrays(path, config, params, model_state, num_classes) -> None:
       f'it has {num_classes} class_names, and the saved network '
       f'{len(params["proxies"])} proxies',
     )
+  return variables
 
 
 def _vector_dim(config, params) -> int | None:

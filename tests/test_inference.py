@@ -280,6 +280,27 @@ class SavedTest(parameterized.TestCase):
     ):
       inference.load(folder)
 
+  def test_a_saved_network_is_loaded_in_the_groups_it_had(self):
+    # Groups have names such as blocks.0, and so have flattened arrays.
+    config = image_folder.get_config('scratch')
+    config.model.name = 'efficientnet_lite0'
+    config.dataset.image_size = 16
+    model = models.create_model(config)
+    shapes = jax.eval_shape(
+      functools.partial(model.init, train=False),
+      jax.random.key(0),
+      jax.ShapeDtypeStruct((1, 16, 16, 3), np.uint8),
+    )
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    params = variables.pop('params') | {'proxies': np.zeros((2, 8), np.float32)}
+    folder = self.create_tempdir().full_path
+    inference.Embedder(config, params, variables, ('a', 'b')).save(folder)
+    loaded = inference.load(folder)
+    self.assertEqual(
+      jax.tree.structure((loaded.params, loaded.model_state)),
+      jax.tree.structure((params, variables)),
+    )
+
 
 if __name__ == '__main__':
   absltest.main()
