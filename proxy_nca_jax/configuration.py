@@ -644,10 +644,13 @@ def _check_loss(config) -> Iterator[str]:
       'config.proxies.sharded is for losses whose classes have proxies of '
       f'their own, without proxy_chunk; config.loss.name is {name!r}.'
     )
-  if config.proxies.init == 'class_means' and not loss.has_class_proxies:
+  # A loss without proxies has none to initialize.
+  is_unassigned = loss.proxies and not loss.has_class_proxies
+  if config.proxies.init == 'class_means' and is_unassigned:
     yield (
       'config.proxies.init=class_means is for losses whose classes have '
-      f'proxies of their own; config.loss.name is {name!r}.'
+      f'proxies of their own; config.loss.name is {name!r}: set '
+      'config.proxies.init to random.'
     )
   if config.loss.pairs != 'all' and not _takes(loss, 'pairs'):
     yield (

@@ -143,7 +143,7 @@ def apply(
     # Features of a random network are all alike: so would be the means.
     head = center_head(params['head'], features)
     params['head'] = _put(head, params['head'])
-  if config.proxies.init == 'class_means':
+  if config.proxies.init == 'class_means' and loss.proxies:
     if loss.proxies == losses.MULTI_CENTER:
       proxies = class_centers(
         functools.partial(_project_blocks, model, params['head'], features),

@@ -1,5 +1,6 @@
 """What a config may be: the table, the rules, and the fields a run keeps."""
 
+import importlib
 import math
 
 import numpy as np
@@ -86,6 +87,14 @@ class FieldsTest(parameterized.TestCase):
         self.assertEqual(row.accepts(row.high), row.bounds[1] == ']', name)
         if row.kind is float and row.low <= 1 <= row.high:
           self.assertEqual(row.accepts(1), row.accepts(1.0), name)
+
+  @parameterized.parameters('embeddings', 'image_folder')
+  def test_recipes_that_start_from_data_take_losses_without_proxies(self, name):
+    module = importlib.import_module(f'proxy_nca_jax.configs.{name}')
+    config = module.get_config()
+    for loss in ('sup_con', 'triplet', 'center'):
+      config.loss.name = loss
+      configuration.check(config)
 
   def test_zero_is_refused_where_it_makes_no_sense(self):
     refused = set()
@@ -250,7 +259,7 @@ class RulesTest(parameterized.TestCase):
     ({'loss.name': 'adaface'}, 'set config.model.normalize to False'),
     (
       {'loss.name': 'dynamic_proxy_nca', 'proxies.init': 'class_means'},
-      "class_means is for .* config.loss.name is 'dynamic_proxy_nca'",
+      "config.loss.name is 'dynamic_proxy_nca': set config.proxies.init to",
     ),
     (
       {'loss.pairs': 'semi_hard'},

@@ -181,6 +181,12 @@ class HttpTest(_Case):
       self.assertEqual(status, 200)
       self.assertEqual(Image.open(io.BytesIO(content)).size, (8, 8))
 
+  def test_a_file_that_was_removed_is_not_found(self):
+    with mock.patch.object(serve.os.path, 'exists', return_value=False):
+      status, answer = self.server.request('GET', '/image?name=birds/red/0.png')
+    self.assertEqual(status, 404)
+    self.assertEqual(answer['error'], 'The file has been removed since.')
+
   def test_only_images_of_the_index_are_sent(self):
     secret = self.root / 'images' / 'secret.png'
     shutil.copy(self.root / 'images' / 'birds/red/0.png', secret)

@@ -212,6 +212,10 @@ def main(
   names = (*scores_lib.SETTINGS, 'seed', 'num_resamples')
   with errors.in_one_line():
     arrays = _read(arguments)
+    error_rates = {}
+    if arguments.verification:
+      rates = verification.verify(arrays['embeddings'], arrays['labels'])
+      error_rates = {'verification': rates}
     scores = scores_lib.score(
       **arrays,
       **{name: getattr(arguments, name) for name in names},
@@ -220,10 +224,7 @@ def main(
     )
     if arguments.per_class:
       _write_per_class(scores.pop('per_class'), arguments.per_class)
-    if arguments.verification:
-      scores['verification'] = verification.verify(
-        arrays['embeddings'], arrays['labels']
-      )
+    scores |= error_rates
     # First, since printing ends early if the reader of a pipe does.
     if arguments.json:
       with files.write_atomically(arguments.json) as file:

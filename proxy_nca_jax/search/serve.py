@@ -230,6 +230,8 @@ def make_app(
   async def image(request):
     side = _number(request.query_params, 'side', 320, 1, _MAX_SIDE, kind=int)
     path = engine.content.paths[_find_row(request.query_params, engine)]
+    if not os.path.exists(path):
+      raise http.HTTPException(404, 'The file has been removed since.')
     return responses.Response(
       await decode(functools.partial(_as_jpeg, path, side)),
       media_type='image/jpeg',
