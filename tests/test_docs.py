@@ -16,18 +16,18 @@ import jax
 import made_fonts
 import numpy as np
 import one_convolution
-import uvicorn
 import whole_runs
 from absl.testing import absltest, parameterized
 from PIL import Image
 
 from proxy_nca_jax import train
+from proxy_nca_jax.configs import default, image_folder
 from proxy_nca_jax.configs import glyphs as glyphs_config
-from proxy_nca_jax.configs import image_folder
 from proxy_nca_jax.datasets import glyphs
 from proxy_nca_jax.models import backbones
 from proxy_nca_jax.report import literature
 from proxy_nca_jax.runtime import command_line
+from proxy_nca_jax.search import serve
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PAGES = (
@@ -167,7 +167,7 @@ class DocsTest(parameterized.TestCase):
       for old, new in replacements.items():
         arguments = [x.replace(old, new) for x in arguments]
       # A server would not end.
-      with mock.patch.object(uvicorn, 'run') as run:
+      with mock.patch.object(serve, 'serve') as run:
         importlib.import_module(f'{module}.__main__').main(arguments)
       self.assertEqual(run.called, 'serve' in arguments)
     written = ('images.index', 'found.html', 'images.npz', 'scores.json')
@@ -217,10 +217,17 @@ class DocsTest(parameterized.TestCase):
       if x[0].startswith(('benchmarks/', 'experiments/'))
     ]
     self.assertGreater(len(commands), 9)
+    config = default.get_config()
     for program, *arguments in commands:
       text = (_ROOT / program).read_text()
+      if program.startswith('experiments/'):
+        text += (_ROOT / 'experiments' / 'runs.py').read_text()
       for argument in arguments:
-        self.assertIn(argument.split('=')[0], text)
+        name = argument.split('=')[0]
+        if name.startswith('--config.'):
+          operator.attrgetter(name.removeprefix('--config.'))(config)
+        else:
+          self.assertIn(name.removeprefix('--'), text)
 
   @parameterized.parameters('evaluation', 'loss_parity', 'losses', 'parity')
   def test_help_of_benchmarks_works_without_the_other_libraries(self, name):
