@@ -317,6 +317,7 @@ class HttpTest(_Case):
 
     names = [f'{folder}/{i}.png' for folder in _FOLDERS for i in range(4)]
     with (
+      mock.patch.object(self.engine, 'max_batch', 16),
       mock.patch.object(self.engine, '_embed', slow_embed),
       concurrent.futures.ThreadPoolExecutor(12) as pool,
     ):

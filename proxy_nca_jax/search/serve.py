@@ -2,7 +2,7 @@
 
 The index, the network and its compiled programs stay in memory. Images are
 decoded in threads; one thread embeds and searches the images of all requests
-that wait, as one batch.
+that wait, as one batch where a batch is faster.
 
   GET  /                                  the page
   GET  /api/index                         folders and number of images
@@ -20,6 +20,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from urllib import parse
@@ -82,8 +83,9 @@ class Engine:
       dataclasses.replace(embedder, batch_size=size) for size in (1, _MAX_BATCH)
     ]
     size = embedder.config.dataset.image_size
-    for each in self._embedders:
-      each.embed(np.zeros((1, size, size, 3), np.uint8))
+    self.max_batch = _fastest_batch(
+      self._embedders, np.zeros((1, size, size, 3), np.uint8)
+    )
     self._waiting = queue.SimpleQueue()
     threading.Thread(target=self._work, daemon=True).start()
 
@@ -102,7 +104,7 @@ class Engine:
     while True:
       requests = [self._waiting.get()]
       with contextlib.suppress(queue.Empty):
-        while len(requests) < _MAX_BATCH:
+        while len(requests) < self.max_batch:
           requests.append(self._waiting.get_nowait())
       try:
         embeddings = self._embed(np.stack([image for _, image, _ in requests]))
@@ -158,6 +160,23 @@ class Engine:
       if index != excluded and distance <= max_distance
     ]
     return rows[:k]
+
+
+def _fastest_batch(
+  embedders: Sequence[inference.Embedder], image: np.ndarray
+) -> int:
+  """Compiles the networks; returns the batch size of least time per image.
+
+  On CPUs a batch is often no faster than its images one by one.
+  """
+  seconds = {}
+  for embedder in embedders:
+    embedder.embed(image)
+    start = time.perf_counter()
+    embedder.embed(image)
+    size = embedder.batch_size
+    seconds[size] = (time.perf_counter() - start) / size
+  return min(seconds, key=seconds.get)
 
 
 def _with_parents(labels: Sequence[str]) -> list[str]:
