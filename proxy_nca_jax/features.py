@@ -176,7 +176,7 @@ def _read(path: str) -> np.ndarray | None:
     EOFError,
     KeyError,
     TypeError,
-    RuntimeError,  # zipfile's, for what it takes for encryption.
+    RuntimeError,  # zipfile's, if a damaged bit marks a file as encrypted.
     zipfile.BadZipFile,
   ) as error:
     _logger.warning('%s is damaged (%s) and written again', path, error)

@@ -42,6 +42,19 @@ def _write_images(root: pathlib.Path) -> list[pathlib.Path]:
   return paths
 
 
+def _make_zeros(config):
+  """Returns parameters of 0 with two proxies, and the other variables."""
+  model = models.create_model(config)
+  shapes = jax.eval_shape(
+    functools.partial(model.init, train=False),
+    jax.random.key(0),
+    model.example(1),
+  )
+  variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  params = variables.pop('params') | {'proxies': np.zeros((2, 8), np.float32)}
+  return params, variables
+
+
 class InferenceTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -258,14 +271,7 @@ class SavedTest(parameterized.TestCase):
         'model.embedding_dim': 8,
       }
     )
-    model = models.create_model(config)
-    shapes = jax.eval_shape(
-      functools.partial(model.init, train=False),
-      jax.random.key(0),
-      jax.ShapeDtypeStruct((1, 16, 16, 3), np.uint8),
-    )
-    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    params = variables.pop('params') | {'proxies': np.zeros((2, 8), np.float32)}
+    params, variables = _make_zeros(config)
     folder = self.create_tempdir().full_path
     embedder = inference.Embedder(config, params, variables, ('a', 'b'))
     embedder.save(folder)
@@ -285,14 +291,7 @@ class SavedTest(parameterized.TestCase):
     config = image_folder.get_config('scratch')
     config.model.name = 'efficientnet_lite0'
     config.dataset.image_size = 16
-    model = models.create_model(config)
-    shapes = jax.eval_shape(
-      functools.partial(model.init, train=False),
-      jax.random.key(0),
-      jax.ShapeDtypeStruct((1, 16, 16, 3), np.uint8),
-    )
-    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    params = variables.pop('params') | {'proxies': np.zeros((2, 8), np.float32)}
+    params, variables = _make_zeros(config)
     folder = self.create_tempdir().full_path
     inference.Embedder(config, params, variables, ('a', 'b')).save(folder)
     loaded = inference.load(folder)

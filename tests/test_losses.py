@@ -136,7 +136,7 @@ class LossesTest(parameterized.TestCase):
     np.testing.assert_array_equal(gradients[0][3], 0)
     gradients[0] = gradients[0][where]
     if 'at' in inspect.signature(oracle).parameters:
-      # What is constant to the gradient stays where it is.
+      # Constants of the gradient are computed from the unchanged point.
       oracle = functools.partial(oracle, at=kept[0])
     for index, gradient in enumerate(gradients):
 

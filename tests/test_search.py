@@ -331,7 +331,7 @@ class SearchTest(parameterized.TestCase):
       line = self._error(command, *given, index=index, **flags)
       self.assertIn(expected, line)
       self.assertIn('index', line)
-    # An update mends what it writes, and does not read embeddings.
+    # An update writes missing fields again, and reads no embeddings.
     flags = dict(workdir=self.workdirs[0], images=self.images, index=index)
     if expected in ('not a text', 'no such table', 'no such column'):
       self.assertIn(expected, self._error('index', **flags))
